@@ -1,0 +1,45 @@
+/* The numbers on the CPU: one table of functions, filled for the best instruction set at start.
+ *
+ * A kernel works on contiguous memory, in the calling thread, cannot fail and takes no lock. All
+ * instruction sets give the same bits (NaN payloads excepted). Arithmetic of the contract:
+ * sums run left to right, 16-bit floats are summed in float32 and rounded once (to nearest even),
+ * integers wrap.
+ *
+ * Large work is cut into blocks that stay in the first-level cache, so that one pass over memory
+ * does the whole job: the inputs of a block are summed into a scratch block, and the scratch is
+ * written to every destination, past the caches (non-temporal) where the caller asks for it.
+ */
+#ifndef KV_KERNELS_KERNELS_H
+#define KV_KERNELS_KERNELS_H
+
+#include "array/dtype.h"
+#include "base/status.h"
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef struct kv_kernels {
+    const char *name; /* baseline, avx2, avx512 */
+
+    /* dst[0..num_dst)[i] = src[0][i] + src[1][i] + …, for i in [0, count). Destinations do not
+     * overlap each other; a destination may be the same memory as a source, at the same start.
+     * num_src >= 1, num_dst >= 1. `stream`: write past the caches. */
+    void (*sum[KV_DTYPE_COUNT])(int64_t count, int num_src, const void *const *src, int num_dst,
+                                void *const *dst, bool stream);
+
+    /* to[i] = from[i] in the other type; float16 and bfloat16 from float32 round to nearest even. */
+    void (*float32_from[KV_DTYPE_COUNT])(int64_t count, const void *from, float *to);
+    void (*float32_to[KV_DTYPE_COUNT])(int64_t count, const float *from, void *to);
+
+    /* Plain copy past the caches. */
+    void (*copy_stream)(size_t bytes, const void *from, void *to);
+} kv_kernels_t;
+
+/* The table for KVSTORE_ISA, chosen once. KV_INVALID for a name that does not exist or that this
+ * processor cannot run; the message lists those it can. */
+KV_MUST_CHECK kv_status_t kv_kernels_get(const kv_kernels_t **out);
+
+/* The i-th table that this processor can run, slowest first; NULL past the last. For tests. */
+const kv_kernels_t *kv_kernels_at(int i);
+
+#endif
