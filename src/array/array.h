@@ -73,8 +73,9 @@ typedef struct kv_view {
     int32_t ndim;
     uint8_t dtype; /* kv_dtype_t; KV_DTYPE_NONE for one we cannot hold */
     uint8_t flags;
-    kv_array_t *array; /* NULL for foreign memory */
-    void *owner;       /* the binding's object for this array, opaque to the core */
+    kv_array_t *array;     /* NULL for foreign memory */
+    void *owner;           /* the binding's object for this array, opaque to the core */
+    const char *type_name; /* for messages, when dtype is KV_DTYPE_NONE: what its library calls it */
 } kv_view_t;
 
 void kv_view_of_array(kv_array_t *array, kv_view_t *out);

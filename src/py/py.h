@@ -1,0 +1,176 @@
+/* The binding: Python objects in, core calls, exceptions out; nothing else.
+ *
+ * Everything here is called with the GIL unless it says otherwise. No global PyObject: what the
+ * module needs stands in its state, and each of our objects keeps a pointer to it (its heap type
+ * keeps the module alive).
+ */
+#ifndef KV_PY_PY_H
+#define KV_PY_PY_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "kv.h"
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef struct kv_state {
+    PyObject *errors[KV_STATUS_COUNT]; /* exception classes by code, NULL where none belongs */
+    PyTypeObject *store_type, *ndarray_type, *handle_type;
+    PyObject *numpy_bfloat16; /* ml_dtypes' dtype object, NULL until first needed */
+    int numpy_bfloat16_num;   /* its NumPy type number, -1 until known */
+    PyObject *exchange_cache; /* dict: type -> capsule of its DLPack exchange table, or None */
+    PyObject *str_dlpack, *str_dlpack_device, *str_exchange_api; /* interned */
+    PyObject *str_max_version, *str_stream;
+    PyObject *loops;          /* dict: event loop -> capsule with its eventfd (handle.c) */
+    kv_runtime_t *runtime;    /* NULL until first needed */
+    bool closed;              /* the interpreter is going: new work is refused */
+} kv_state_t;
+
+kv_state_t *kv_py_state(PyObject *module);
+
+/* The process's runtime, made at first use and anew in a forked child. NULL with an exception. */
+kv_runtime_t *kv_py_runtime(kv_state_t *state);
+
+/* ------------------------------------------------------------------------ error.c: errors */
+
+/* Sets the exception for a failed status with this thread's sentence; always returns NULL.
+ * KV_INTERRUPTED and KV_CALLBACK: the exception is there already. */
+PyObject *kv_py_raise(kv_state_t *state, kv_status_t status);
+/* The same with a sentence of one's own. */
+PyObject *kv_py_fail(kv_state_t *state, kv_status_t status, const char *format, ...)
+    KV_PRINTF(3, 4);
+
+/* The core's view of this thread: drops the GIL while the core waits or works long, looks for
+ * signals in waits. */
+typedef struct kv_py_caller {
+    kv_caller_t base;
+    PyThreadState *thread;
+} kv_py_caller_t;
+
+void kv_py_caller_init(kv_py_caller_t *caller, int64_t timeout_ns);
+
+/* A timeout argument in seconds: None gives `fallback_ns`. False with InvalidArgumentError (NaN, not
+ * above 0) or ArrayTypeError-free TypeError (no number). */
+bool kv_py_timeout(kv_state_t *state, PyObject *value, int64_t fallback_ns, int64_t *out);
+
+/* The `timeout` of waits that belong to no store: 300 s. */
+#define KV_PY_DEFAULT_TIMEOUT_NS (300 * INT64_C(1000000000))
+
+/* ----------------------------------------------------------------- args.c: parsing of calls */
+
+/* One parameter of a call: its name, and whether it must be given. All may be given by position or
+ * by name, except those after `keyword_only`. */
+typedef struct kv_param {
+    const char *name;
+    bool required;
+} kv_param_t;
+
+typedef struct kv_signature {
+    const char *function; /* for messages: "push" */
+    int num_params;
+    int num_positional;
+    const kv_param_t *params;
+} kv_signature_t;
+
+/* Fills values[num_params] with borrowed references, NULL where absent. TypeErrors as Python's. */
+bool kv_py_parse(const kv_signature_t *signature, PyObject *const *args, Py_ssize_t num_args,
+                 PyObject *keyword_names, PyObject **values);
+
+/* ------------------------------------------------------- release.c: references from elsewhere */
+
+/* Something to be freed with the GIL. Embedded in what it frees. */
+typedef struct kv_release kv_release_t;
+struct kv_release {
+    kv_release_t *next;
+    void (*free)(kv_release_t *release); /* called once, with the GIL */
+};
+
+/* Any thread, with or without the GIL, locks held or not. After the interpreter's exit hook it
+ * leaks on purpose. */
+void kv_py_release_later(kv_release_t *release);
+/* Frees what has gathered. Cheap when there is nothing. Every call of the module starts with it. */
+void kv_py_release_now(void);
+/* The exit hook's bar: from now on nothing is freed. Returns how much was left. */
+int64_t kv_py_release_bar(void);
+
+/* ------------------------------------------------------------ array_in.c: arrays from objects */
+
+/* What keeps one borrowed view valid. */
+typedef struct kv_lease {
+    PyObject *owner;          /* strong reference to the user's object */
+    void *data;               /* a held buffer or tensor, copied extents, a type's name; or NULL */
+    void (*drop)(void *data); /* NULL when there is no data */
+} kv_lease_t;
+
+void kv_lease_drop(kv_lease_t *lease);
+
+/* Fills a view and its lease from any array: our own type, exact NumPy arrays, the DLPack exchange
+ * table, __dlpack__, the buffer protocol, in this order. An element type that the store cannot hold
+ * is no error here: view->dtype is KV_DTYPE_NONE and type_name says what it is. False with
+ * ArrayTypeError for what is no array, naming `what` ("value of key 'w'" is formatted by the
+ * caller); the cause is kept when a producer raised.
+ * `for_out`: the view will be written. */
+bool kv_py_array_in(kv_state_t *state, PyObject *object, bool for_out, kv_view_t *view,
+                    kv_lease_t *lease);
+
+/* numpy.c. True if the object is exactly a NumPy array (or a subclass other than a masked one) and
+ * the view is filled; the lease gets `data` only when the array is strided or its type is foreign.
+ * -1 with an exception, 0 when it is no NumPy array. */
+int kv_numpy_array_in(kv_state_t *state, PyObject *object, kv_view_t *view, kv_lease_t *lease);
+
+/* A NumPy array over memory of ours; `base` (stolen also on failure) keeps the memory. For bfloat16
+ * the array is of ml_dtypes' type, NotBuiltError without that package. */
+PyObject *kv_numpy_view(kv_state_t *state, kv_dtype_t dtype, int ndim, const int64_t *shape,
+                        void *data, PyObject *base);
+/* A new NumPy array, contents unspecified, and its memory. */
+PyObject *kv_numpy_empty(kv_state_t *state, kv_dtype_t dtype, int ndim, const int64_t *shape,
+                         void **data);
+/* Whether `array` is still the NumPy array that kv_numpy_view made over this memory and nobody else
+ * has a reference to it. */
+bool kv_numpy_view_intact(PyObject *array, kv_dtype_t dtype, int ndim, const int64_t *shape,
+                          const void *data);
+/* The element type that a dtype-like object (name, NumPy dtype, scalar type) names; KV_DTYPE_NONE
+ * with ArrayTypeError. */
+kv_dtype_t kv_numpy_dtype(kv_state_t *state, PyObject *like);
+/* The NumPy dtype object of an element type. */
+PyObject *kv_numpy_dtype_object(kv_state_t *state, kv_dtype_t dtype);
+bool kv_numpy_import(void);
+
+/* dlpack.c. 1: filled; 0: the object does not speak it; -1 with an exception. */
+int kv_dlpack_array_in(kv_state_t *state, PyObject *object, bool for_out, kv_view_t *view,
+                       kv_lease_t *lease);
+/* __dlpack__ of memory of ours. `buffer` is held by the capsule; `on_delete(context)` is called
+ * with the GIL when the consumer lets go. */
+PyObject *kv_dlpack_export(kv_state_t *state, kv_dtype_t dtype, int ndim, const int64_t *shape,
+                           kv_array_t *array, PyObject *owner, bool versioned);
+
+/* -------------------------------------------------------------------------------- ndarray.c */
+
+typedef struct kv_py_ndarray {
+    PyObject_HEAD
+    kv_state_t *state;
+    kv_array_t *array; /* never NULL */
+    PyObject *weakrefs;
+} kv_py_ndarray_t;
+
+int kv_ndarray_setup(PyObject *module, kv_state_t *state); /* makes the type and its functions */
+/* Takes the array, also on failure. */
+PyObject *kv_ndarray_wrap(kv_state_t *state, kv_array_t *array);
+/* Our NDArray's array, NULL for another object. */
+kv_array_t *kv_ndarray_array(kv_state_t *state, PyObject *object);
+
+/* --------------------------------------------------------------------------------- handle.c */
+
+int kv_handle_setup(PyObject *module, kv_state_t *state);
+/* Takes one share of `handle`, also on failure. `timeout_ns`: of wait(None). `keep` (may be NULL) is
+ * held for the handle's life. */
+PyObject *kv_handle_wrap(kv_state_t *state, kv_handle_t *handle, int64_t timeout_ns);
+/* A finished handle; `exception` (stolen, may be NULL) is what it raises. */
+PyObject *kv_handle_finished(kv_state_t *state, PyObject *exception);
+
+/* ---------------------------------------------------------------------------------- store.c */
+
+int kv_store_setup(PyObject *module, kv_state_t *state);
+
+#endif
