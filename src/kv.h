@@ -22,6 +22,9 @@
 
 /* ------------------------------------------------------------------------------- runtime */
 
+/* Threads that a store may ask for at most. */
+enum { KV_MAX_THREADS = 1024 };
+
 /* What all stores and arrays of a process share: one engine, one team, one kernel table. A test may
  * hold two. */
 typedef struct kv_runtime {
@@ -72,6 +75,7 @@ void kv_store_free(kv_store_t *store); /* closes; no call may be under way */
 /* KV_CLOSED when it is closed or belongs to the parent of a forked process. */
 KV_MUST_CHECK kv_status_t kv_store_check_open(const kv_store_t *store);
 const char *kv_store_kind(const kv_store_t *store); /* lower case, as asked for */
+uint64_t kv_store_generation(const kv_store_t *store); /* of the process that made it */
 
 /* A key: text (UTF-8, any bytes but none missing) or a number. */
 typedef struct kv_name {
@@ -103,20 +107,24 @@ struct kv_hold {
 typedef struct kv_call {
     const kv_item_t *items;
     int64_t num_items;
+    /* All views of the call; the items' `values` and `outs` point into these, in order. */
+    const kv_view_t *values, *outs;
+    int64_t num_values, num_outs;
     int32_t priority;
-    /* How the call may end.
-     *   false  the call returns when the values have been read and the outs written.
-     *   true   it may return before; then all foreign memory stays valid until `hold` is released
-     *          (`hold` may be NULL when every view is an array of ours), and the handle, if wanted,
-     *          tells when it is done. */
+    /* False: the call returns when the values have been read and the outs written. True: it may
+     * return before; all foreign memory then stays valid until `hold` is released (`hold` may be
+     * NULL when every view is an array of ours). An updater makes any call synchronous. */
     bool async;
-    kv_hold_t *hold;       /* the call takes shares of its own */
-    kv_handle_t **handle;  /* set on success if not NULL: one share for the caller */
-    int64_t num_done;      /* out: how many keys (in the order of first appearance) a synchronous
-                              call that failed had updated or copied before */
+    kv_hold_t *hold;      /* the call takes shares of its own */
+    kv_handle_t **handle; /* may be NULL; set when an asynchronous call succeeds: one share for the
+                             caller. With an updater NULL: everything is done already */
+    bool checked;         /* out: all checks passed, so an error comes from the work itself */
+    int64_t num_done;     /* out: how many keys, in the order of their first appearance, the call
+                             had dealt with when it ended */
 } kv_call_t;
 
-/* Each item has one value. KV_INVALID when a key is known already or stands twice. */
+/* Each item has one value. KV_INVALID when a key is known already or stands twice. With outs
+ * (broadcast) each out becomes the value in the same call. Synchronous. */
 KV_MUST_CHECK kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *caller);
 
 /* stored = update(sum of the values); with outs (pushpull) each out becomes the stored value in the
@@ -163,19 +171,17 @@ KV_MUST_CHECK kv_status_t kv_store_set_updater(kv_store_t *store, kv_updater_t *
 
 /* ---------------------------------------------------------------------------------- keys */
 
-/* Drops a key; KV_NO_KEY, or KV_BAD_TYPE for the other key type. */
-KV_MUST_CHECK kv_status_t kv_store_delete(kv_store_t *store, const kv_name_t *name,
-                                          kv_caller_t *caller);
+/* Drops the keys of a call's items, all or none; a name that stands twice is dropped once. Does not
+ * block: operations that entered before keep what they use. KV_INVALID inside a key's own updater. */
+KV_MUST_CHECK kv_status_t kv_store_delete(kv_store_t *store, const kv_call_t *call);
 
-/* What init fixed. `shape` (may be NULL) gets up to KV_MAX_DIMS extents. */
+/* What init fixed. `shape` (may be NULL) gets up to KV_MAX_DIMS extents; `verb` is for messages. */
 KV_MUST_CHECK kv_status_t kv_store_describe(kv_store_t *store, const kv_name_t *name,
-                                            kv_dtype_t *dtype, int *ndim, int64_t *shape);
+                                            const char *verb, kv_dtype_t *dtype, int *ndim,
+                                            int64_t *shape);
 bool kv_store_contains(kv_store_t *store, const kv_name_t *name);
 
-/* Calls visit for every key in the order of their init, with the store's lock held: visit must not
- * call the store. Stops and returns false when visit does. */
-bool kv_store_visit(kv_store_t *store, bool (*visit)(void *context, const kv_name_t *name),
-                    void *context);
-int64_t kv_store_size(kv_store_t *store);
+/* Gives the names of all keys in the order of their init, in one block to be freed with kv_free. */
+KV_MUST_CHECK kv_status_t kv_store_keys(kv_store_t *store, kv_name_t **names, int64_t *num_names);
 
 #endif

@@ -53,6 +53,9 @@ KV_MUST_CHECK kv_status_t kv_shape_size(kv_dtype_t dtype, int ndim, const int64_
 /* Gives an array with fresh memory of unspecified contents. */
 KV_MUST_CHECK kv_status_t kv_array_new(kv_dtype_t dtype, int ndim, const int64_t *shape,
                                        kv_array_t **out);
+/* The same over memory that is there: the array takes a share of `buffer`, which is large enough. */
+KV_MUST_CHECK kv_status_t kv_array_from_buffer(kv_dtype_t dtype, int ndim, const int64_t *shape,
+                                               kv_buffer_t *buffer, kv_array_t **out);
 /* The owner's last word. Never blocks: pending operations keep the memory until they are done. */
 void kv_array_retire(kv_array_t *array); /* NULL is allowed */
 

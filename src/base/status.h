@@ -46,6 +46,16 @@ KV_PRINTF(2, 3) kv_status_t kv_fail(kv_status_t code, const char *format, ...);
  * Valid until this thread's next kv_fail. */
 const char *kv_status_message(kv_status_t code);
 
+/* The stored sentence, kept aside by somebody who lets other work run in this thread between a
+ * failure and its report. */
+typedef struct kv_sentence {
+    kv_status_t code;
+    char message[KV_MESSAGE_BYTES];
+} kv_sentence_t;
+
+void kv_sentence_save(kv_sentence_t *out);
+void kv_sentence_restore(const kv_sentence_t *sentence);
+
 /* The Python exception class of a code, "" if the exception is already set. */
 const char *kv_status_class(kv_status_t code);
 

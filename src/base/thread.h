@@ -57,13 +57,16 @@ void kv_cond_wait_until(kv_cond_t *cond, kv_mutex_t *mutex, int64_t until_ns) KV
 void kv_cond_signal(kv_cond_t *cond);
 void kv_cond_broadcast(kv_cond_t *cond);
 
+/* How often the order of ranks was broken; stays 0 without KV_DEBUG. For tests. */
+int64_t kv_lock_violations(void);
+
 /* Nanoseconds of the monotonic clock. */
 int64_t kv_clock_ns(void);
 
 typedef pthread_t kv_thread_t;
 
-/* Starts a thread with every signal blocked (signals belong to the user's threads). The name shows
- * in debuggers, 15 bytes at most. */
+/* Starts a thread with every signal blocked but those of its own faults (signals belong to the
+ * user's threads). The name shows in debuggers, cut at 15 bytes. */
 KV_MUST_CHECK kv_status_t kv_thread_start(kv_thread_t *thread, const char *name,
                                           void *(*body)(void *), void *context);
 void kv_thread_join(kv_thread_t thread);

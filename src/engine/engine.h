@@ -42,11 +42,13 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+enum { KV_UNTOLD_ERRORS = 64 };
+
 typedef struct kv_engine kv_engine_t;
 typedef struct kv_op kv_op_t;
 typedef struct kv_dep kv_dep_t;
 typedef struct kv_handle kv_handle_t;
-typedef struct kv_actor kv_actor_t; /* one thread, as the walk for cycles sees it (engine.c) */
+typedef struct kv_actor kv_actor_t; /* one thread, as the walk for cycles sees it (walk.c) */
 
 /* ------------------------------------------------------------------------------- variables */
 
@@ -63,9 +65,11 @@ typedef struct kv_var {
     _Atomic uint64_t state;
     bool poisons; /* an error left here fails the tasks that read it (arrays), or is only reported
                      to those who wait (keys: a failed push leaves the value as it was) */
-    kv_dep_t *head, *tail;      /* engine lock: operations, granted ones first */
-    kv_error_t *error;          /* engine lock: of a failed operation, until it is delivered */
-    kv_actor_t *_Atomic actor;  /* the thread that runs a callback while it holds this variable */
+    kv_dep_t *head, *tail;     /* engine lock: operations, granted ones first */
+    kv_dep_t *waiting;         /* engine lock: the first of them that is not granted */
+    kv_error_t *error;         /* engine lock: of a failed operation, until it is delivered */
+    kv_actor_t *_Atomic actor; /* the thread that runs a callback while it holds this variable */
+    struct kv_var *next_freed; /* in the list of those to free when the lock is dropped */
     void (*on_free)(void *context);
     void *context;
 } kv_var_t;
@@ -101,36 +105,42 @@ struct kv_dep {
     kv_dep_t *prev, *next;
 };
 
-/* An operation. Filled by kv_op_init; the fields are the engine's own. `deps` stays the caller's. */
+/* An operation. Filled by kv_op_init; the fields are the engine's own. `deps` stays the caller's.
+ */
 struct kv_op {
     kv_dep_t *deps;
     int32_t num_deps;
     int32_t num_missing; /* engine lock: variables not yet granted */
     int32_t priority;
-    uint8_t state;       /* engine lock */
     bool caller_run;
-    uint64_t sequence;   /* order of submission */
-    uint64_t visited;    /* engine lock: last walk that came by */
-    kv_actor_t *actor;   /* caller-run: the thread that waits or runs */
-    int64_t heap_index;  /* engine lock: place among the runnable */
-    /* Engine-run only. `run` works with no lock held, in whatever thread the engine chose; on
-     * failure the engine stores the error on the written variables and on the handle. `finish` is
-     * called last, once, with no lock held, also for a task that failed before it ran; it frees the
-     * task. */
+    bool in_callback;  /* between kv_engine_begin_callback and kv_engine_leave */
+    uint64_t sequence; /* engine-run: order of submission */
+    kv_actor_t *actor; /* engine lock; caller-run: the thread that waits for its turn */
+    kv_error_t *error; /* engine lock; engine-run: found on a variable, so it fails with it */
+    int32_t error_dep; /* that variable, the first of several */
+    uint64_t visited;  /* engine lock: last walk that came by, and what that walk noted */
+    kv_op_t *walk_next;
+    int32_t walk_threads;
+    /* Engine-run only. `run` works with no lock held, in whatever thread the engine chose, and may
+     * not wait; on failure the engine stores the error on the written variables and on the handle.
+     * `finish` is called last, once, with no lock held, also for a task that failed before it ran;
+     * it frees the task. The handle is done only after that. */
     kv_status_t (*run)(kv_op_t *op);
     void (*finish)(kv_op_t *op);
-    kv_handle_t *handle; /* one share held; may be NULL */
+    kv_handle_t *handle; /* one share, the task's own: `finish` gives it back. May be NULL */
+    kv_op_t *handle_prev, *handle_next; /* engine lock: the unfinished tasks of the handle */
 };
 
-/* Prepares an operation on the variables in `deps` (var and access filled in; borrowed until the
- * operation has ended). A variable that stands twice is merged into its first place with the
- * stronger access, so `num_deps` may shrink; the order of the rest is kept. */
+/* Prepares an operation, for one use, on the variables in `deps` (var and access filled in;
+ * borrowed until the operation has ended). A variable that stands twice is merged into its first
+ * place with the stronger access, so `num_deps` may shrink; the order of the rest is kept. */
 void kv_op_init(kv_op_t *op, kv_dep_t *deps, int32_t num_deps, int32_t priority);
 
 /* -------------------------------------------------------------------------------- engines */
 
-/* Gives an engine: "threaded", "naive" or "stepping" (seed used by stepping only). KV_INVALID for
- * another name, with the list. Starts no thread. */
+/* Gives an engine: "threaded", "naive" or "stepping" (seed used by stepping only; at most
+ * `num_threads` threads of threaded, but at least 1). KV_INVALID for another name, with the list.
+ * Starts no thread. The engine outlives its handles and all operations on it. */
 KV_MUST_CHECK kv_status_t kv_engine_new(const char *name, uint64_t seed, int num_threads,
                                         kv_engine_t **out);
 const char *kv_engine_name(const kv_engine_t *engine);
@@ -151,14 +161,16 @@ bool kv_engine_try_enter(kv_engine_t *engine, kv_op_t *op);
  * so. */
 bool kv_engine_try_inline(kv_engine_t *engine, kv_op_t *op, size_t work_bytes);
 
-/* Takes all variables, at once or after waiting for the turn (detached). An error stored on a
+/* Takes all variables, at once or after waiting for the turn (detached), and holds them until
+ * kv_engine_leave by the same thread. An error stored on a
  * variable that the operation does not overwrite is raised here and taken away; nothing is held
  * then. Other errors: KV_TIMEOUT and KV_INTERRUPTED or KV_CALLBACK (the operation has been taken
  * out of the queues), KV_INVALID when the wait could never end because callbacks of this and other
- * threads wait for each other, KV_CLOSED. On return the caller is attached or detached as it was. */
+ * threads wait for each other, KV_CLOSED. On return the caller is attached or detached as it was.
+ */
 KV_MUST_CHECK kv_status_t kv_engine_enter(kv_engine_t *engine, kv_op_t *op, kv_caller_t *caller);
 
-/* Gives all variables back. */
+/* Gives all variables back. Leaves the sentence of this thread's last kv_fail as it was. */
 void kv_engine_leave(kv_engine_t *engine, kv_op_t *op);
 
 /* Before a user's function runs inside an operation: gives back all but the first variable (an
@@ -172,12 +184,15 @@ int kv_callback_depth(void);
 /* ------------------------------------------------------------------------------ engine-run */
 
 /* Hands over a task: `run`, `finish` and `handle` are filled in after kv_op_init. A variable that
- * poisons and has an error fails the tasks that read it: they end with that error and do not run.
- * On an error of this call (KV_CLOSED, no thread could be started: KV_NO_MEMORY) the task is still
- * the caller's and `finish` was not called. */
+ * poisons and has an error fails the tasks that look at it (KV_READ and KV_WRITE): they do not run
+ * and end with an error of the same words, which is their own: it is delivered apart from the first
+ * one, or a push of a poisoned array would be lost without a word once somebody knows why the array
+ * is poisoned. On an error of this call (KV_CLOSED, no thread could be started: KV_NO_MEMORY) the
+ * task is still the caller's and `finish` was not called. */
 KV_MUST_CHECK kv_status_t kv_engine_submit(kv_engine_t *engine, kv_op_t *op);
 
-/* Waits until no task is pending, then raises the first error that nobody has been told of.
+/* Waits until no task is pending, then raises the first error (in order of submission) that nobody
+ * has been told of; the engine remembers KV_UNTOLD_ERRORS of them.
  * KV_INVALID inside a callback; KV_TIMEOUT, KV_INTERRUPTED, KV_CALLBACK as above. */
 KV_MUST_CHECK kv_status_t kv_engine_wait_all(kv_engine_t *engine, kv_caller_t *caller);
 
@@ -188,7 +203,8 @@ int64_t kv_engine_pending(kv_engine_t *engine);
 
 /* A handle stands for the tasks of one call. It is shared by counting: the binding's object has
  * one share, every task one. It is done when `num_tasks` tasks have ended, and failed with the
- * first error of them. */
+ * first error of them (in order of submission). kv_handle_done, _error and _rele do not touch the
+ * engine. */
 
 /* Gives a handle with one share. */
 KV_MUST_CHECK kv_status_t kv_handle_new(kv_engine_t *engine, int64_t num_tasks, kv_handle_t **out);
@@ -196,7 +212,7 @@ kv_handle_t *kv_handle_hold(kv_handle_t *handle);
 void kv_handle_rele(kv_handle_t *handle); /* NULL is allowed */
 
 /* One of its tasks has ended without the engine (it ran inline, or could not be submitted: then
- * `status` is an error whose sentence is this thread's). */
+ * `status` is an error whose sentence is this thread's). The share stays the caller's. */
 void kv_handle_end_one(kv_handle_t *handle, kv_status_t status);
 
 /* Never blocks. */

@@ -16,7 +16,6 @@ typedef struct kv_error {
     _Atomic int64_t refs;
     _Atomic bool told;
     kv_status_t status;
-    struct kv_error *next; /* in the engine's list of untold errors, oldest first; engine lock */
     char message[KV_MESSAGE_BYTES];
 } kv_error_t;
 
@@ -25,6 +24,8 @@ typedef struct kv_error {
 kv_error_t *kv_error_capture(kv_status_t status);
 kv_error_t *kv_error_hold(kv_error_t *error);
 void kv_error_rele(kv_error_t *error); /* NULL is allowed */
+
+void kv_error_mark_told(kv_error_t *error);
 
 /* Makes the error this thread's own (kv_fail), marks it as told, returns its status. */
 kv_status_t kv_error_raise(kv_error_t *error);

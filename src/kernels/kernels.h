@@ -21,13 +21,14 @@
 typedef struct kv_kernels {
     const char *name; /* baseline, avx2, avx512 */
 
-    /* dst[0..num_dst)[i] = src[0][i] + src[1][i] + …, for i in [0, count). Destinations do not
+    /* dst[0..num_dst)[i] = src[0][i] + src[1][i] + …, for i in [begin, end). Destinations do not
      * overlap each other; a destination may be the same memory as a source, at the same start.
-     * num_src >= 1, num_dst >= 1. `stream`: write past the caches. */
-    void (*sum[KV_DTYPE_COUNT])(int64_t count, int num_src, const void *const *src, int num_dst,
-                                void *const *dst, bool stream);
+     * num_src >= 1, num_dst >= 1; pointers need no alignment. `stream`: write past the caches. */
+    void (*sum[KV_DTYPE_COUNT])(int64_t begin, int64_t end, int num_src, const void *const *src,
+                                int num_dst, void *const *dst, bool stream);
 
-    /* to[i] = from[i] in the other type; float16 and bfloat16 from float32 round to nearest even. */
+    /* to[i] = from[i] in the other type, rounded to nearest even; an integer is cut towards zero,
+     * held within its range, and 0 for a NaN. `from` and `to` do not overlap. */
     void (*float32_from[KV_DTYPE_COUNT])(int64_t count, const void *from, float *to);
     void (*float32_to[KV_DTYPE_COUNT])(int64_t count, const float *from, void *to);
 

@@ -19,7 +19,7 @@ typedef struct kv_state {
     PyTypeObject *store_type, *ndarray_type, *handle_type;
     PyObject *numpy_bfloat16; /* ml_dtypes' dtype object, NULL until first needed */
     int numpy_bfloat16_num;   /* its NumPy type number, -1 until known */
-    PyObject *exchange_cache; /* dict: type -> capsule of its DLPack exchange table, or None */
+    PyObject *exchange_cache; /* dict: type -> what dlpack.c knows of it; made there */
     PyObject *str_dlpack, *str_dlpack_device, *str_exchange_api; /* interned */
     PyObject *str_max_version, *str_stream;
     PyObject *loops;          /* dict: event loop -> capsule with its eventfd (handle.c) */
@@ -136,35 +136,65 @@ kv_dtype_t kv_numpy_dtype(kv_state_t *state, PyObject *like);
 /* The NumPy dtype object of an element type. */
 PyObject *kv_numpy_dtype_object(kv_state_t *state, kv_dtype_t dtype);
 bool kv_numpy_import(void);
+/* The oldest NumPy C API that the module runs on. */
+const char *kv_numpy_target(void);
 
 /* dlpack.c. 1: filled; 0: the object does not speak it; -1 with an exception. */
 int kv_dlpack_array_in(kv_state_t *state, PyObject *object, bool for_out, kv_view_t *view,
                        kv_lease_t *lease);
-/* __dlpack__ of memory of ours. `buffer` is held by the capsule; `on_delete(context)` is called
- * with the GIL when the consumer lets go. */
+/* dlpack_out.c. A capsule with `array` as a DLPack tensor. It holds `owner`, which keeps the array
+ * alive and is counted in its `exports`, until the consumer has let go and the release list has been
+ * emptied. */
 PyObject *kv_dlpack_export(kv_state_t *state, kv_dtype_t dtype, int ndim, const int64_t *shape,
                            kv_array_t *array, PyObject *owner, bool versioned);
 
-/* -------------------------------------------------------------------------------- ndarray.c */
+/* The exception that is set, taken away: a new reference to the instance. */
+static inline PyObject *kv_py_take_exception(void)
+{
+#if PY_VERSION_HEX >= 0x030c0000
+    return PyErr_GetRaisedException();
+#else
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_NormalizeException(&type, &value, &traceback);
+    if (traceback != NULL)
+        PyException_SetTraceback(value, traceback);
+    Py_XDECREF(type);
+    Py_XDECREF(traceback);
+    return value;
+#endif
+}
+
+/* ------------------------------------------------------------ ndarray.c, export.c, create.c */
 
 typedef struct kv_py_ndarray {
     PyObject_HEAD
     kv_state_t *state;
     kv_array_t *array; /* never NULL */
     PyObject *weakrefs;
+    PyObject *dropped; /* what the buffer protocol raised last, see export.c */
+    unsigned long dropped_thread;
 } kv_py_ndarray_t;
 
 int kv_ndarray_setup(PyObject *module, kv_state_t *state); /* makes the type and its functions */
+int kv_create_setup(PyObject *module);                     /* array, zeros, ones, empty, full */
 /* Takes the array, also on failure. */
 PyObject *kv_ndarray_wrap(kv_state_t *state, kv_array_t *array);
 /* Our NDArray's array, NULL for another object. */
 kv_array_t *kv_ndarray_array(kv_state_t *state, PyObject *object);
 
+/* Copies the elements to `data` once all writes before are done; `dtype` is the array's own, or
+ * float32. False with an exception. */
+bool kv_array_copy_out(kv_state_t *state, kv_array_t *array, kv_dtype_t dtype, void *data);
+/* The same into a new NumPy array. */
+PyObject *kv_array_numpy(kv_state_t *state, kv_array_t *array, kv_dtype_t dtype);
+/* numpy.<function>, a new reference. */
+PyObject *kv_numpy_function(const char *function);
+
 /* --------------------------------------------------------------------------------- handle.c */
 
 int kv_handle_setup(PyObject *module, kv_state_t *state);
-/* Takes one share of `handle`, also on failure. `timeout_ns`: of wait(None). `keep` (may be NULL) is
- * held for the handle's life. */
+/* Takes one share of `handle`, also on failure. `timeout_ns`: of wait(None). */
 PyObject *kv_handle_wrap(kv_state_t *state, kv_handle_t *handle, int64_t timeout_ns);
 /* A finished handle; `exception` (stolen, may be NULL) is what it raises. */
 PyObject *kv_handle_finished(kv_state_t *state, PyObject *exception);

@@ -1,0 +1,73 @@
+"""A key-value store for the parameters of machine learning.
+
+``kv = kvstore.create()`` makes a store; ``kv.init`` gives a key its first value, ``kv.push`` sums
+values and updates the key, ``kv.pull`` copies it out.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from . import errors
+from .errors import (
+    ArrayTypeError,
+    ClosedError,
+    DeviceError,
+    InvalidArgumentError,
+    KeyNotFoundError,
+    KVStoreError,
+    NotBuiltError,
+    PeerLostError,
+    TimeoutError,
+)
+
+try:
+    from ._core import Handle, KVStore, NDArray, array, empty, full, ones, wait_all, zeros
+except ImportError as error:
+    from ._about import why_no_core
+
+    raise ImportError(why_no_core(error), name=error.name, path=error.path) from error
+
+from .base import KVStoreBase, create
+
+if TYPE_CHECKING:
+    from .server import KVStoreServer, serve
+
+__version__ = "0.1.0"
+
+register = KVStoreBase.register
+
+__all__ = [
+    "ArrayTypeError",
+    "ClosedError",
+    "DeviceError",
+    "Handle",
+    "InvalidArgumentError",
+    "KVStore",
+    "KVStoreBase",
+    "KVStoreError",
+    "KVStoreServer",
+    "KeyNotFoundError",
+    "NDArray",
+    "NotBuiltError",
+    "PeerLostError",
+    "TimeoutError",
+    "__version__",
+    "array",
+    "create",
+    "empty",
+    "errors",
+    "full",
+    "ones",
+    "register",
+    "serve",
+    "wait_all",
+    "zeros",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: `python -m kvstore.server` must find its module not yet imported.
+    if name in ("KVStoreServer", "serve"):
+        from . import server
+
+        return getattr(server, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,139 @@
+"""What the package can say about itself: why its core is missing, how it was built, what it found,
+and every setting. Imports neither the core nor anything heavy by itself."""
+
+import ctypes.util
+import difflib
+import importlib.machinery
+import importlib.util
+import os
+import platform
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+# name, what it is good for here; modules first, then shared libraries as the linker knows them.
+MODULES = (
+    ("ml_dtypes", "bfloat16 as NumPy arrays"),
+    ("torch", "tensors as values"),
+    ("cupy", "CUDA arrays as values"),
+    ("jax", "arrays as values"),
+    ("sklearn", "the demo's data set"),
+    ("matplotlib", "the demo's plot"),
+    ("rich", "the demo's progress bar"),
+)
+LIBRARIES = (
+    ("ucp", "UCX"),
+    ("cuda", "the CUDA driver"),
+    ("nccl", "NCCL"),
+)
+
+# Read by setup.py, not by the package.
+BUILD_VARIABLES = ("KVSTORE_BUILD",)
+
+
+def why_no_core(error: ImportError) -> str:
+    """The sentence for a failed import of the C core: not there, or there and failing to load."""
+    here = _cores(HERE)
+    loadable = tuple(importlib.machinery.EXTENSION_SUFFIXES)
+    for core in here:
+        if core.name.removeprefix("_core") in loadable:
+            return f"the C core of kvstore is there ({core}) but does not load: {error}"
+    lines = [f"{HERE} holds the Python part of kvstore but not its C core"]
+    if here:
+        lines[0] += (
+            f" for this Python (CPython {platform.python_version()}); "
+            f"there is only {', '.join(core.name for core in here)}"
+        )
+    elsewhere = _installed_elsewhere()
+    if elsewhere:
+        lines.append(
+            f"kvstore is installed in {elsewhere}, but {HERE.parent} stands before it on sys.path: "
+            "start Python in another folder, or build this checkout"
+        )
+    if (HERE.parent / "setup.py").exists():
+        lines.append(f"to build this checkout, run in {HERE.parent}: pip install -e .")
+    else:
+        lines.append("to install it anew: pip install --force-reinstall mlkvstore")
+    return ".\n".join(lines)
+
+
+def _cores(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("_core.*") if path.suffix in (".so", ".pyd"))
+
+
+def _installed_elsewhere() -> Path | None:
+    for entry in sys.path:
+        folder = Path(entry or ".").resolve() / "kvstore"
+        if folder != HERE.resolve() and _cores(folder):
+            return folder
+    return None
+
+
+def find_module(name: str) -> str | None:
+    """Where an optional module would come from, without importing it."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    if spec.submodule_search_locations:
+        return str(next(iter(spec.submodule_search_locations)))
+    return spec.origin
+
+
+def unknown_settings(known: list[str]) -> Iterator[str]:
+    """A line for each variable of the environment that looks like a setting and is none."""
+    for variable in sorted(os.environ):
+        if not variable.startswith("KVSTORE_") or variable in (*known, *BUILD_VARIABLES):
+            continue
+        near = difflib.get_close_matches(variable, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        yield f"{variable} is set, and no setting has that name{hint}"
+
+
+def report() -> Iterator[str]:
+    """The lines of ``python -m kvstore``."""
+    import numpy
+
+    from . import __version__, _core
+    from .errors import KVStoreError
+
+    yield f"kvstore {__version__}, {HERE}"
+    yield _row("Python", f"{platform.python_version()}, NumPy {numpy.__version__}")
+    try:
+        info = _core.build_info()
+    except KVStoreError as error:
+        yield _row("error", str(error))
+    else:
+        yield _row(
+            "built as",
+            f"{info['flavour']}, {info['compiler']}, for NumPy {info['numpy_target']} and newer",
+        )
+        yield _row("kernels", f"{info['isa']} (of {', '.join(info['isas'])})")
+        yield _row("engine", info["engine"])
+        yield _row("processors", str(info["processors"]))
+
+    yield ""
+    yield "Optional libraries"
+    for name, purpose in MODULES:
+        yield _row(name, f"{find_module(name) or 'not found'}  ({purpose})")
+    for name, purpose in LIBRARIES:
+        yield _row(name, f"{ctypes.util.find_library(name) or 'not found'}  ({purpose})")
+
+    yield ""
+    yield "Settings, from the environment"
+    settings = _core.settings()
+    for variable, value, default, text in settings:
+        origin = "default" if variable not in os.environ else f"default {default}"
+        yield f"  {variable}={value}  ({origin})"
+        yield textwrap.fill(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    for line in unknown_settings([variable for variable, *_ in settings]):
+        yield f"  {line}"
+
+
+def _row(name: str, text: str) -> str:
+    return f"  {name:<12}{text}"

@@ -1,0 +1,110 @@
+"""Stores by name: ``create``, the abstract class of stores, and the registry of users' own."""
+
+import abc
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+from . import _core
+from .errors import ArrayTypeError, InvalidArgumentError, NotBuiltError
+
+_registered: dict[str, type["KVStoreBase"]] = {}
+
+_Class = TypeVar("_Class", bound="type[KVStoreBase]")
+
+
+class KVStoreBase(abc.ABC):
+    """What every store can do, under the names of MXNet 2.
+
+    Derive from it and decorate with ``KVStoreBase.register`` to make a store of your own that
+    ``kvstore.create`` finds. The built-in stores are instances of it too.
+    """
+
+    OPTIMIZER: ClassVar[str] = "optimizer"
+
+    @abc.abstractmethod
+    def broadcast(self, key: Any, value: Any, out: Any, priority: int = 0) -> Any:
+        """Initialise ``key`` from rank 0's ``value`` and copy it into every ``out``."""
+
+    @abc.abstractmethod
+    def pushpull(self, key: Any, value: Any, out: Any = None, priority: int = 0) -> Any:
+        """Sum the values of all workers, update, and copy the result into ``out``."""
+
+    @abc.abstractmethod
+    def is_capable(self, capability: str) -> bool:
+        """Whether the store can do more than move values: ``'optimizer'``."""
+
+    @property
+    @abc.abstractmethod
+    def type(self) -> str:
+        """The name that the store was created by, in lower case."""
+
+    @property
+    @abc.abstractmethod
+    def rank(self) -> int:
+        """The number of this worker, from 0."""
+
+    @property
+    @abc.abstractmethod
+    def num_workers(self) -> int:
+        """How many workers there are."""
+
+    def set_optimizer(self, optimizer: Any) -> None:
+        """Let the store update its values with ``optimizer``."""
+        raise self._lacks("set_optimizer")
+
+    def save_optimizer_states(self, fname: Any, dump_optimizer: bool = False) -> None:
+        """Write the optimizer's state to a file."""
+        raise self._lacks("save_optimizer_states")
+
+    def load_optimizer_states(self, fname: Any) -> None:
+        """Read the optimizer's state from a file."""
+        raise self._lacks("load_optimizer_states")
+
+    def _lacks(self, call: str) -> NotBuiltError:
+        return NotBuiltError(f"a {type(self).__name__} has no {call}: it keeps no optimizer")
+
+    @staticmethod
+    def register(klass: _Class) -> _Class:
+        """Class decorator: ``kvstore.create`` finds the class by its name, letter case free.
+
+        A class that is defined again (a notebook cell run twice) replaces itself; another class of
+        the same name replaces it with a warning.
+        """
+        if not (isinstance(klass, type) and issubclass(klass, KVStoreBase)):
+            raise ArrayTypeError(
+                f"register takes a class derived from kvstore.KVStoreBase, not {klass!r}"
+            )
+        name = klass.__name__.lower()
+        if name in _core.kinds():
+            raise InvalidArgumentError(
+                f"{klass.__qualname__} cannot be registered: {name!r} is a built-in kind of store"
+            )
+        old = _registered.get(name)
+        if old is not None and _identity(old) != _identity(klass):
+            warnings.warn(
+                f"kvstore.create({name!r}) made a {'.'.join(_identity(old))} "
+                f"and from now on makes a {'.'.join(_identity(klass))}",
+                stacklevel=2,
+            )
+        _registered[name] = klass
+        return klass
+
+
+def _identity(klass: type) -> tuple[str, str]:
+    return klass.__module__, klass.__qualname__
+
+
+# The decorator above hides ABCMeta.register, which makes the C type a virtual subclass.
+abc.ABCMeta.register(KVStoreBase, _core.KVStore)
+
+
+def create(name: str = "local", **options: Any) -> Any:
+    """Make a store of the kind ``name`` (letter case free); ``options`` are those of the kind.
+
+    A class registered with ``KVStoreBase.register`` is called with the options.
+    """
+    make: Callable[..., Any] | None = None
+    if isinstance(name, str):
+        make = _registered.get(name.lower())
+    return _core.KVStore(name, **options) if make is None else make(**options)

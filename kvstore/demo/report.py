@@ -1,0 +1,115 @@
+"""What the demo shows when a training has ended: a table and a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from kvstore.demo.digits import Step
+
+BLUE, ORANGE, GREEN, GREY = "#2166ac", "#d6604d", "#1b7837", "#666666"
+
+
+def size(bytes_: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if bytes_ < 1024:
+            return f"{bytes_:.0f} {unit}" if unit == "B" else f"{bytes_:.1f} {unit}"
+        bytes_ /= 1024
+    return f"{bytes_:.1f} GiB"
+
+
+def table(steps: Sequence[Step], bytes_per_call: int, workers: int) -> Table:
+    """Where the time went, and what the store moved."""
+    parts = {
+        f"gradients, {workers} thread{'s' * (workers > 1)}": sum(s.gradients for s in steps),
+        "updater, inside push": sum(s.updater for s in steps),
+        "push": sum(s.push for s in steps),
+        "pull": sum(s.pull for s in steps),
+    }
+    total = sum(parts.values())
+    result = Table(title="Where the time went", title_justify="left", title_style="bold")
+    result.add_column("work")
+    for name in ("calls", "bytes", "time", "a step", "share"):
+        result.add_column(name, justify="right")
+    for name, seconds in parts.items():
+        through_store = name in ("push", "pull")
+        result.add_row(
+            name,
+            f"{len(steps):,}" if through_store else "",
+            size(bytes_per_call * len(steps)) if through_store else "",
+            f"{seconds * 1e3:.0f} ms",
+            f"{seconds / len(steps) * 1e6:.0f} µs",
+            f"{seconds / total:.0%}",
+            end_section=name.startswith("updater"),
+        )
+    store = parts["push"] + parts["pull"]
+    result.add_section()
+    result.add_row(
+        "the store: push + pull",
+        f"{2 * len(steps):,}",
+        size(2 * bytes_per_call * len(steps)),
+        f"{store * 1e3:.0f} ms",
+        f"{store / len(steps) * 1e6:.0f} µs",
+        f"{store / total:.0%}",
+        style="bold",
+    )
+    return result
+
+
+def draw(
+    steps: Sequence[Step], accuracies: Sequence[float], figure: Figure | None = None
+) -> Figure:
+    """Loss and time of every step; `accuracies` has one entry an epoch."""
+    if figure is None:
+        figure = Figure()
+    figure.set_size_inches(9, 7)
+    figure.set_layout_engine("constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    number = np.arange(1, len(steps) + 1)
+    epochs = len(accuracies)
+    per_epoch = len(steps) // epochs
+    epoch_ends = per_epoch * np.arange(1, epochs + 1)
+
+    loss = np.array([step.loss for step in steps])
+    upper.plot(number, loss, color=BLUE, alpha=0.3, linewidth=1, label="each step")
+    upper.plot(
+        epoch_ends - (per_epoch - 1) / 2,
+        loss.reshape(epochs, per_epoch).mean(axis=1),
+        color=BLUE,
+        linewidth=2,
+        label="mean of an epoch",
+    )
+    upper.set_yscale("log")
+    upper.set_ylabel("training loss")
+    upper.set_title(
+        f"Digits: {accuracies[-1]:.1%} of the test images right after {epochs} epochs",
+        loc="left",
+        fontweight="bold",
+    )
+    upper.legend(frameon=False)
+
+    for label, color, seconds in (
+        ("gradients (worker threads)", GREY, [step.gradients for step in steps]),
+        ("updater (NumPy, inside push)", ORANGE, [step.updater for step in steps]),
+        ("the store: push + pull", GREEN, [step.store for step in steps]),
+    ):
+        micros = np.array(seconds) * 1e6
+        lower.plot(number, micros, ".", color=color, markersize=3, alpha=0.35)
+        middle = float(np.median(micros))
+        lower.axhline(middle, color=color, linewidth=2, label=f"{label}: median {middle:.0f} µs")
+    lower.set_yscale("log")
+    lower.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    lower.set_ylabel("time of a step (µs)")
+    lower.set_xlabel("step")
+    lower.set_xlim(0, len(steps) + 1)
+    # The legend gets a band of its own above the points.
+    low, high = lower.get_ylim()
+    lower.set_ylim(low, high * (high / low) ** 0.3)
+    lower.legend(frameon=False, loc="upper right")
+    for axes in (upper, lower):
+        axes.grid(True, axis="y", alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,94 @@
+/* DLPack, the producer's side: memory of ours as tensors of other libraries.
+ *
+ * The struct, its shape and strides are one block. Consumers let go from any thread, without the
+ * GIL; our reference is then dropped by way of the release list.
+ */
+#include "py/dlpack.h"
+#include "py/py.h"
+
+#include "base/memory.h"
+
+typedef struct export
+{
+    kv_release_t release;
+    PyObject *owner;
+    union {
+        kv_dl_versioned_t versioned;
+        kv_dl_managed_t legacy;
+    } as;
+    int64_t extents[]; /* shape, strides */
+}
+export_t;
+
+static void free_export(kv_release_t *release)
+{
+    export_t *export = (export_t *)release;
+    Py_DECREF(export->owner);
+    kv_free(export);
+}
+
+static void delete_versioned(kv_dl_versioned_t *self)
+{
+    export_t *export = self->context;
+    kv_py_release_later(&export->release);
+}
+
+static void delete_legacy(kv_dl_managed_t *self)
+{
+    export_t *export = self->context;
+    kv_py_release_later(&export->release);
+}
+
+/* Of a capsule that nobody took the tensor from. */
+static void capsule_free(PyObject *capsule)
+{
+    if (PyCapsule_IsValid(capsule, KV_DL_CAPSULE_VERSIONED))
+        delete_versioned(PyCapsule_GetPointer(capsule, KV_DL_CAPSULE_VERSIONED));
+    else if (PyCapsule_IsValid(capsule, KV_DL_CAPSULE))
+        delete_legacy(PyCapsule_GetPointer(capsule, KV_DL_CAPSULE));
+}
+
+PyObject *kv_dlpack_export(kv_state_t *state, kv_dtype_t dtype, int ndim, const int64_t *shape,
+                           kv_array_t *array, PyObject *owner, bool versioned)
+{
+    (void)state;
+    export_t *export = kv_alloc(sizeof *export + 2 * (size_t)ndim * sizeof(int64_t));
+    if (export == NULL)
+        return PyErr_NoMemory();
+    int64_t *strides = export->extents + ndim, next = 1;
+    for (int i = ndim - 1; i >= 0; i--) {
+        export->extents[i] = shape[i];
+        strides[i] = next;
+        next *= shape[i] > 0 ? shape[i] : 1;
+    }
+    unsigned code, bits;
+    kv_dtype_to_dlpack(dtype, &code, &bits);
+    kv_dl_tensor_t tensor = {
+        .data = array->count > 0 ? array->buffer->data : NULL,
+        .device = {.type = KV_DL_CPU},
+        .ndim = ndim,
+        .dtype = {.code = (uint8_t)code, .bits = (uint8_t)bits, .lanes = 1},
+        .shape = export->extents,
+        .strides = strides,
+    };
+    export->release.free = free_export;
+    export->owner = owner;
+    if (versioned)
+        export->as.versioned = (kv_dl_versioned_t){
+            .version = {KV_DLPACK_MAJOR, KV_DLPACK_MINOR},
+            .context = export,
+            .deleter = delete_versioned,
+            .tensor = tensor,
+        };
+    else
+        export->as.legacy =
+            (kv_dl_managed_t){.tensor = tensor, .context = export, .deleter = delete_legacy};
+    PyObject *capsule = PyCapsule_New(
+        &export->as, versioned ? KV_DL_CAPSULE_VERSIONED : KV_DL_CAPSULE, capsule_free);
+    if (capsule == NULL) {
+        kv_free(export);
+        return NULL;
+    }
+    Py_INCREF(owner);
+    return capsule;
+}

@@ -1,0 +1,553 @@
+/* kvstore.KVStore: making and ending a store, and the calls that move no values. The public class
+ * is this type itself; no Python function stands between a user and push, pull, pushpull.
+ */
+#include "py/store.h"
+#include "py/store_doc.h"
+#include "py/call.h"
+
+#include <structmember.h>
+
+bool kv_py_store_check_open(kv_py_store_t *self)
+{
+    kv_py_release_now();
+    kv_status_t status = kv_store_check_open(self->store);
+    if (KV_LIKELY(status == KV_OK))
+        return true;
+    kv_py_raise(self->state, status);
+    return false;
+}
+
+/* -------------------------------------------------------------------------- construction */
+
+/* Options of the kinds that run in one process. */
+typedef struct options {
+    int64_t timeout_ns;
+    kv_store_options_t store;
+} options_t;
+
+static const char *const DIST_OPTIONS[] = {"token",       "scheduler",   "role", "rank",
+                                           "num_workers", "num_servers", NULL};
+
+static bool parse_num_threads(kv_state_t *state, PyObject *value, int *out)
+{
+    long long number = -1;
+    if (!PyBool_Check(value) && PyIndex_Check(value)) {
+        number = PyLong_AsLongLong(value);
+        if (number == -1 && PyErr_Occurred())
+            PyErr_Clear();
+    }
+    if (number < 1 || number > KV_MAX_THREADS) {
+        PyObject *shown = PyObject_Repr(value);
+        if (shown != NULL)
+            kv_py_fail(state, KV_INVALID, "num_threads must be an integer from 1 to %d, not %.100s",
+                       KV_MAX_THREADS, PyUnicode_AsUTF8(shown));
+        Py_XDECREF(shown);
+        return false;
+    }
+    *out = (int)number;
+    return true;
+}
+
+static bool parse_option(kv_state_t *state, PyObject *name, PyObject *value, options_t *options)
+{
+    const char *text = PyUnicode_AsUTF8(name);
+    if (text == NULL)
+        return false;
+    if (strcmp(text, "timeout") == 0)
+        return kv_py_timeout(state, value, options->timeout_ns, &options->timeout_ns);
+    if (strcmp(text, "num_threads") == 0)
+        return value == Py_None || parse_num_threads(state, value, &options->store.num_threads);
+    if (strcmp(text, "deterministic") == 0) {
+        /* In one process the order of a sum is always that of the list. */
+        if (PyBool_Check(value))
+            return true;
+        kv_py_fail(state, KV_INVALID, "deterministic must be True or False, not %.100s",
+                   Py_TYPE(value)->tp_name);
+        return false;
+    }
+    for (int i = 0; DIST_OPTIONS[i] != NULL; i++) {
+        if (strcmp(text, DIST_OPTIONS[i]) == 0) {
+            kv_py_fail(state, KV_INVALID, "option '%s' belongs to the dist kinds", text);
+            return false;
+        }
+    }
+    kv_py_fail(state, KV_INVALID,
+               "there is no option '%.64s' (options: timeout, deterministic, num_threads)", text);
+    return false;
+}
+
+static bool parse_options(kv_state_t *state, PyObject *keywords, options_t *options)
+{
+    PyObject *name, *value;
+    Py_ssize_t position = 0;
+    while (keywords != NULL && PyDict_Next(keywords, &position, &name, &value)) {
+        if (PyUnicode_CompareWithASCIIString(name, "name") != 0 &&
+            !parse_option(state, name, value, options))
+            return false;
+    }
+    return true;
+}
+
+static PyObject *store_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
+{
+    kv_state_t *state = PyType_GetModuleState(type);
+    PyObject *name = NULL;
+    if (PyTuple_GET_SIZE(args) > 1) {
+        PyErr_SetString(PyExc_TypeError, "KVStore() takes one positional argument, the name of a "
+                                         "kind; options are given by name");
+        return NULL;
+    }
+    if (PyTuple_GET_SIZE(args) == 1)
+        name = PyTuple_GET_ITEM(args, 0);
+    else if (keywords != NULL)
+        name = PyDict_GetItemString(keywords, "name");
+    const char *kind = "local";
+    if (name != NULL) {
+        if (!PyUnicode_Check(name))
+            return kv_py_fail(state, KV_BAD_TYPE, "the name of a kind must be a str, not %.100s",
+                              Py_TYPE(name)->tp_name);
+        kind = PyUnicode_AsUTF8(name);
+        if (kind == NULL)
+            return NULL;
+    }
+    options_t options = {.timeout_ns = KV_PY_DEFAULT_TIMEOUT_NS};
+    kv_kind_t parsed;
+    kv_status_t status = kv_kind_parse(kind, &parsed);
+    if (status != KV_OK)
+        return kv_py_raise(state, status);
+    kv_runtime_t *runtime = kv_py_runtime(state);
+    if (runtime == NULL)
+        return NULL;
+    /* For the dist kinds, which have more options, the kind itself is the first thing to fail. */
+    if (parsed.family != KV_KIND_DIST && !parse_options(state, keywords, &options))
+        return NULL;
+    kv_store_t *store;
+    status = kv_store_new(runtime, kind, &options.store, &store);
+    if (status != KV_OK)
+        return kv_py_raise(state, status);
+    kv_py_store_t *self = (kv_py_store_t *)type->tp_alloc(type, 0);
+    if (self == NULL) {
+        kv_store_free(store);
+        return NULL;
+    }
+    self->state = state;
+    self->store = store;
+    self->timeout_ns = options.timeout_ns;
+    return (PyObject *)self;
+}
+
+static int store_traverse(PyObject *object, visitproc visit, void *arg)
+{
+    kv_py_store_t *self = as_store(object);
+    Py_VISIT(Py_TYPE(object));
+    if (self->updater != NULL)
+        Py_VISIT(kv_py_updater_function(self->updater));
+    return 0;
+}
+
+static int store_clear(PyObject *object)
+{
+    kv_py_store_t *self = as_store(object);
+    if (self->store != NULL && self->updater != NULL && kv_store_check_open(self->store) == KV_OK) {
+        self->updater = NULL;
+        kv_status_t status = kv_store_set_updater(self->store, NULL);
+        (void)status; /* it can only say that the store is closed */
+        kv_py_release_now();
+    }
+    return 0;
+}
+
+static void store_dealloc(PyObject *object)
+{
+    kv_py_store_t *self = as_store(object);
+    PyTypeObject *type = Py_TYPE(object);
+    PyObject_GC_UnTrack(object);
+    if (self->weakrefs != NULL)
+        PyObject_ClearWeakRefs(object);
+    /* In a forked child the lock may have been held by a thread that is not there any more. */
+    if (self->store != NULL && kv_store_generation(self->store) == kv_fork_generation())
+        kv_store_free(self->store);
+    kv_py_release_now();
+    type->tp_free(object);
+    Py_DECREF(type);
+}
+
+/* -------------------------------------------------------------------------------- updater */
+
+static PyObject *store_set_updater(PyObject *object, PyObject *function)
+{
+    kv_py_store_t *self = as_store(object);
+    if (!kv_py_store_check_open(self))
+        return NULL;
+    if (function != Py_None && !PyCallable_Check(function))
+        return kv_py_fail(self->state, KV_BAD_TYPE,
+                          "an updater must be callable as updater(key, recv, stored), or None; "
+                          "got %.100s",
+                          Py_TYPE(function)->tp_name);
+    kv_updater_t *updater = NULL;
+    if (function != Py_None && (updater = kv_py_updater_new(self->state, function)) == NULL)
+        return NULL;
+    kv_status_t status = kv_store_set_updater(self->store, updater);
+    if (status != KV_OK) {
+        if (updater != NULL)
+            updater->free(updater);
+        return kv_py_raise(self->state, status);
+    }
+    self->updater = updater;
+    kv_py_release_now();
+    Py_RETURN_NONE;
+}
+
+/* ----------------------------------------------------------------------------------- keys */
+
+static PyObject *store_keys(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    kv_py_store_t *self = as_store(object);
+    kv_name_t *names;
+    int64_t num_names;
+    if (!kv_py_store_check_open(self))
+        return NULL;
+    kv_status_t status = kv_store_keys(self->store, &names, &num_names);
+    if (status != KV_OK)
+        return kv_py_raise(self->state, status);
+    PyObject *keys = PyList_New((Py_ssize_t)num_names);
+    for (int64_t i = 0; keys != NULL && i < num_names; i++) {
+        PyObject *key = kv_py_name_object(&names[i]);
+        if (key == NULL)
+            Py_CLEAR(keys);
+        else
+            PyList_SET_ITEM(keys, (Py_ssize_t)i, key);
+    }
+    kv_free(names);
+    return keys;
+}
+
+static int store_contains(PyObject *object, PyObject *key)
+{
+    kv_py_store_t *self = as_store(object);
+    kv_name_t name;
+    if (!kv_py_store_check_open(self))
+        return -1;
+    if (!kv_py_name(self->state, key, &name)) {
+        /* What cannot be a key is not in the store. */
+        if (!PyErr_ExceptionMatches(self->state->errors[KV_BAD_TYPE]) &&
+            !PyErr_ExceptionMatches(self->state->errors[KV_INVALID]))
+            return -1;
+        PyErr_Clear();
+        return 0;
+    }
+    return kv_store_contains(self->store, &name);
+}
+
+static PyObject *store_delete(PyObject *object, PyObject *key)
+{
+    kv_py_store_t *self = as_store(object);
+    kv_args_t args;
+    if (!kv_py_store_check_open(self) ||
+        !kv_args_init(&args, self->state, "delete", key, NULL, NULL, false, false))
+        return NULL;
+    kv_status_t status = kv_store_delete(self->store, &args.call);
+    kv_args_fini(&args);
+    if (status != KV_OK)
+        return kv_py_raise(self->state, status);
+    kv_py_release_now();
+    Py_RETURN_NONE;
+}
+
+/* What init fixed of one key. */
+typedef struct description {
+    kv_dtype_t dtype;
+    int ndim;
+    int64_t shape[KV_MAX_DIMS];
+} description_t;
+
+static bool describe(kv_py_store_t *self, PyObject *key, const char *verb, description_t *out)
+{
+    kv_name_t name;
+    if (!kv_py_store_check_open(self) || !kv_py_name(self->state, key, &name))
+        return false;
+    kv_status_t status =
+        kv_store_describe(self->store, &name, verb, &out->dtype, &out->ndim, out->shape);
+    if (status != KV_OK)
+        kv_py_raise(self->state, status);
+    return status == KV_OK;
+}
+
+static PyObject *store_shape(PyObject *object, PyObject *key)
+{
+    description_t description;
+    if (!describe(as_store(object), key, "shape", &description))
+        return NULL;
+    PyObject *shape = PyTuple_New(description.ndim);
+    for (int i = 0; shape != NULL && i < description.ndim; i++) {
+        PyObject *extent = PyLong_FromLongLong(description.shape[i]);
+        if (extent == NULL)
+            Py_CLEAR(shape);
+        else
+            PyTuple_SET_ITEM(shape, i, extent);
+    }
+    return shape;
+}
+
+static PyObject *store_dtype(PyObject *object, PyObject *key)
+{
+    description_t description;
+    if (!describe(as_store(object), key, "dtype", &description))
+        return NULL;
+    return kv_numpy_dtype_object(as_store(object)->state, description.dtype);
+}
+
+static PyObject *store_stype(PyObject *object, PyObject *key)
+{
+    description_t description;
+    if (!describe(as_store(object), key, "stype", &description))
+        return NULL;
+    return PyUnicode_FromString("default");
+}
+
+/* -------------------------------------------------------- cluster calls, in one process */
+
+static PyObject *store_close(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    kv_py_store_t *self = as_store(object);
+    if (kv_store_generation(self->store) != kv_fork_generation())
+        Py_RETURN_NONE; /* the parent's; nothing of it can be closed here */
+    self->updater = NULL;
+    kv_store_close(self->store);
+    kv_py_release_now();
+    Py_RETURN_NONE;
+}
+
+static PyObject *store_enter(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    return kv_py_store_check_open(as_store(object)) ? Py_NewRef(object) : NULL;
+}
+
+static PyObject *store_exit(PyObject *object, PyObject *args)
+{
+    (void)args;
+    return store_close(object, NULL);
+}
+
+static PyObject *store_barrier(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    if (!kv_py_store_check_open(as_store(object)))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static const kv_param_t BARRIER_BEFORE_EXIT_PARAMS[] = {{"barrier_before_exit", false}};
+static const kv_signature_t BARRIER_BEFORE_EXIT = {"set_barrier_before_exit", 1, 1,
+                                                   BARRIER_BEFORE_EXIT_PARAMS};
+
+static KV_PY_METHOD(store_set_barrier_before_exit)
+{
+    PyObject *value;
+    if (!kv_py_store_check_open(as_store(self)) ||
+        !kv_py_parse(&BARRIER_BEFORE_EXIT, args, num_args, names, &value))
+        return NULL;
+    if (value != NULL && !PyBool_Check(value))
+        return kv_py_fail(as_store(self)->state, KV_BAD_TYPE,
+                          "barrier_before_exit must be True or False, not %.100s",
+                          Py_TYPE(value)->tp_name);
+    Py_RETURN_NONE;
+}
+
+static const kv_param_t COMMAND_PARAMS[] = {{"head", true}, {"body", true}};
+static const kv_signature_t COMMAND = {"send_command_to_servers", 2, 2, COMMAND_PARAMS};
+
+static KV_PY_METHOD(store_send_command)
+{
+    PyObject *values[2];
+    if (!kv_py_store_check_open(as_store(self)) ||
+        !kv_py_parse(&COMMAND, args, num_args, names, values))
+        return NULL;
+    return kv_py_fail(
+        as_store(self)->state, KV_INVALID,
+        "a store of kind '%s' runs in one process and has no server to send a command "
+        "to",
+        kv_store_kind(as_store(self)->store));
+}
+
+static const kv_param_t DEAD_PARAMS[] = {{"role", false}, {"timeout", false}};
+static const kv_signature_t DEAD = {"num_dead_node", 2, 2, DEAD_PARAMS};
+
+static KV_PY_METHOD(store_num_dead_node)
+{
+    PyObject *values[2];
+    kv_state_t *state = as_store(self)->state;
+    int64_t timeout_ns;
+    if (!kv_py_store_check_open(as_store(self)) ||
+        !kv_py_parse(&DEAD, args, num_args, names, values) ||
+        !kv_py_timeout(state, values[1], 0, &timeout_ns))
+        return NULL;
+    if (values[0] == NULL || (PyIndex_Check(values[0]) && !PyBool_Check(values[0])))
+        return PyLong_FromLong(0);
+    static const char *const ROLES[] = {"worker", "server", "scheduler"};
+    for (int i = 0; PyUnicode_Check(values[0]) && i < 3; i++)
+        if (PyUnicode_CompareWithASCIIString(values[0], ROLES[i]) == 0)
+            return PyLong_FromLong(0);
+    PyObject *shown = PyObject_Repr(values[0]);
+    if (shown != NULL)
+        kv_py_fail(state, KV_INVALID,
+                   "role must be 'worker', 'server' or 'scheduler', or an integer mask; got %.100s",
+                   PyUnicode_AsUTF8(shown));
+    Py_XDECREF(shown);
+    return NULL;
+}
+
+static PyObject *store_is_capable(PyObject *object, PyObject *capability)
+{
+    if (!PyUnicode_Check(capability))
+        return kv_py_fail(as_store(object)->state, KV_BAD_TYPE,
+                          "a capability is named by a str, not %.100s",
+                          Py_TYPE(capability)->tp_name);
+    Py_RETURN_FALSE;
+}
+
+/* Calls of the interface that this version does not have yet. */
+static PyObject *later(PyObject *object, const char *what)
+{
+    if (!kv_py_store_check_open(as_store(object)))
+        return NULL;
+    return kv_py_fail(as_store(object)->state, KV_NOT_BUILT,
+                      "this version of kvstore has no %s yet; %s", what,
+                      "set_updater runs any update written in Python");
+}
+
+#define LATER(name, what)                                                                          \
+    static PyObject *name(PyObject *object, PyObject *args, PyObject *keywords)                    \
+    {                                                                                              \
+        (void)args;                                                                                \
+        (void)keywords;                                                                            \
+        return later(object, what);                                                                \
+    }
+
+LATER(later_sparse, "row-sparse values")
+LATER(later_optimizer, "built-in optimizers")
+LATER(later_compression, "gradient compression")
+
+/* ----------------------------------------------------------------------------------- type */
+
+static PyObject *store_type_name(PyObject *object, void *unused)
+{
+    (void)unused;
+    return PyUnicode_FromString(kv_store_kind(as_store(object)->store));
+}
+
+static PyObject *store_rank(PyObject *object, void *unused)
+{
+    (void)object;
+    (void)unused;
+    return PyLong_FromLong(0);
+}
+
+static PyObject *store_num_workers(PyObject *object, void *unused)
+{
+    (void)object;
+    (void)unused;
+    return PyLong_FromLong(1);
+}
+
+static PyObject *store_repr(PyObject *object)
+{
+    kv_py_store_t *self = as_store(object);
+    kv_name_t *names;
+    int64_t num_names;
+    if (kv_store_check_open(self->store) != KV_OK)
+        return PyUnicode_FromFormat("<kvstore.KVStore '%s', closed>", kv_store_kind(self->store));
+    kv_status_t status = kv_store_keys(self->store, &names, &num_names);
+    if (status != KV_OK)
+        return kv_py_raise(self->state, status);
+    kv_free(names);
+    return PyUnicode_FromFormat("<kvstore.KVStore '%s', %lld key%s>", kv_store_kind(self->store),
+                                (long long)num_names, num_names == 1 ? "" : "s");
+}
+
+#define VECTORCALL(name, function, doc)                                                            \
+    {                                                                                              \
+        name, (PyCFunction)(void (*)(void))function, METH_FASTCALL | METH_KEYWORDS, doc            \
+    }
+#define KEYWORDS(name, function, doc)                                                              \
+    {                                                                                              \
+        name, (PyCFunction)(void (*)(void))function, METH_VARARGS | METH_KEYWORDS, doc             \
+    }
+
+static PyMethodDef METHODS[] = {
+    VECTORCALL("init", kv_py_store_init, INIT_DOC),
+    VECTORCALL("push", kv_py_store_push, PUSH_DOC),
+    VECTORCALL("pull", kv_py_store_pull, PULL_DOC),
+    VECTORCALL("pushpull", kv_py_store_pushpull, PUSHPULL_DOC),
+    VECTORCALL("broadcast", kv_py_store_broadcast, BROADCAST_DOC),
+    {"set_updater", store_set_updater, METH_O, SET_UPDATER_DOC},
+    {"_set_updater", store_set_updater, METH_O, SET_UPDATER_DOC},
+    {"keys", store_keys, METH_NOARGS, KEYS_DOC},
+    {"delete", store_delete, METH_O, DELETE_DOC},
+    {"shape", store_shape, METH_O, SHAPE_DOC},
+    {"dtype", store_dtype, METH_O, DTYPE_DOC},
+    {"stype", store_stype, METH_O, STYPE_DOC},
+    {"close", store_close, METH_NOARGS, CLOSE_DOC},
+    {"__enter__", store_enter, METH_NOARGS, NULL},
+    {"__exit__", store_exit, METH_VARARGS, NULL},
+    {"is_capable", store_is_capable, METH_O, IS_CAPABLE_DOC},
+    {"barrier", store_barrier, METH_NOARGS, BARRIER_DOC},
+    {"_barrier", store_barrier, METH_NOARGS, BARRIER_DOC},
+    VECTORCALL("set_barrier_before_exit", store_set_barrier_before_exit, BARRIER_BEFORE_EXIT_DOC),
+    VECTORCALL("send_command_to_servers", store_send_command, COMMAND_DOC),
+    VECTORCALL("_send_command_to_servers", store_send_command, COMMAND_DOC),
+    VECTORCALL("num_dead_node", store_num_dead_node, DEAD_DOC),
+    VECTORCALL("get_num_dead_node", store_num_dead_node, DEAD_DOC),
+    KEYWORDS("row_sparse_pull", later_sparse, LATER_DOC),
+    KEYWORDS("set_optimizer", later_optimizer, LATER_DOC),
+    KEYWORDS("set_optimizer_params", later_optimizer, LATER_DOC),
+    KEYWORDS("save_optimizer_states", later_optimizer, LATER_DOC),
+    KEYWORDS("load_optimizer_states", later_optimizer, LATER_DOC),
+    KEYWORDS("set_gradient_compression", later_compression, LATER_DOC),
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef PROPERTIES[] = {
+    {"type", store_type_name, NULL, "The kind, as it was asked for, in lower case.", NULL},
+    {"rank", store_rank, NULL, "This worker's number: 0 in one process.", NULL},
+    {"num_workers", store_num_workers, NULL, "How many workers there are: 1 in one process.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyMemberDef MEMBERS[] = {
+    {"__weaklistoffset__", T_PYSSIZET, offsetof(kv_py_store_t, weakrefs), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot SLOTS[] = {
+    {Py_tp_doc, CLASS_DOC},
+    {Py_tp_new, store_new},
+    {Py_tp_dealloc, store_dealloc},
+    {Py_tp_traverse, store_traverse},
+    {Py_tp_clear, store_clear},
+    {Py_tp_repr, store_repr},
+    {Py_tp_methods, METHODS},
+    {Py_tp_getset, PROPERTIES},
+    {Py_tp_members, MEMBERS},
+    {Py_sq_contains, store_contains},
+    {0, NULL},
+};
+
+static PyType_Spec SPEC = {
+    .name = "kvstore.KVStore",
+    .basicsize = sizeof(kv_py_store_t),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_IMMUTABLETYPE,
+    .slots = SLOTS,
+};
+
+int kv_store_setup(PyObject *module, kv_state_t *state)
+{
+    PyObject *type = PyType_FromModuleAndSpec(module, &SPEC, NULL);
+    if (type == NULL)
+        return -1;
+    state->store_type = (PyTypeObject *)type;
+    return PyModule_AddObjectRef(module, "KVStore", type);
+}

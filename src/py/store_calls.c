@@ -1,0 +1,283 @@
+/* The calls of kvstore.KVStore that move values: from Python's arguments to one core call. */
+#include "py/call.h"
+#include "py/store.h"
+
+static bool parse_priority(kv_state_t *state, PyObject *value, int32_t *out)
+{
+    *out = 0;
+    if (value == NULL)
+        return true;
+    int overflow = 0;
+    long long number = -1;
+    if (PyIndex_Check(value))
+        number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    else
+        PyErr_SetNone(PyExc_TypeError);
+    if (number == -1 && PyErr_Occurred()) {
+        PyErr_Clear();
+        kv_py_fail(state, KV_BAD_TYPE, "priority must be an integer, not %.100s",
+                   Py_TYPE(value)->tp_name);
+        return false;
+    }
+    if (overflow != 0 || number < INT32_MIN || number > INT32_MAX) {
+        kv_py_fail(state, KV_INVALID, "priority must be within 32 bits");
+        return false;
+    }
+    *out = (int32_t)number;
+    return true;
+}
+
+typedef kv_status_t call_fn(kv_store_t *store, kv_call_t *call, kv_caller_t *caller);
+
+/* One call of init, push, pull, pushpull or broadcast, as given by Python. */
+typedef struct request {
+    const char *verb;
+    call_fn *call;
+    PyObject *key, *value, *out, *priority, *async_op;
+    bool single;       /* exactly one value a key */
+    bool out_is_value; /* pushpull without out */
+} request_t;
+
+/* Tells an exception that an updater raised which keys had been updated. */
+static void tell_updated_keys(const kv_args_t *args)
+{
+    PyObject *class, *error, *trace;
+    PyErr_Fetch(&class, &error, &trace);
+    PyErr_NormalizeException(&class, &error, &trace);
+    PyObject *keys = kv_args_first_keys(args, args->call.num_done);
+    if (keys != NULL && PyObject_SetAttrString(error, "updated_keys", keys) == 0 && args->listed) {
+        PyObject *note =
+            PyUnicode_FromFormat("kvstore: keys updated before by the same call: %R", keys);
+        PyObject *done = note != NULL ? PyObject_CallMethod(error, "add_note", "O", note) : NULL;
+        Py_XDECREF(note);
+        Py_XDECREF(done);
+    }
+    /* Exceptions without a __dict__ and Python 3.10, which has no notes, do without. */
+    PyErr_Clear();
+    Py_XDECREF(keys);
+    PyErr_Restore(class, error, trace);
+}
+
+/* The exception in flight as an object, taken away. */
+static PyObject *take_exception(void)
+{
+    PyObject *class, *error, *trace;
+    PyErr_Fetch(&class, &error, &trace);
+    PyErr_NormalizeException(&class, &error, &trace);
+    if (trace != NULL)
+        PyException_SetTraceback(error, trace);
+    Py_XDECREF(class);
+    Py_XDECREF(trace);
+    return error;
+}
+
+/* What a call returns that was to be asynchronous: errors of the checks come out at once, errors of
+ * the work through the handle. */
+static PyObject *async_result(kv_py_store_t *self, const kv_args_t *args, kv_status_t status,
+                              kv_handle_t *handle)
+{
+    if (handle != NULL)
+        return kv_handle_wrap(self->state, handle, self->timeout_ns);
+    if (status == KV_OK)
+        return kv_handle_finished(self->state, NULL);
+    kv_py_raise(self->state, status);
+    if (!args->call.checked || status == KV_INTERRUPTED)
+        return NULL;
+    return kv_handle_finished(self->state, take_exception());
+}
+
+static PyObject *run_request(kv_py_store_t *self, const request_t *request)
+{
+    kv_args_t local, *args = &local;
+    kv_py_caller_t caller;
+    kv_handle_t *handle = NULL;
+    PyObject *result = NULL;
+    int wants_handle = 0;
+    int32_t priority;
+
+    if (!kv_py_store_check_open(self) || !parse_priority(self->state, request->priority, &priority))
+        return NULL;
+    if (request->async_op != NULL) {
+        wants_handle = PyObject_IsTrue(request->async_op);
+        if (wants_handle < 0)
+            return NULL;
+    }
+    if (wants_handle && (args = kv_args_new()) == NULL)
+        return NULL;
+    if (!kv_args_init(args, self->state, request->verb, request->key, request->value, request->out,
+                      request->single, request->out_is_value))
+        goto done;
+    args->call.priority = priority;
+    if (wants_handle) {
+        args->call.async = true;
+        args->call.hold = &args->hold;
+        args->call.handle = &handle;
+    } else {
+        args->call.async = kv_args_all_ours(args);
+    }
+    kv_py_caller_init(&caller, self->timeout_ns);
+    kv_status_t status = request->call(self->store, &args->call, &caller.base);
+    if (status == KV_CALLBACK)
+        tell_updated_keys(args);
+    if (wants_handle)
+        result = async_result(self, args, status, handle);
+    else
+        result = status == KV_OK ? Py_NewRef(Py_None) : kv_py_raise(self->state, status);
+    if (args == &local)
+        kv_args_fini(args);
+done:
+    if (args != &local)
+        kv_args_drop(args);
+    return result;
+}
+
+static const kv_param_t INIT_PARAMS[] = {{"key", true}, {"value", true}};
+static const kv_signature_t INIT = {"init", 2, 2, INIT_PARAMS};
+
+PyObject *kv_py_store_init(PyObject *self, PyObject *const *args, Py_ssize_t num_args,
+                           PyObject *names)
+{
+    PyObject *v[2];
+    if (!kv_py_parse(&INIT, args, num_args, names, v))
+        return NULL;
+    request_t request = {
+        .verb = "init", .call = kv_store_init, .key = v[0], .value = v[1], .single = true};
+    return run_request(as_store(self), &request);
+}
+
+static const kv_param_t PUSH_PARAMS[] = {
+    {"key", true}, {"value", true}, {"priority", false}, {"async_op", false}};
+static const kv_signature_t PUSH = {"push", 4, 3, PUSH_PARAMS};
+
+PyObject *kv_py_store_push(PyObject *self, PyObject *const *args, Py_ssize_t num_args,
+                           PyObject *names)
+{
+    PyObject *v[4];
+    if (!kv_py_parse(&PUSH, args, num_args, names, v))
+        return NULL;
+    request_t request = {.verb = "push",
+                         .call = kv_store_push,
+                         .key = v[0],
+                         .value = v[1],
+                         .priority = v[2],
+                         .async_op = v[3]};
+    return run_request(as_store(self), &request);
+}
+
+static PyObject *none_as_null(PyObject *object)
+{
+    return object == Py_None ? NULL : object;
+}
+
+static const kv_param_t PUSHPULL_PARAMS[] = {
+    {"key", true}, {"value", true}, {"out", false}, {"priority", false}, {"async_op", false}};
+static const kv_signature_t PUSHPULL = {"pushpull", 5, 4, PUSHPULL_PARAMS};
+
+PyObject *kv_py_store_pushpull(PyObject *self, PyObject *const *args, Py_ssize_t num_args,
+                               PyObject *names)
+{
+    PyObject *v[5];
+    if (!kv_py_parse(&PUSHPULL, args, num_args, names, v))
+        return NULL;
+    PyObject *out = none_as_null(v[2]);
+    request_t request = {.verb = "pushpull",
+                         .call = kv_store_push,
+                         .key = v[0],
+                         .value = v[1],
+                         .out = out,
+                         .priority = v[3],
+                         .async_op = v[4],
+                         .out_is_value = out == NULL};
+    return run_request(as_store(self), &request);
+}
+
+static const kv_param_t BROADCAST_PARAMS[] = {
+    {"key", true}, {"value", true}, {"out", true}, {"priority", false}, {"async_op", false}};
+static const kv_signature_t BROADCAST = {"broadcast", 5, 4, BROADCAST_PARAMS};
+
+PyObject *kv_py_store_broadcast(PyObject *self, PyObject *const *args, Py_ssize_t num_args,
+                                PyObject *names)
+{
+    PyObject *v[5];
+    if (!kv_py_parse(&BROADCAST, args, num_args, names, v))
+        return NULL;
+    request_t request = {.verb = "broadcast",
+                         .call = kv_store_init,
+                         .key = v[0],
+                         .value = v[1],
+                         .out = v[2],
+                         .priority = v[3],
+                         .async_op = v[4],
+                         .single = true};
+    return run_request(as_store(self), &request);
+}
+
+static PyObject *make_out(kv_py_store_t *self, PyObject *key)
+{
+    kv_name_t name;
+    kv_dtype_t dtype;
+    int ndim;
+    int64_t shape[KV_MAX_DIMS];
+    kv_array_t *array;
+    if (!kv_py_name(self->state, key, &name))
+        return NULL;
+    kv_status_t status = kv_store_describe(self->store, &name, "pull", &dtype, &ndim, shape);
+    if (status == KV_OK)
+        status = kv_array_new(dtype, ndim, shape, &array);
+    return status == KV_OK ? kv_ndarray_wrap(self->state, array) : kv_py_raise(self->state, status);
+}
+
+/* New arrays of the keys' shapes and types: one for a key, a list for a list of keys. */
+static PyObject *make_outs(kv_py_store_t *self, PyObject *key)
+{
+    if (!PyList_Check(key) && !PyTuple_Check(key))
+        return make_out(self, key);
+    PyObject *outs = PyList_New(0);
+    for (Py_ssize_t i = 0; outs != NULL && i < PySequence_Fast_GET_SIZE(key); i++) {
+        PyObject *one = Py_NewRef(PySequence_Fast_GET_ITEM(key, i));
+        PyObject *out = make_out(self, one);
+        Py_DECREF(one);
+        if (out == NULL || PyList_Append(outs, out) < 0)
+            Py_CLEAR(outs);
+        Py_XDECREF(out);
+    }
+    return outs;
+}
+
+static const kv_param_t PULL_PARAMS[] = {{"key", true},
+                                         {"out", false},
+                                         {"priority", false},
+                                         {"ignore_sparse", false},
+                                         {"async_op", false}};
+static const kv_signature_t PULL = {"pull", 5, 4, PULL_PARAMS};
+
+PyObject *kv_py_store_pull(PyObject *self, PyObject *const *args, Py_ssize_t num_args,
+                           PyObject *names)
+{
+    PyObject *v[5], *made = NULL;
+    if (!kv_py_parse(&PULL, args, num_args, names, v))
+        return NULL;
+    request_t request = {.verb = "pull",
+                         .call = kv_store_pull,
+                         .key = v[0],
+                         .out = none_as_null(v[1]),
+                         .priority = v[2],
+                         .async_op = v[4]};
+    if (request.out == NULL) {
+        if (v[4] != NULL && v[4] != Py_False)
+            return kv_py_fail(as_store(self)->state, KV_INVALID,
+                              "pull with async_op=True needs an out; without one it returns arrays "
+                              "that wait for their values when they are read");
+        if (!kv_py_store_check_open(as_store(self)) ||
+            (made = make_outs(as_store(self), v[0])) == NULL)
+            return NULL;
+        request.out = made;
+    }
+    PyObject *result = run_request(as_store(self), &request);
+    if (made == NULL || result == NULL || result != Py_None) {
+        Py_XDECREF(made);
+        return result;
+    }
+    Py_DECREF(result);
+    return made;
+}

@@ -1,0 +1,199 @@
+/* A Python function as the store's updater: fn(key, recv, stored).
+ *
+ * The arrays that the function gets are views of the store's memory, of the library that the pushed
+ * value is of. They are kept with the key and used again at its next push, as long as the function
+ * did not keep or reshape them.
+ */
+#include "py/updater.h"
+#include "py/call.h"
+
+typedef struct py_updater {
+    kv_updater_t base;
+    kv_release_t release;
+    kv_state_t *state;
+    PyObject *function;
+} py_updater_t;
+
+/* What is kept with a key. */
+typedef struct arguments {
+    kv_release_t release;
+    PyObject *key, *recv, *stored; /* recv and stored may be NULL */
+    bool numpy;
+} arguments_t;
+
+static void release_arguments(kv_release_t *release)
+{
+    arguments_t *arguments = (arguments_t *)release;
+    Py_XDECREF(arguments->key);
+    Py_XDECREF(arguments->recv);
+    Py_XDECREF(arguments->stored);
+    kv_free(arguments);
+    kv_count(KV_COUNT_HOLDS, -1);
+}
+
+static void drop_arguments(void *data)
+{
+    kv_py_release_later(&((arguments_t *)data)->release);
+}
+
+static arguments_t *arguments_of(const kv_update_t *update)
+{
+    if (KV_LIKELY(update->cache->data != NULL))
+        return update->cache->data;
+    arguments_t *arguments = kv_calloc(1, sizeof *arguments);
+    if (arguments == NULL) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    arguments->key = kv_py_name_object(update->name);
+    if (arguments->key == NULL) {
+        kv_free(arguments);
+        return NULL;
+    }
+    arguments->release.free = release_arguments;
+    update->cache->data = arguments;
+    update->cache->drop = drop_arguments;
+    kv_count(KV_COUNT_HOLDS, 1);
+    return arguments;
+}
+
+/* --------------------------------------------------------------------------------- views */
+
+static void rele_capsule(PyObject *capsule)
+{
+    kv_buffer_rele(PyCapsule_GetPointer(capsule, NULL));
+}
+
+static PyObject *numpy_view(kv_state_t *state, const kv_update_t *update, kv_buffer_t *buffer)
+{
+    PyObject *base = PyCapsule_New(buffer, NULL, rele_capsule);
+    if (base == NULL)
+        return NULL;
+    kv_buffer_hold(buffer);
+    return kv_numpy_view(state, update->dtype, update->ndim, update->shape, buffer->data, base);
+}
+
+/* torch.from_dlpack or cupy.from_dlpack over the buffer. */
+static PyObject *library_view(kv_state_t *state, const kv_update_t *update, kv_buffer_t *buffer,
+                              PyObject *library)
+{
+    kv_array_t *array;
+    kv_status_t status =
+        kv_array_from_buffer(update->dtype, update->ndim, update->shape, buffer, &array);
+    if (status != KV_OK)
+        return kv_py_raise(state, status);
+    PyObject *view = NULL, *owner = kv_ndarray_wrap(state, array);
+    if (owner != NULL)
+        view = PyObject_CallMethod(library, "from_dlpack", "O", owner);
+    Py_XDECREF(owner);
+    return view;
+}
+
+/* The module (a new reference) whose arrays the function shall get, NULL for NumPy: that of the
+ * pushed value's type if it is one that can take DLPack tensors in. */
+static PyObject *library_of(const kv_update_t *update)
+{
+    PyObject *value = update->first->owner;
+    if (value == NULL || update->first->array != NULL)
+        return NULL;
+    PyObject *module = PyObject_GetAttrString((PyObject *)Py_TYPE(value), "__module__");
+    PyObject *library = NULL;
+    if (module != NULL && PyUnicode_Check(module)) {
+        const char *name = PyUnicode_AsUTF8(module);
+        for (int i = 0; name != NULL && i < 2 && library == NULL; i++) {
+            static const char *const LIBRARIES[] = {"torch", "cupy"};
+            size_t length = strlen(LIBRARIES[i]);
+            if (strncmp(name, LIBRARIES[i], length) == 0 &&
+                (name[length] == '\0' || name[length] == '.'))
+                library = PyImport_ImportModule(LIBRARIES[i]);
+        }
+    }
+    Py_XDECREF(module);
+    PyErr_Clear();
+    return library;
+}
+
+/* Fills in the views that are not there yet. */
+static bool make_views(kv_state_t *state, const kv_update_t *update, arguments_t *arguments)
+{
+    PyObject *library = library_of(update);
+    if (arguments->numpy != (library == NULL)) {
+        Py_CLEAR(arguments->recv);
+        Py_CLEAR(arguments->stored);
+        arguments->numpy = library == NULL;
+    }
+    if (arguments->recv == NULL)
+        arguments->recv = library == NULL ? numpy_view(state, update, update->recv)
+                                          : library_view(state, update, update->recv, library);
+    if (arguments->recv != NULL && arguments->stored == NULL)
+        arguments->stored = library == NULL ? numpy_view(state, update, update->stored)
+                                            : library_view(state, update, update->stored, library);
+    Py_XDECREF(library);
+    return arguments->recv != NULL && arguments->stored != NULL;
+}
+
+static bool reusable(const kv_update_t *update, const arguments_t *arguments, PyObject *view,
+                     const kv_buffer_t *buffer)
+{
+    return view != NULL && arguments->numpy &&
+           kv_numpy_view_intact(view, update->dtype, update->ndim, update->shape, buffer->data);
+}
+
+/* ------------------------------------------------------------------------------- updater */
+
+static kv_status_t run(kv_updater_t *base, const kv_update_t *update, kv_caller_t *caller)
+{
+    (void)caller;
+    py_updater_t *updater = (py_updater_t *)base;
+    arguments_t *arguments = arguments_of(update);
+    if (arguments == NULL)
+        return KV_CALLBACK;
+    kv_status_t status = KV_CALLBACK;
+    if (make_views(updater->state, update, arguments)) {
+        PyObject *given[] = {arguments->key, arguments->recv, arguments->stored};
+        PyObject *result = PyObject_Vectorcall(updater->function, given, 3, NULL);
+        if (result != NULL)
+            status = KV_OK;
+        Py_XDECREF(result);
+    }
+    if (!reusable(update, arguments, arguments->recv, update->recv))
+        Py_CLEAR(arguments->recv);
+    if (!reusable(update, arguments, arguments->stored, update->stored))
+        Py_CLEAR(arguments->stored);
+    return status;
+}
+
+static void release_updater(kv_release_t *release)
+{
+    py_updater_t *updater = (py_updater_t *)((char *)release - offsetof(py_updater_t, release));
+    Py_XDECREF(updater->function);
+    kv_free(updater);
+    kv_count(KV_COUNT_HOLDS, -1);
+}
+
+static void free_updater(kv_updater_t *base)
+{
+    kv_py_release_later(&((py_updater_t *)base)->release);
+}
+
+kv_updater_t *kv_py_updater_new(kv_state_t *state, PyObject *function)
+{
+    py_updater_t *updater = kv_calloc(1, sizeof *updater);
+    if (updater == NULL) {
+        PyErr_NoMemory();
+        return NULL;
+    }
+    updater->base.refs = 1;
+    updater->base.run = run;
+    updater->base.free = free_updater;
+    updater->release.free = release_updater;
+    updater->state = state;
+    updater->function = Py_NewRef(function);
+    kv_count(KV_COUNT_HOLDS, 1);
+    return &updater->base;
+}
+
+PyObject *kv_py_updater_function(const kv_updater_t *updater)
+{
+    return ((const py_updater_t *)updater)->function;
+}

@@ -1,0 +1,276 @@
+/* From the items of a call to checked groups: keys resolved, values of a key that stands in several
+ * items taken together, every array compared with what init fixed.
+ *
+ * The fast way looks at everything once. Only when something is wrong are the checks made again in
+ * the contract's order, so that the first error of that order is the one reported.
+ */
+#include "base/memory.h"
+#include "store/internal.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { NAME_BYTES = 96, VIEW_BYTES = 160 };
+
+kv_status_t kv_names_check_locked(const kv_store_t *store, const kv_item_t *items,
+                                  int64_t num_items)
+{
+    if (store->closed)
+        return kv_fail(KV_CLOSED, "the store is closed; create a new one");
+    for (int64_t i = 0; i < num_items; i++) {
+        kv_key_type_t type = items[i].name.text != NULL ? KV_KEYS_TEXT : KV_KEYS_NUMBER;
+        kv_key_type_t due = store->key_type != KV_KEYS_OPEN ? store->key_type
+                            : items[0].name.text != NULL    ? KV_KEYS_TEXT
+                                                            : KV_KEYS_NUMBER;
+        if (type != due) {
+            char name[NAME_BYTES];
+            kv_name_format(&items[i].name, name, sizeof name);
+            return kv_fail(KV_BAD_TYPE, "key %s is %s, but the keys of this store are %s", name,
+                           type == KV_KEYS_TEXT ? "a str" : "an integer",
+                           due == KV_KEYS_TEXT ? "str" : "integers");
+        }
+    }
+    return KV_OK;
+}
+
+/* ----------------------------------------------------------------------------- the views */
+
+/* "value 2 of key 'w'", or without a number when there is only one. */
+static const char *position(const kv_group_t *group, bool out, int32_t i, char *text, size_t bytes)
+{
+    char name[NAME_BYTES];
+    kv_name_format(&group->entry->name, name, sizeof name);
+    const char *what = out ? "out" : "value";
+    if ((out ? group->num_outs : group->num_values) > 1)
+        snprintf(text, bytes, "%s %d of key %s", what, (int)i, name);
+    else
+        snprintf(text, bytes, "the %s of key %s", what, name);
+    return text;
+}
+
+typedef kv_status_t check_fn(const kv_group_t *group, const kv_view_t *view, bool out, int32_t i);
+
+static kv_status_t check_type(const kv_group_t *group, const kv_view_t *view, bool out, int32_t i)
+{
+    char where[NAME_BYTES + 32];
+    const kv_entry_t *entry = group->entry;
+    if (view->dtype == KV_DTYPE_NONE)
+        return kv_fail(
+            KV_BAD_TYPE,
+            "%s has element type %s, which a store cannot hold (it holds native float64, "
+            "float32, float16, bfloat16, int8, uint8, int32, int64)",
+            position(group, out, i, where, sizeof where),
+            view->type_name != NULL ? view->type_name : "unknown");
+    if ((kv_dtype_t)view->dtype != entry->dtype)
+        return kv_fail(KV_BAD_TYPE, "%s has element type %s, but the key has %s; nothing is cast",
+                       position(group, out, i, where, sizeof where),
+                       kv_dtype_name((kv_dtype_t)view->dtype), kv_dtype_name(entry->dtype));
+    return KV_OK;
+}
+
+static kv_status_t check_shape(const kv_group_t *group, const kv_view_t *view, bool out, int32_t i)
+{
+    const kv_entry_t *entry = group->entry;
+    if (view->ndim == entry->ndim &&
+        (view->ndim == 0 ||
+         memcmp(view->shape, entry->shape, (size_t)view->ndim * sizeof *view->shape) == 0))
+        return KV_OK;
+    char where[NAME_BYTES + 32], given[VIEW_BYTES], due[VIEW_BYTES];
+    return kv_fail(KV_INVALID, "%s has shape %s, but the key has shape %s",
+                   position(group, out, i, where, sizeof where),
+                   kv_shape_format(view->ndim, view->shape, given, sizeof given),
+                   kv_shape_format(entry->ndim, entry->shape, due, sizeof due));
+}
+
+static kv_status_t check_memory(const kv_group_t *group, const kv_view_t *view, bool out, int32_t i)
+{
+    char where[NAME_BYTES + 32];
+    if (view->flags & KV_VIEW_DEVICE)
+        return kv_fail(KV_NOT_BUILT,
+                       "%s is in device memory, and this build of kvstore has host memory only; "
+                       "move it to the host first",
+                       position(group, out, i, where, sizeof where));
+    if (out && (view->flags & KV_VIEW_READONLY))
+        return kv_fail(KV_INVALID, "%s is read-only", position(group, out, i, where, sizeof where));
+    return KV_OK;
+}
+
+static kv_status_t check_each(const kv_group_t *groups, int64_t num_groups, check_fn *check)
+{
+    for (int64_t g = 0; g < num_groups; g++) {
+        for (int32_t i = 0; i < groups[g].num_values; i++)
+            KV_TRY(check(&groups[g], &groups[g].values[i], false, i));
+        for (int32_t i = 0; i < groups[g].num_outs; i++)
+            KV_TRY(check(&groups[g], &groups[g].outs[i], true, i));
+    }
+    return KV_OK;
+}
+
+static bool acceptable(const kv_group_t *groups, int64_t num_groups)
+{
+    for (int64_t g = 0; g < num_groups; g++) {
+        const kv_group_t *group = &groups[g];
+        for (int32_t i = 0; i < group->num_values; i++)
+            if (!kv_entry_accepts(group->entry, &group->values[i]))
+                return false;
+        for (int32_t i = 0; i < group->num_outs; i++)
+            if (!kv_entry_accepts(group->entry, &group->outs[i]) ||
+                (group->outs[i].flags & KV_VIEW_READONLY))
+                return false;
+    }
+    return true;
+}
+
+kv_status_t kv_groups_check(const kv_group_t *groups, int64_t num_groups, const kv_call_t *call,
+                            const char *verb)
+{
+    if (KV_UNLIKELY(!acceptable(groups, num_groups))) {
+        KV_TRY(check_each(groups, num_groups, check_type));
+        KV_TRY(check_each(groups, num_groups, check_shape));
+        KV_TRY(check_each(groups, num_groups, check_memory));
+    }
+    if (call->num_outs == 0)
+        return KV_OK;
+    kv_status_t status = kv_outs_check_disjoint(call->outs, call->num_outs);
+    if (status == KV_OK && call->num_values > 0)
+        status = kv_outs_check_values(call->outs, call->num_outs, call->values, call->num_values);
+    if (status == KV_OK)
+        return KV_OK;
+    char name[NAME_BYTES], others[48] = "";
+    if (num_groups > 1)
+        snprintf(others, sizeof others, " and %" PRId64 " more, counted over all keys",
+                 num_groups - 1);
+    return kv_fail(status, "%s of key %s%s: %s", verb,
+                   kv_name_format(&groups[0].entry->name, name, sizeof name), others,
+                   kv_status_message(status));
+}
+
+/* ------------------------------------------------------------------------------ the keys */
+
+/* Finds and pins the entry of every distinct key; group_of[i] tells the group of item i. */
+static kv_status_t resolve_locked(kv_store_t *store, const kv_call_t *call, const char *verb,
+                                  kv_plan_t *plan, int64_t *group_of) KV_REQUIRES(&store->lock)
+{
+    KV_TRY(kv_names_check_locked(store, call->items, call->num_items));
+    uint64_t stamp = ++store->stamp;
+    plan->num_groups = 0;
+    for (int64_t i = 0; i < call->num_items; i++) {
+        const kv_name_t *name = &call->items[i].name;
+        kv_entry_t *entry = kv_table_find(&store->table, name, kv_name_hash(name));
+        if (entry == NULL) {
+            for (int64_t g = 0; g < plan->num_groups; g++)
+                kv_var_unpin(&plan->groups[g].entry->var);
+            char text[NAME_BYTES];
+            return kv_fail(KV_NO_KEY, "%s of key %s, which was not initialised; call init first",
+                           verb, kv_name_format(name, text, sizeof text));
+        }
+        if (entry->stamp != stamp) {
+            entry->stamp = stamp;
+            entry->group = plan->num_groups++;
+            kv_var_pin(&entry->var);
+            plan->groups[entry->group] = (kv_group_t){.entry = entry,
+                                                      .num_values = call->items[i].num_values,
+                                                      .num_outs = call->items[i].num_outs,
+                                                      .values = call->items[i].values,
+                                                      .outs = call->items[i].outs};
+        }
+        group_of[i] = entry->group;
+    }
+    return KV_OK;
+}
+
+/* Puts the views of each key side by side, when some key stood in several items. */
+static kv_status_t regroup(const kv_call_t *call, const int64_t *group_of, kv_plan_t *plan)
+{
+    kv_view_t *next = kv_alloc((size_t)(call->num_values + call->num_outs) * sizeof(kv_view_t));
+    KV_TRY_ALLOC(next, "the values of a key that stands twice");
+    plan->regrouped = next;
+    for (int64_t g = 0; g < plan->num_groups; g++)
+        plan->groups[g] = (kv_group_t){.entry = plan->groups[g].entry};
+    for (int64_t i = 0; i < call->num_items; i++) {
+        plan->groups[group_of[i]].num_values += call->items[i].num_values;
+        plan->groups[group_of[i]].num_outs += call->items[i].num_outs;
+    }
+    for (int64_t g = 0; g < plan->num_groups; g++) {
+        plan->groups[g].values = next;
+        next += plan->groups[g].num_values;
+        plan->groups[g].outs = next;
+        next += plan->groups[g].num_outs;
+        plan->groups[g].num_values = plan->groups[g].num_outs = 0;
+    }
+    for (int64_t i = 0; i < call->num_items; i++) {
+        const kv_item_t *item = &call->items[i];
+        kv_group_t *group = &plan->groups[group_of[i]];
+        if (item->num_values > 0)
+            memcpy((kv_view_t *)group->values + group->num_values, item->values,
+                   (size_t)item->num_values * sizeof(kv_view_t));
+        if (item->num_outs > 0)
+            memcpy((kv_view_t *)group->outs + group->num_outs, item->outs,
+                   (size_t)item->num_outs * sizeof(kv_view_t));
+        group->num_values += item->num_values;
+        group->num_outs += item->num_outs;
+    }
+    return KV_OK;
+}
+
+static kv_status_t check_not_inside(const kv_plan_t *plan, const char *verb)
+{
+    if (KV_LIKELY(kv_callback_depth() == 0))
+        return KV_OK;
+    for (int64_t g = 0; g < plan->num_groups; g++) {
+        if (kv_var_held_here(&plan->groups[g].entry->var)) {
+            char name[NAME_BYTES];
+            kv_name_format(&plan->groups[g].entry->name, name, sizeof name);
+            return kv_fail(KV_INVALID,
+                           "%s of key %s from inside the updater of this key would wait for itself",
+                           verb, name);
+        }
+    }
+    return KV_OK;
+}
+
+kv_status_t kv_plan_init(kv_store_t *store, const kv_call_t *call, const char *verb,
+                         kv_plan_t *plan)
+{
+    int64_t one, *group_of = &one;
+    plan->groups = &plan->one;
+    plan->updater = NULL;
+    plan->regrouped = NULL;
+    plan->num_groups = 0;
+    if (KV_UNLIKELY(call->num_items > 1)) {
+        size_t bytes = (size_t)call->num_items * (sizeof(kv_group_t) + sizeof(int64_t));
+        plan->groups = kv_alloc(bytes);
+        KV_TRY_ALLOC(plan->groups, "the keys of a call");
+        group_of = (int64_t *)(plan->groups + call->num_items);
+    }
+    kv_mutex_lock(&store->lock);
+    kv_status_t status = resolve_locked(store, call, verb, plan, group_of);
+    if (status == KV_OK && store->updater != NULL && call->num_values > 0) {
+        plan->updater = store->updater;
+        atomic_fetch_add(&plan->updater->refs, 1);
+    }
+    kv_mutex_unlock(&store->lock);
+    if (status != KV_OK)
+        plan->num_groups = 0;
+    if (status == KV_OK && plan->num_groups < call->num_items)
+        status = regroup(call, group_of, plan);
+    if (status == KV_OK)
+        status = check_not_inside(plan, verb);
+    if (status == KV_OK)
+        status = kv_groups_check(plan->groups, plan->num_groups, call, verb);
+    if (status != KV_OK)
+        kv_plan_fini(plan);
+    return status;
+}
+
+void kv_plan_fini(kv_plan_t *plan)
+{
+    for (int64_t g = 0; g < plan->num_groups; g++)
+        kv_var_unpin(&plan->groups[g].entry->var);
+    if (plan->groups != &plan->one)
+        kv_free(plan->groups);
+    kv_free(plan->regrouped);
+    if (plan->updater != NULL && atomic_fetch_sub(&plan->updater->refs, 1) == 1)
+        plan->updater->free(plan->updater);
+}

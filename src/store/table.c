@@ -1,0 +1,181 @@
+/* Keys: their names, their entries, and the table that finds them. */
+#include "base/memory.h"
+#include "store/internal.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+const char *kv_name_format(const kv_name_t *name, char *text, size_t bytes)
+{
+    if (name->text == NULL) {
+        snprintf(text, bytes, "%" PRId64, name->number);
+        return text;
+    }
+    int room = bytes > 8 ? (int)bytes - 8 : 0;
+    if (name->bytes <= (size_t)room) {
+        snprintf(text, bytes, "'%.*s'", (int)name->bytes, name->text);
+        return text;
+    }
+    while (room > 0 && ((unsigned char)name->text[room] & 0xC0) == 0x80)
+        room--;
+    snprintf(text, bytes, "'%.*s…'", room, name->text);
+    return text;
+}
+
+uint64_t kv_name_hash(const kv_name_t *name)
+{
+    const uint64_t multiplier = UINT64_C(0x9E3779B97F4A7C15);
+    uint64_t hash = multiplier, word;
+    if (name->text == NULL) {
+        hash ^= (uint64_t)name->number;
+    } else {
+        const char *text = name->text;
+        size_t left = name->bytes;
+        for (; left >= 8; left -= 8, text += 8) {
+            memcpy(&word, text, 8);
+            hash = (hash ^ word) * multiplier;
+            hash ^= hash >> 32;
+        }
+        word = left;
+        for (size_t i = 0; i < left; i++)
+            word = word << 8 | (unsigned char)text[i];
+        hash ^= word;
+    }
+    hash *= multiplier;
+    return hash ^ hash >> 29;
+}
+
+static bool name_equal(const kv_name_t *a, const kv_name_t *b)
+{
+    if (a->text == NULL || b->text == NULL)
+        return a->text == b->text && a->number == b->number;
+    return a->bytes == b->bytes && memcmp(a->text, b->text, a->bytes) == 0;
+}
+
+/* ------------------------------------------------------------------------------- entries */
+
+static void entry_free(void *context)
+{
+    kv_entry_t *entry = context;
+    if (entry->cache.drop != NULL)
+        entry->cache.drop(entry->cache.data);
+    kv_buffer_rele(entry->stored);
+    kv_buffer_rele(entry->merged);
+    kv_free(entry);
+    kv_count(KV_COUNT_KEYS, -1);
+}
+
+kv_status_t kv_entry_new(const kv_name_t *name, kv_dtype_t dtype, int ndim, const int64_t *shape,
+                         kv_entry_t **out)
+{
+    int64_t count;
+    size_t bytes;
+    KV_TRY(kv_shape_size(dtype, ndim, shape, &count, &bytes));
+    size_t extents = (size_t)ndim * sizeof *shape;
+    kv_entry_t *entry =
+        kv_calloc(1, sizeof *entry + extents + (name->text != NULL ? name->bytes : 0));
+    KV_TRY_ALLOC(entry, "a key");
+    kv_status_t status = kv_buffer_new(bytes, &entry->stored);
+    if (status != KV_OK) {
+        kv_free(entry);
+        return status;
+    }
+    kv_var_init(&entry->var, false, entry_free, entry);
+    entry->name = *name;
+    if (name->text != NULL) {
+        char *text = (char *)entry->shape + extents;
+        memcpy(text, name->text, name->bytes);
+        entry->name.text = text;
+    }
+    entry->hash = kv_name_hash(name);
+    entry->dtype = dtype;
+    entry->ndim = ndim;
+    entry->count = count;
+    entry->bytes = bytes;
+    if (ndim > 0)
+        memcpy(entry->shape, shape, extents);
+    kv_count(KV_COUNT_KEYS, 1);
+    *out = entry;
+    return KV_OK;
+}
+
+/* --------------------------------------------------------------------------------- table */
+
+kv_entry_t *kv_table_find(const kv_table_t *table, const kv_name_t *name, uint64_t hash)
+{
+    if (table->num_slots == 0)
+        return NULL;
+    uint64_t mask = (uint64_t)table->num_slots - 1;
+    for (uint64_t i = hash & mask;; i = (i + 1) & mask) {
+        kv_entry_t *entry = table->slots[i];
+        if (entry == NULL)
+            return NULL;
+        if (entry->hash == hash && name_equal(&entry->name, name))
+            return entry;
+    }
+}
+
+static void place(kv_entry_t **slots, int64_t num_slots, kv_entry_t *entry)
+{
+    uint64_t mask = (uint64_t)num_slots - 1, i = entry->hash & mask;
+    while (slots[i] != NULL)
+        i = (i + 1) & mask;
+    slots[i] = entry;
+}
+
+kv_status_t kv_table_reserve(kv_table_t *table, int64_t extra)
+{
+    int64_t num_slots = table->num_slots > 0 ? table->num_slots : 16;
+    while (num_slots / 2 < table->num_entries + extra)
+        num_slots *= 2;
+    if (num_slots == table->num_slots)
+        return KV_OK;
+    kv_entry_t **slots = kv_calloc((size_t)num_slots, sizeof(kv_entry_t *));
+    KV_TRY_ALLOC(slots, "the table of keys");
+    for (kv_entry_t *entry = table->first; entry != NULL; entry = entry->next)
+        place(slots, num_slots, entry);
+    kv_free(table->slots);
+    table->slots = slots;
+    table->num_slots = num_slots;
+    return KV_OK;
+}
+
+void kv_table_insert(kv_table_t *table, kv_entry_t *entry)
+{
+    place(table->slots, table->num_slots, entry);
+    entry->prev = table->last;
+    entry->next = NULL;
+    *(table->last != NULL ? &table->last->next : &table->first) = entry;
+    table->last = entry;
+    table->num_entries++;
+}
+
+void kv_table_remove(kv_table_t *table, kv_entry_t *entry)
+{
+    uint64_t mask = (uint64_t)table->num_slots - 1, hole = entry->hash & mask;
+    while (table->slots[hole] != entry)
+        hole = (hole + 1) & mask;
+    /* Close the hole: move up every later entry of the run whose home is not between them. */
+    for (uint64_t i = hole;;) {
+        i = (i + 1) & mask;
+        kv_entry_t *later = table->slots[i];
+        if (later == NULL)
+            break;
+        uint64_t home = later->hash & mask;
+        if (((i - home) & mask) >= ((i - hole) & mask)) {
+            table->slots[hole] = later;
+            hole = i;
+        }
+    }
+    table->slots[hole] = NULL;
+    *(entry->prev != NULL ? &entry->prev->next : &table->first) = entry->next;
+    *(entry->next != NULL ? &entry->next->prev : &table->last) = entry->prev;
+    table->num_entries--;
+}
+
+void kv_table_fini(kv_table_t *table)
+{
+    kv_free(table->slots);
+    *table = (kv_table_t){0};
+}

@@ -1,0 +1,58 @@
+"""What every Python test gets: a store of each kind, and the demand to leave nothing behind."""
+
+import gc
+import time
+
+import pytest
+
+import kvstore
+from kvstore import _core
+
+KINDS = ("local", "device")
+QUIET_S = 5.0  # how long a worker thread may take to drop the last reference of finished work
+
+
+def pytest_report_header():
+    info = _core.build_info()
+    return f"kvstore {kvstore.__version__}: {info['flavour']} build, {_core.__file__}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
+
+
+FAILED = pytest.StashKey[bool]()
+
+
+def left_over(before):
+    """What the counters show beyond `before`, or below zero."""
+    now = _core.counters()
+    return {name: n - before[name] for name, n in now.items() if n > before[name] or n < 0}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request):
+    """Objects and bytes made by the test are gone after it, and the order of locks was kept."""
+    gc.collect()
+    before, violations = _core.counters(), _core.lock_violations()
+    yield
+    gc.collect()
+    kvstore.wait_all()
+    assert _core.lock_violations() == violations, "locks were taken out of order"
+    if request.node.stash.get(FAILED, False):
+        return  # its traceback keeps its objects alive
+    deadline = time.monotonic() + QUIET_S
+    while left_over(before) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert not left_over(before), "the test left objects behind"
+
+
+@pytest.fixture(params=KINDS)
+def kv(request):
+    """A store of each kind that this build has."""
+    with kvstore.create(request.param) as store:
+        yield store

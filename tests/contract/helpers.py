@@ -1,0 +1,140 @@
+"""What the tests of the store share."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import kvstore
+import numpy as np
+import pytest
+
+# How long a test waits for something that is due at once: long enough for a loaded machine.
+LONG = 30
+
+# What a Python user would catch, by what the store raises.
+ALSO = {
+    kvstore.KeyNotFoundError: KeyError,
+    kvstore.InvalidArgumentError: ValueError,
+    kvstore.ArrayTypeError: TypeError,
+    kvstore.TimeoutError: TimeoutError,
+    kvstore.NotBuiltError: ImportError,
+    kvstore.ClosedError: RuntimeError,
+}
+
+
+def pulled(kv, key):
+    out = np.empty(kv.shape(key), kv.dtype(key))
+    kv.pull(key, out=out)
+    return out
+
+
+def same(a, b):
+    """Equal in type, shape and every bit."""
+    a, b = np.asarray(a), np.asarray(b)
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def contents(kv):
+    found = {}
+    for key in kv.keys():  # noqa: SIM118
+        value = pulled(kv, key)
+        found[key] = (value.dtype, value.shape, value.tobytes())
+    return found
+
+
+@contextlib.contextmanager
+def refused(kv, error, *patterns):
+    """The block raises `error`, its message matches every pattern, and the store is as before."""
+    before = contents(kv)
+    with pytest.raises(error) as info:
+        yield
+    assert isinstance(info.value, kvstore.KVStoreError)
+    assert isinstance(info.value, ALSO[error])
+    for pattern in patterns:
+        assert re.search(pattern, str(info.value), re.IGNORECASE), (pattern, str(info.value))
+    assert contents(kv) == before
+
+
+class Worker(threading.Thread):
+    """A thread whose result, or exception, comes out of `result()`."""
+
+    def __init__(self, function, *args, **kwargs):
+        super().__init__(daemon=True)
+        self.job = function, args, kwargs
+        self.value = self.error = None
+        self.start()
+
+    def run(self):
+        function, args, kwargs = self.job
+        try:
+            self.value = function(*args, **kwargs)
+        except BaseException as error:
+            self.error = error
+        finally:
+            del self.job
+
+    def result(self):
+        self.join(LONG)
+        assert not self.is_alive(), "a thread hangs"
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+        return self.value
+
+    def wait_in_call(self, function):
+        """Returns when the thread's innermost Python frame has been `function`, at the same
+        instruction, for a while: it waits in a C call made there."""
+        place, since = None, time.monotonic()
+        end = since + LONG
+        while time.monotonic() < end:
+            assert self.is_alive(), "the call did not wait"
+            frame = sys._current_frames().get(self.ident)
+            now = (frame.f_code, frame.f_lasti) if frame is not None else None
+            del frame
+            if now != place or now is None or now[0] is not function.__code__:
+                place, since = now, time.monotonic()
+            elif time.monotonic() - since > 0.05:
+                return
+            time.sleep(0.001)
+        raise AssertionError("the thread never came to the call")
+
+
+@contextlib.contextmanager
+def held(kv, key):
+    """In the block the key is held by an updater of another thread, which leaves it as it is."""
+    entered, release = threading.Event(), threading.Event()
+
+    def updater(key, recv, stored):
+        entered.set()
+        release.wait(LONG)
+
+    kv.set_updater(updater)
+    holder = Worker(kv.push, key, np.zeros(kv.shape(key), kv.dtype(key)))
+    assert entered.wait(LONG)
+    kv.set_updater(None)
+    try:
+        yield release
+    finally:
+        release.set()
+        holder.result()
+
+
+def run_script(script, *args, timeout=60, **env):
+    """Runs a Python script in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", script, *args],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env={**os.environ, **env},
+    )
+
+
+def assert_clean(done):
+    """The script succeeded and said nothing on stderr."""
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr

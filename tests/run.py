@@ -1,0 +1,338 @@
+"""The habits: checks beyond the plain `pytest`, each by one command.
+
+    python tests/run.py NAME [options]
+
+A habit passes with exit status 0 and a closing line. What it needs and does not find is a failure
+that says how to get it, never a silent pass; only `gpu` counts as skipped on a machine without one.
+It runs with the Python that has the package installed with its extras [dev]; what it builds goes
+into build/.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
+BUILD = ROOT / "build"
+JOBS = os.cpu_count() or 1
+SKIPPED = "skipped"
+
+sys.path.insert(0, str(TESTS / "c"))
+
+
+class Failed(Exception):
+    """A habit did not pass; the message says why."""
+
+
+def run(*command, env=None, cwd=ROOT, quiet=False, timeout_s=3000):
+    """Runs a command that must succeed. `quiet`: its output is shown only when it fails."""
+    command = [str(part) for part in command]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if quiet else {}
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            **output,
+        )
+    except FileNotFoundError:
+        raise Failed(f"{command[0]} is not on this machine") from None
+    except subprocess.TimeoutExpired:
+        raise Failed(f"still running after {timeout_s} s: {' '.join(command)}") from None
+    if done.returncode != 0:
+        raise Failed(f"{done.stdout or ''}exit status {done.returncode}: {' '.join(command)}")
+    return done.stdout
+
+
+def pytest(*arguments, python=(sys.executable,), env=None):
+    """Runs pytest from a folder where no checkout stands before the package that is meant."""
+    BUILD.mkdir(exist_ok=True)
+    options = ("-c", ROOT / "pyproject.toml", "--rootdir", ROOT, "-q", "-p", "no:cacheprovider")
+    run(*python, "-m", "pytest", *options, *arguments, env=env, cwd=BUILD)
+
+
+def existing(*paths):
+    """Paths below tests/, which must be there."""
+    found = [TESTS / path for path in paths]
+    missing = [str(path.relative_to(ROOT)) for path in found if not path.exists()]
+    if missing:
+        raise Failed(f"not there: {', '.join(missing)}")
+    return found
+
+
+def tool(name):
+    """A program of the extras [dev], beside this Python or on the path."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise Failed(f"{name} is missing: pip install -e '.[dev]'")
+    return found
+
+
+# ---------------------------------------------------------------------------------------- lint
+
+WARNINGS = (
+    "-Wall -Wextra -Wshadow -Wstrict-prototypes -Wmissing-prototypes -Wpointer-arith "
+    "-Wwrite-strings -Werror"
+).split()
+
+
+def lint(options):
+    steps = (compiler_warnings, layout, python_style, python_types, stub, house_rules)
+    problems = []
+    for step in steps:
+        try:
+            step()
+        except Failed as error:
+            problems.append(f"{step.__name__}: {error}")
+    if problems:
+        raise Failed("\n".join(problems))
+
+
+def compiler_warnings():
+    """gcc with its optimiser on, which finds more, and clang with its analysis of locks."""
+    import numpy
+
+    headers = ("-isystem", sysconfig.get_path("include"), "-isystem", numpy.get_include())
+    common = ["-std=c17", *WARNINGS, "-D_GNU_SOURCE", "-Isrc", "-fvisibility=hidden", *headers]
+    compilers = (
+        ["gcc", "-O2", "-c", "-o", "/dev/null", *common],
+        ["clang", "-fsyntax-only", "-Wthread-safety", *common],
+    )
+    sources = sorted((ROOT / "src").rglob("*.c")) + sorted((TESTS / "c").rglob("*.c"))
+    jobs = [
+        [*compiler, *defines, source.relative_to(ROOT)]
+        for compiler in compilers
+        for defines in ((), ("-DKV_DEBUG",))
+        for source in sources
+    ]
+    together(lambda job: run(*job, quiet=True), jobs)
+
+
+def together(function, jobs):
+    """Calls the function for every job, side by side, and reports all failures."""
+
+    def attempt(job):
+        try:
+            function(job)
+        except Failed as error:
+            return str(error)
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        problems = [problem for problem in pool.map(attempt, jobs) if problem]
+    if problems:
+        raise Failed("\n".join(problems))
+
+
+def layout():
+    """clang-format of one release."""
+    formatter = tool("clang-format")
+    version = run(formatter, "--version", quiet=True)
+    if "version 14." not in version:
+        raise Failed(f"clang-format 14 is needed (pip install -e '.[dev]'), this is {version}")
+    folders = (ROOT / "src", TESTS, ROOT / "benchmarks")
+    files = [path for folder in folders for ext in "ch" for path in folder.rglob(f"*.{ext}")]
+    files += (ROOT / "src").rglob("*.inc")
+    files = sorted(path for path in files if "peers" not in path.parts)
+    run(formatter, "--dry-run", "-Werror", *files, quiet=True)
+
+
+def python_style():
+    run(tool("ruff"), "check", "--quiet", ".", quiet=True)
+    run(tool("ruff"), "format", "--quiet", "--check", "--diff", ".", quiet=True)
+
+
+def python_types():
+    run(tool("mypy"), quiet=True)
+
+
+def stub():
+    """_core.pyi against the module as it was built."""
+    run(tool("stubtest"), "kvstore._core", quiet=True)
+
+
+def house_rules():
+    pytest("--quiet", "--no-header", *existing("lint"))
+
+
+# ---------------------------------------------------------------------------------- sanitizers
+
+SANITIZERS = {
+    # Leaks are not looked for: the interpreter leaves much behind; the live-object counters do it.
+    "asan": {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
+    "tsan": {"TSAN_OPTIONS": "halt_on_error=1 second_deadlock_stack=1 die_after_fork=0"},
+}
+
+
+def sanitized(flavour, suites):
+    """The C tests, then Python tests on a package built with the sanitizer."""
+    import build
+
+    c_tests(flavour)
+
+    library = run("gcc", f"-print-file-name=lib{flavour}.so", quiet=True).strip()
+    if not Path(library).is_absolute():
+        raise Failed(f"gcc has no lib{flavour}.so")
+    env = {
+        **SANITIZERS[flavour],
+        "PYTHONMALLOC": "malloc",
+        "PYTHONPATH": str(install_flavour(flavour)),
+    }
+    # The sanitizer is loaded by the interpreter itself, not by what starts it, and
+    # sys.executable is the interpreter itself, never a script that starts it.
+    preload = f"LD_PRELOAD={os.path.realpath(library)}"
+    python = (*build.command("env", flavour, preload), sys.executable)
+    check = f"import kvstore; assert kvstore._core.build_info()['flavour'] == {flavour!r}"
+    run(*python, "-c", check, env=env, cwd=BUILD)
+    pytest(*suites, python=python, env=env)
+
+
+def c_tests(flavour):
+    import build
+
+    try:
+        programs = build.build(flavour)
+    except build.BuildError as error:
+        raise Failed(str(error)) from None
+    if not programs:
+        raise Failed("there are no C tests")
+    for program in programs:
+        passed, failed, output = build.run(program, flavour)
+        if failed or not passed:
+            raise Failed(output)
+        print(f"{program.name}: {passed} passed")
+
+
+def install_flavour(flavour):
+    """A copy of the package with the core of a flavour, to be put on PYTHONPATH."""
+    folder = BUILD / flavour / "package"
+    shutil.rmtree(folder, ignore_errors=True)
+    arguments = ("--quiet", "--no-deps", "--target", folder, ROOT)
+    run(sys.executable, "-m", "pip", "install", *arguments, env={"KVSTORE_BUILD": flavour})
+    return folder
+
+
+def asan(options):
+    sanitized("asan", existing("unit", "contract"))
+
+
+def tsan(options):
+    sanitized("tsan", existing("unit", "contract"))
+
+
+# -------------------------------------------------------------------------------- other habits
+
+
+def engine(options):
+    """Random programs on the stepping engine against the naive one."""
+    import build
+
+    existing("c/engine_random.c")
+    try:
+        program = build.build_program("engine_random", "debug")
+    except build.BuildError as error:
+        raise Failed(str(error)) from None
+    run(*build.command(program, "debug", "--seeds", str(options.seeds)))
+
+
+def golden(options):
+    pytest(*existing("golden"))
+
+
+def faults(options):
+    pytest(*existing("faults"))
+
+
+def fuzz(options):
+    pytest(*existing("fuzz"), env={"KVSTORE_FUZZ_SECONDS": str(options.seconds)})
+
+
+def bench(options):
+    run(sys.executable, ROOT / "benchmarks" / "run.py", "--quick")
+
+
+def large(options):
+    pytest("-m", "large", TESTS)
+
+
+def gpu(options):
+    print("no GPU was looked for: this version has no CUDA code")
+    return SKIPPED
+
+
+# The oldest NumPy that the package runs on, tried where it has wheels.
+OLD_NUMPY = {"3.10": "numpy==1.26.*"}
+SHORT_SUITE = ("unit/test_package.py", "contract")
+
+
+def versions(options):
+    """Build, import and a short suite on every CPython from 3.10 on that is found."""
+    suite = existing(*SHORT_SUITE)
+    found = pythons()
+    if not found:
+        raise Failed("no CPython from 3.10 on was found")
+    for version, interpreter in found.items():
+        venv = BUILD / "versions" / version
+        shutil.rmtree(venv, ignore_errors=True)
+        run(interpreter, "-m", "venv", venv, quiet=True)
+        python = (venv / "bin" / "python",)
+        packages = (ROOT, "pytest", "hypothesis", "ml_dtypes", OLD_NUMPY.get(version, "numpy"))
+        run(*python, "-m", "pip", "install", "--quiet", *packages, quiet=True)
+        print(f"CPython {version}", flush=True)
+        pytest(*suite, python=python)
+
+
+def pythons():
+    """The interpreters found, by version: on the path and below pyenv."""
+    candidates = [shutil.which(f"python3.{minor}") for minor in range(10, 20)]
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
+    candidates += sorted(pyenv.glob("3.*/bin/python3"), reverse=True)
+    code = "import sys; print(sys.implementation.name, '%d.%d' % sys.version_info[:2])"
+    found = {}
+    for candidate in filter(None, candidates):
+        done = subprocess.run([candidate, "-c", code], capture_output=True, text=True)
+        match = re.fullmatch(r"cpython (3\.(\d+))\n", done.stdout)
+        if done.returncode == 0 and match and int(match[2]) >= 10:
+            found.setdefault(match[1], candidate)
+    return dict(sorted(found.items(), key=lambda item: int(item[0][2:])))
+
+
+# ------------------------------------------------------------------------------------- choosing
+
+HABITS = (lint, asan, tsan, engine, golden, faults, fuzz, versions, bench, large, gpu)
+NEEDS_PACKAGE = (lint, golden, faults, fuzz, bench, large)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("habit", choices=[habit.__name__ for habit in HABITS])
+    parser.add_argument("--seeds", type=int, default=2000, help="engine: how many programs")
+    parser.add_argument("--seconds", type=int, default=60, help="fuzz: for how long")
+    options = parser.parse_args()
+    habit = next(habit for habit in HABITS if habit.__name__ == options.habit)
+    start = time.monotonic()
+    try:
+        if habit in NEEDS_PACKAGE and importlib.util.find_spec("kvstore") is None:
+            raise Failed("kvstore is not installed: pip install -e '.[dev]'")
+        outcome = habit(options) or "passed"
+    except Failed as error:
+        print(error, file=sys.stderr)
+        outcome = "FAILED"
+    print(f"{options.habit}: {outcome} in {time.monotonic() - start:.0f} s")
+    return outcome == "FAILED"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
