@@ -109,10 +109,9 @@ def report() -> Iterator[str]:
     except KVStoreError as error:
         yield _row("error", str(error))
     else:
-        yield _row(
-            "built as",
-            f"{info['flavour']}, {info['compiler']}, for NumPy {info['numpy_target']} and newer",
-        )
+        compiler = info["compiler"]  # gcc gives its version only
+        compiler = f"gcc {compiler}" if compiler[:1].isdigit() else compiler
+        yield _row("built as", f"{info['flavour']}, {compiler}, NumPy API {info['numpy_target']}")
         yield _row("kernels", f"{info['isa']} (of {', '.join(info['isas'])})")
         yield _row("engine", info["engine"])
         yield _row("processors", str(info["processors"]))

@@ -1,4 +1,4 @@
-"""The C core as the type checker sees it; `python tests/run.py lint` checks it against the module."""
+"""The C core for the type checker; `python tests/run.py lint` checks it against the module."""
 
 import builtins
 from collections.abc import Callable, Generator, Sequence

@@ -134,6 +134,13 @@ KV_MUST_CHECK kv_status_t kv_store_push(kv_store_t *store, kv_call_t *call, kv_c
 /* Each out becomes the stored value. */
 KV_MUST_CHECK kv_status_t kv_store_pull(kv_store_t *store, kv_call_t *call, kv_caller_t *caller);
 
+/* The quick way for one key with one value (push), one out (pull), or both (pushpull), each foreign,
+ * contiguous, `out` writable. *done = false: nothing has happened; the key is busy, too large, or
+ * something is wrong: the general call does it or tells. Else the status is that of the updater. */
+KV_MUST_CHECK kv_status_t kv_store_try_small(kv_store_t *store, const kv_name_t *name,
+                                             const kv_view_t *value, const kv_view_t *out,
+                                             kv_caller_t *caller, bool *done);
+
 /* ------------------------------------------------------------------------------- updater */
 
 /* Something that the updater keeps with a key; dropped with the key, by any thread, no lock held. */

@@ -169,10 +169,11 @@ def house_rules():
 
 # ---------------------------------------------------------------------------------- sanitizers
 
+SANITIZED_SEEDS = 200
 SANITIZERS = {
     # Leaks are not looked for: the interpreter leaves much behind; the live-object counters do it.
-    "asan": {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"},
-    "tsan": {"TSAN_OPTIONS": "halt_on_error=1 second_deadlock_stack=1 die_after_fork=0"},
+    "asan": {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"},
+    "tsan": {"TSAN_OPTIONS": "allocator_may_return_null=1:die_after_fork=0"},
 }
 
 
@@ -199,20 +200,35 @@ def sanitized(flavour, suites):
     pytest(*suites, python=python, env=env)
 
 
-def c_tests(flavour):
+def c_programs(flavour, pattern):
     import build
 
     try:
-        programs = build.build(flavour)
+        programs = build.build(flavour, pattern=pattern)
     except build.BuildError as error:
         raise Failed(str(error)) from None
     if not programs:
-        raise Failed("there are no C tests")
-    for program in programs:
+        raise Failed(f"there is no tests/c/{pattern}")
+    return programs
+
+
+def c_tests(flavour):
+    import build
+
+    for program in c_programs(flavour, "test_*.c"):
         passed, failed, output = build.run(program, flavour)
         if failed or not passed:
             raise Failed(output)
-        print(f"{program.name}: {passed} passed")
+        print(f"{program.name}: {passed} passed", flush=True)
+
+
+def random_programs(flavour, seeds):
+    """Random programs on every engine: the same bytes as on the naive one."""
+    import build
+
+    (program,) = c_programs(flavour, "engine_random.c")
+    command = build.command(program, flavour, "--seeds", str(seeds))
+    run(*command, env=build.environment())
 
 
 def install_flavour(flavour):
@@ -236,15 +252,7 @@ def tsan(options):
 
 
 def engine(options):
-    """Random programs on the stepping engine against the naive one."""
-    import build
-
-    existing("c/engine_random.c")
-    try:
-        program = build.build_program("engine_random", "debug")
-    except build.BuildError as error:
-        raise Failed(str(error)) from None
-    run(*build.command(program, "debug", "--seeds", str(options.seeds)))
+    random_programs("debug", options.seeds)
 
 
 def golden(options):

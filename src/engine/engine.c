@@ -208,11 +208,6 @@ static kv_status_t wait_loop_locked(kv_engine_t *engine, const kv_wait_t *wait, 
 
 kv_status_t kv_wait_locked(kv_engine_t *engine, kv_wait_t *wait, kv_caller_t *caller)
 {
-    if (caller != NULL) {
-        kv_engine_unlock(engine);
-        kv_caller_detach(caller);
-        kv_mutex_lock(&engine->lock);
-    }
     /* An operation's turn concerns one thread, everything else comes by `ended`. */
     bool own = wait->op != NULL && !engine->kind->waiters_run;
     kv_cond_t cond;
@@ -220,15 +215,22 @@ kv_status_t kv_wait_locked(kv_engine_t *engine, kv_wait_t *wait, kv_caller_t *ca
         kv_cond_init(&cond);
     wait->cond = own ? &cond : &engine->ended;
 
-    /* A handler that runs in the poll of a wait may come here again. */
+    /* Before the lock is dropped for the first time: a walk of another thread must see this wait as
+     * soon as the walk for this one is over. A handler that runs in the poll may come here again.
+     */
     kv_actor_t *self = kv_actor_self();
     kv_wait_t *outer = self->wait;
     kv_engine_t *outer_engine = atomic_load(&self->engine);
     self->wait = wait;
     atomic_store(&self->engine, engine);
+    if (caller != NULL) {
+        kv_engine_unlock(engine);
+        kv_caller_detach(caller);
+        kv_mutex_lock(&engine->lock);
+    }
     kv_status_t status = wait_loop_locked(engine, wait, caller);
-    atomic_store(&self->engine, outer_engine);
     self->wait = outer;
+    atomic_store(&self->engine, outer_engine);
 
     if (own)
         kv_cond_fini(&cond);

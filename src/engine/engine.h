@@ -156,7 +156,12 @@ void kv_engine_free(kv_engine_t *engine); /* after stop */
  * stored on one, or the engine is closed. */
 bool kv_engine_try_enter(kv_engine_t *engine, kv_op_t *op);
 
-/* The same for a task that the calling thread could run at once, if this engine thinks that better
+/* The same for one variable and no operation around it, for work that can neither wait nor run a
+ * callback: only `var` and `access` of the dependency are used. */
+bool kv_engine_try_enter_one(kv_engine_t *engine, kv_dep_t *dep);
+void kv_engine_leave_one(kv_engine_t *engine, kv_dep_t *dep);
+
+/* The same as try_enter for a task that the calling thread could run at once, if this engine thinks that better
  * than a queue: threaded up to KV_DETACH_BYTES of work, naive always, stepping when its seed says
  * so. */
 bool kv_engine_try_inline(kv_engine_t *engine, kv_op_t *op, size_t work_bytes);

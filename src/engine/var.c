@@ -126,19 +126,22 @@ void kv_engine_begin_callback(kv_engine_t *engine, kv_op_t *op)
     leave_from(engine, op, 1);
     if (op->num_deps > 1)
         op->num_deps = 1;
-    kv_actor_t *actor = kv_actor_self();
-    actor->depth++;
+    op->actor = kv_actor_self();
+    op->actor->depth++;
     op->in_callback = true;
     if (op->num_deps == 1 && op->deps[0].access != KV_READ)
-        atomic_store(&op->deps[0].var->actor, actor);
+        atomic_store_explicit(&op->deps[0].var->actor, op->actor, memory_order_relaxed);
 }
 
+/* `relaxed`, here and above: this thread reads its own stores, and a walk of another needs them only
+ * once this thread waits too, which it begins under the engine's lock. */
 static void end_callback(kv_op_t *op)
 {
-    kv_actor_self()->depth--;
+    op->actor->depth--;
+    op->actor = NULL;
     op->in_callback = false;
     if (op->num_deps == 1 && op->deps[0].access != KV_READ)
-        atomic_store(&op->deps[0].var->actor, NULL);
+        atomic_store_explicit(&op->deps[0].var->actor, NULL, memory_order_relaxed);
 }
 
 void kv_engine_leave(kv_engine_t *engine, kv_op_t *op)
@@ -146,4 +149,19 @@ void kv_engine_leave(kv_engine_t *engine, kv_op_t *op)
     if (KV_UNLIKELY(op->in_callback))
         end_callback(op);
     leave_from(engine, op, 0);
+}
+
+bool kv_engine_try_enter_one(kv_engine_t *engine, kv_dep_t *dep)
+{
+    return !atomic_load_explicit(&engine->closed, memory_order_relaxed) && take(dep);
+}
+
+void kv_engine_leave_one(kv_engine_t *engine, kv_dep_t *dep)
+{
+    if (KV_LIKELY(give_back(dep)))
+        return;
+    kv_op_t op;
+    kv_dep_t again = *dep;
+    kv_op_init(&op, &again, 1, 0);
+    leave_from(engine, &op, 0);
 }

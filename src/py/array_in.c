@@ -77,7 +77,7 @@ static int buffer_in(kv_state_t *state, PyObject *object, kv_view_t *view, kv_le
         .dtype = (uint8_t)dtype,
         .flags = buffer->readonly ? KV_VIEW_READONLY : 0,
         .owner = object,
-        .type_name = buffer->format,
+        .type_name = dtype == KV_DTYPE_NONE ? buffer->format : NULL,
     };
     kv_status_t status = kv_shape_size(dtype, buffer->ndim, shape, &view->count, &bytes);
     if (status != KV_OK) {

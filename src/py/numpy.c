@@ -74,35 +74,23 @@ end:
 }
 
 /* C has several integer types of one width, and NumPy a number for each. */
-static kv_dtype_t signed_of_size(size_t bytes)
-{
-    return bytes == 8 ? KV_INT64 : bytes == 4 ? KV_INT32 : KV_DTYPE_NONE;
-}
+#define SIGNED(type) (sizeof(type) == 8 ? KV_INT64 : sizeof(type) == 4 ? KV_INT32 : KV_DTYPE_NONE)
 
-static kv_dtype_t dtype_of(kv_state_t *state, const PyArray_Descr *descr)
+static inline kv_dtype_t dtype_of(kv_state_t *state, const PyArray_Descr *descr)
 {
+    /* One more than the number, so that what is not listed is 0. */
+    static const uint8_t table[NPY_USERDEF] = {
+        [NPY_DOUBLE] = 1 + KV_FLOAT64, [NPY_FLOAT] = 1 + KV_FLOAT32,
+        [NPY_HALF] = 1 + KV_FLOAT16,   [NPY_BYTE] = 1 + KV_INT8,
+        [NPY_UBYTE] = 1 + KV_UINT8,    [NPY_INT] = 1 + SIGNED(int),
+        [NPY_LONG] = 1 + SIGNED(long), [NPY_LONGLONG] = 1 + SIGNED(long long),
+    };
+    int num = descr->type_num;
     if (KV_UNLIKELY(descr->byteorder == NPY_OPPBYTE))
         return KV_DTYPE_NONE;
-    switch (descr->type_num) {
-    case NPY_DOUBLE:
-        return KV_FLOAT64;
-    case NPY_FLOAT:
-        return KV_FLOAT32;
-    case NPY_HALF:
-        return KV_FLOAT16;
-    case NPY_BYTE:
-        return KV_INT8;
-    case NPY_UBYTE:
-        return KV_UINT8;
-    case NPY_INT:
-        return signed_of_size(sizeof(int));
-    case NPY_LONG:
-        return signed_of_size(sizeof(long));
-    case NPY_LONGLONG:
-        return signed_of_size(sizeof(long long));
-    default:
+    if (KV_UNLIKELY(num < 0 || num >= NPY_USERDEF))
         return is_bfloat16(state, descr) ? KV_BFLOAT16 : KV_DTYPE_NONE;
-    }
+    return table[num] > 0 ? (kv_dtype_t)(table[num] - 1) : KV_DTYPE_NONE;
 }
 
 static int type_num_of(kv_dtype_t dtype)
@@ -240,6 +228,25 @@ static int keep_extents(kv_view_t *view, PyArrayObject *array, kv_lease_t *lease
     lease->data = copy;
     lease->drop = kv_free;
     return 1;
+}
+
+bool kv_numpy_borrow(kv_state_t *state, PyObject *object, bool for_out, kv_view_t *view)
+{
+    if (!PyArray_CheckExact(object))
+        return false;
+    PyArrayObject *array = (PyArrayObject *)object;
+    int due = NPY_ARRAY_C_CONTIGUOUS | NPY_ARRAY_ALIGNED | (for_out ? NPY_ARRAY_WRITEABLE : 0);
+    if ((~PyArray_FLAGS(array) & due) != 0)
+        return false;
+    view->data = PyArray_DATA(array);
+    view->shape = (const int64_t *)PyArray_DIMS(array);
+    view->strides = NULL;
+    view->ndim = PyArray_NDIM(array);
+    view->dtype = (uint8_t)dtype_of(state, PyArray_DESCR(array));
+    view->flags = 0;
+    view->array = NULL;
+    view->owner = object;
+    return true;
 }
 
 int kv_numpy_array_in(kv_state_t *state, PyObject *object, kv_view_t *view, kv_lease_t *lease)

@@ -119,6 +119,10 @@ bool kv_py_array_in(kv_state_t *state, PyObject *object, bool for_out, kv_view_t
  * -1 with an exception, 0 when it is no NumPy array. */
 int kv_numpy_array_in(kv_state_t *state, PyObject *object, kv_view_t *view, kv_lease_t *lease);
 
+/* The quick way for an exact NumPy array, contiguous and, for an out, writable: fills all of the
+ * view but count and type_name, and holds nothing. False for everything else. */
+bool kv_numpy_borrow(kv_state_t *state, PyObject *object, bool for_out, kv_view_t *view);
+
 /* A NumPy array over memory of ours; `base` (stolen also on failure) keeps the memory. For bfloat16
  * the array is of ml_dtypes' type, NotBuiltError without that package. */
 PyObject *kv_numpy_view(kv_state_t *state, kv_dtype_t dtype, int ndim, const int64_t *shape,

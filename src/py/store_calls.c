@@ -38,14 +38,16 @@ typedef struct request {
     bool out_is_value; /* pushpull without out */
 } request_t;
 
-/* Tells an exception that an updater raised which keys had been updated. */
+/* Tells an exception that an updater raised which keys had been updated: none by a call with one
+ * key, for which `args` may be NULL. */
 static void tell_updated_keys(const kv_args_t *args)
 {
     PyObject *class, *error, *trace;
     PyErr_Fetch(&class, &error, &trace);
     PyErr_NormalizeException(&class, &error, &trace);
-    PyObject *keys = kv_args_first_keys(args, args->call.num_done);
-    if (keys != NULL && PyObject_SetAttrString(error, "updated_keys", keys) == 0 && args->listed) {
+    PyObject *keys = args != NULL ? kv_args_first_keys(args, args->call.num_done) : PyList_New(0);
+    if (keys != NULL && PyObject_SetAttrString(error, "updated_keys", keys) == 0 && args != NULL &&
+        args->listed) {
         PyObject *note =
             PyUnicode_FromFormat("kvstore: keys updated before by the same call: %R", keys);
         PyObject *done = note != NULL ? PyObject_CallMethod(error, "add_note", "O", note) : NULL;
@@ -131,6 +133,47 @@ done:
     return result;
 }
 
+/* A str key without looking at how to make one's UTF-8, or a small integer. */
+static bool quick_name(PyObject *key, kv_name_t *name)
+{
+    if (PyUnicode_CheckExact(key) && PyUnicode_IS_COMPACT_ASCII(key)) {
+        name->text = (const char *)PyUnicode_1BYTE_DATA(key);
+        name->bytes = (size_t)PyUnicode_GET_LENGTH(key);
+        return true;
+    }
+    int overflow = 1;
+    if (PyLong_CheckExact(key)) {
+        name->text = NULL;
+        name->number = PyLong_AsLongLongAndOverflow(key, &overflow);
+    }
+    return overflow == 0;
+}
+
+/* One small push, pull or pushpull of NumPy arrays. The GIL is kept, so nothing needs to be held.
+ * 1: done; 0: left to run_request; -1: the updater has raised. */
+static int try_small(kv_py_store_t *self, PyObject *key, PyObject *value, PyObject *out)
+{
+    kv_name_t name;
+    kv_view_t views[2];
+    kv_py_caller_t caller;
+    bool done;
+    if (!quick_name(key, &name) ||
+        (value != NULL && !kv_numpy_borrow(self->state, value, false, &views[0])) ||
+        (out != NULL && !kv_numpy_borrow(self->state, out, true, &views[1])))
+        return 0;
+    kv_py_release_now();
+    kv_py_caller_init(&caller, self->timeout_ns);
+    kv_status_t status = kv_store_try_small(self->store, &name, value != NULL ? &views[0] : NULL,
+                                            out != NULL ? &views[1] : NULL, &caller.base, &done);
+    if (KV_LIKELY(status == KV_OK))
+        return done;
+    if (status == KV_CALLBACK)
+        tell_updated_keys(NULL);
+    else
+        kv_py_raise(self->state, status);
+    return -1;
+}
+
 static const kv_param_t INIT_PARAMS[] = {{"key", true}, {"value", true}};
 static const kv_signature_t INIT = {"init", 2, 2, INIT_PARAMS};
 
@@ -153,6 +196,11 @@ PyObject *kv_py_store_push(PyObject *self, PyObject *const *args, Py_ssize_t num
                            PyObject *names)
 {
     PyObject *v[4];
+    if (num_args == 2 && names == NULL) {
+        int done = try_small(as_store(self), args[0], args[1], NULL);
+        if (KV_LIKELY(done != 0))
+            return done > 0 ? Py_NewRef(Py_None) : NULL;
+    }
     if (!kv_py_parse(&PUSH, args, num_args, names, v))
         return NULL;
     request_t request = {.verb = "push",
@@ -177,6 +225,11 @@ PyObject *kv_py_store_pushpull(PyObject *self, PyObject *const *args, Py_ssize_t
                                PyObject *names)
 {
     PyObject *v[5];
+    if (num_args == 3 && names == NULL) {
+        int done = try_small(as_store(self), args[0], args[1], args[2]);
+        if (KV_LIKELY(done != 0))
+            return done > 0 ? Py_NewRef(Py_None) : NULL;
+    }
     if (!kv_py_parse(&PUSHPULL, args, num_args, names, v))
         return NULL;
     PyObject *out = none_as_null(v[2]);
@@ -255,6 +308,11 @@ PyObject *kv_py_store_pull(PyObject *self, PyObject *const *args, Py_ssize_t num
                            PyObject *names)
 {
     PyObject *v[5], *made = NULL;
+    if (num_args == 2 && names == NULL) {
+        int done = try_small(as_store(self), args[0], NULL, args[1]);
+        if (KV_LIKELY(done != 0))
+            return done > 0 ? Py_NewRef(Py_None) : NULL;
+    }
     if (!kv_py_parse(&PULL, args, num_args, names, v))
         return NULL;
     request_t request = {.verb = "pull",

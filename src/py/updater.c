@@ -18,6 +18,7 @@ typedef struct py_updater {
 typedef struct arguments {
     kv_release_t release;
     PyObject *key, *recv, *stored; /* recv and stored may be NULL */
+    PyTypeObject *pushed;          /* the type of the value they were made for, NULL at first */
     bool numpy;
 } arguments_t;
 
@@ -27,6 +28,7 @@ static void release_arguments(kv_release_t *release)
     Py_XDECREF(arguments->key);
     Py_XDECREF(arguments->recv);
     Py_XDECREF(arguments->stored);
+    Py_XDECREF(arguments->pushed);
     kv_free(arguments);
     kv_count(KV_COUNT_HOLDS, -1);
 }
@@ -94,7 +96,7 @@ static PyObject *library_view(kv_state_t *state, const kv_update_t *update, kv_b
 static PyObject *library_of(const kv_update_t *update)
 {
     PyObject *value = update->first->owner;
-    if (value == NULL || update->first->array != NULL)
+    if (update->first->array != NULL)
         return NULL;
     PyObject *module = PyObject_GetAttrString((PyObject *)Py_TYPE(value), "__module__");
     PyObject *library = NULL;
@@ -113,15 +115,26 @@ static PyObject *library_of(const kv_update_t *update)
     return library;
 }
 
+/* Forgets the views if the pushed value is of another type than those before. */
+static void look_at_type(const kv_update_t *update, arguments_t *arguments, PyObject **library)
+{
+    PyTypeObject *pushed = Py_TYPE((PyObject *)update->first->owner);
+    if (KV_LIKELY(pushed == arguments->pushed && arguments->numpy))
+        return;
+    *library = library_of(update);
+    if (arguments->numpy != (*library == NULL)) {
+        Py_CLEAR(arguments->recv);
+        Py_CLEAR(arguments->stored);
+    }
+    arguments->numpy = *library == NULL;
+    Py_XSETREF(arguments->pushed, (PyTypeObject *)Py_NewRef((PyObject *)pushed));
+}
+
 /* Fills in the views that are not there yet. */
 static bool make_views(kv_state_t *state, const kv_update_t *update, arguments_t *arguments)
 {
-    PyObject *library = library_of(update);
-    if (arguments->numpy != (library == NULL)) {
-        Py_CLEAR(arguments->recv);
-        Py_CLEAR(arguments->stored);
-        arguments->numpy = library == NULL;
-    }
+    PyObject *library = NULL;
+    look_at_type(update, arguments, &library);
     if (arguments->recv == NULL)
         arguments->recv = library == NULL ? numpy_view(state, update, update->recv)
                                           : library_view(state, update, update->recv, library);

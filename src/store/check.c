@@ -137,7 +137,7 @@ kv_status_t kv_groups_check(const kv_group_t *groups, int64_t num_groups, const 
         status = kv_outs_check_values(call->outs, call->num_outs, call->values, call->num_values);
     if (status == KV_OK)
         return KV_OK;
-    char name[NAME_BYTES], others[48] = "";
+    char name[NAME_BYTES], others[64] = "";
     if (num_groups > 1)
         snprintf(others, sizeof others, " and %" PRId64 " more, counted over all keys",
                  num_groups - 1);

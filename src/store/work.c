@@ -422,12 +422,16 @@ kv_status_t kv_plan_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, boo
                         kv_caller_t *caller)
 {
     call->num_done = 0;
-    if (call->async && plan->updater == NULL) {
-        /* A single small operation needs no task if it can run at once and nobody wants a handle.
-         */
-        return run_later(store, plan, call, push);
-    }
     scratch_t scratch;
+    if (call->async && plan->updater == NULL) {
+        if (plan->num_groups != 1 || call->handle != NULL)
+            return run_later(store, plan, call, push);
+        /* One small operation on idle variables needs no task. */
+        KV_TRY(scratch_init(plan, &scratch));
+        call->num_done = run_inline(store, &plan->groups[0], call, push, &scratch);
+        kv_free(scratch.block);
+        return call->num_done == 1 ? KV_OK : run_later(store, plan, call, push);
+    }
     KV_TRY(scratch_init(plan, &scratch));
     if (plan->updater == NULL && moved_bytes(plan) >= KV_DETACH_BYTES)
         kv_caller_detach(caller);

@@ -75,14 +75,16 @@ def _compile(source: Path, flags: list[str], cc: str, out: Path) -> Path:
     return target
 
 
-def build(flavour: str = "debug", cc: str = "gcc", out: Path | None = None) -> list[Path]:
-    """The programs of all tests, up to date. BuildError has the compiler's words."""
+def build(
+    flavour: str = "debug", cc: str = "gcc", out: Path | None = None, pattern: str = "test_*.c"
+) -> list[Path]:
+    """The programs of these sources, up to date. BuildError has the compiler's words."""
     flags = COMMON + FLAVOURS[flavour]
     suffix = "" if cc == "gcc" else f"-{Path(cc).name}"
     out = (out or ROOT / "build" / f"c-{flavour}{suffix}").resolve()
     out.mkdir(parents=True, exist_ok=True)
     core = [path for folder in FOLDERS for path in sorted((ROOT / "src" / folder).glob("*.c"))]
-    tests = sorted((ROOT / "tests" / "c").glob("test_*.c"))
+    tests = sorted((ROOT / "tests" / "c").glob(pattern))
 
     def link(test: Path, object_: Path) -> Path:
         program = out / test.stem

@@ -79,16 +79,15 @@ def lists(key, value):
 
 def overlapping(outs):
     """Whether two of the arrays share a byte, or one has an element twice."""
-    seen = set()
+    written = []
     for out in outs:
-        start = out.__array_interface__["data"][0]
-        for index in np.ndindex(out.shape):
-            address = start + sum(i * s for i, s in zip(index, out.strides, strict=True))
-            bytes_ = range(address, address + out.itemsize)
-            if not seen.isdisjoint(bytes_):
-                return True
-            seen.update(bytes_)
-    return False
+        addresses = np.array(out.__array_interface__["data"][0]).reshape((1,) * out.ndim)
+        for axis, (extent, stride) in enumerate(zip(out.shape, out.strides, strict=True)):
+            steps = (np.arange(extent) * stride).reshape((-1,) + (1,) * (out.ndim - axis - 1))
+            addresses = addresses + steps
+        written.append((addresses.reshape(-1, 1) + np.arange(out.itemsize)).ravel())
+    everything = np.concatenate(written) if written else np.empty(0)
+    return np.unique(everything).size < everything.size
 
 
 def same_array(a, b):
@@ -106,9 +105,11 @@ class Model:
         self.updater = None
         self.closed = False
 
-    def check(self, items, known=True):
+    def check_open(self):
         if self.closed:
             raise Closed("closed")
+
+    def check(self, items, known=True):
         key_type = self.key_type
         for key, _ in items:
             key_type = key_type or type(key)
@@ -142,6 +143,7 @@ class Model:
         return grouped
 
     def init(self, key, value):
+        self.check_open()
         items = lists(key, value)
         self.check(items, known=False)
         if any(len(arrays) != 1 for _, arrays in items):
@@ -155,20 +157,28 @@ class Model:
             self.stored[k] = a.copy(order="C")
 
     def push(self, key, value):
+        self.check_open()
         items = lists(key, value)
         self.check(items)
         self.check_arrays(items, [])
         self.apply(items)
 
     def apply(self, items):
+        updated = []
         for key, values in self.groups(items).items():
             received = total(values)
             if self.updater is None:
                 self.stored[key] = received
-            else:
+                continue
+            try:
                 self.updater(key, received, self.stored[key])
+            except Exception as error:
+                error.updated_keys = updated
+                raise
+            updated.append(key)
 
     def pull(self, key, out=None):
+        self.check_open()
         items = lists(key, out)
         self.check(items)
         if out is None:
@@ -184,6 +194,7 @@ class Model:
                 out[...] = self.stored[key]
 
     def pushpull(self, key, value, out=None):
+        self.check_open()
         values = lists(key, value)
         outs = values if out is None else lists(key, out)
         self.check(values)
@@ -192,6 +203,7 @@ class Model:
         self.deliver(outs)
 
     def broadcast(self, key, value, out):
+        self.check_open()
         outs = lists(key, out)
         values = lists(key, value)
         before, key_type = dict(self.stored), self.key_type
@@ -204,6 +216,7 @@ class Model:
         self.deliver(outs)
 
     def delete(self, key):
+        self.check_open()
         key = plain_key(key)
         self.check([(key, [])])
         del self.stored[key]

@@ -1,0 +1,90 @@
+/* The quick way for one key and one small array: what plan, scratch and operation would do, for the
+ * one case that is worth it. A training loop with many small keys lives on it: the general call
+ * costs a few times more than the copy itself.
+ */
+#include "base/memory.h"
+#include "store/internal.h"
+
+enum { SMALL_BYTES = KV_DETACH_BYTES / 4 };
+
+/* Whether two arrays of `bytes` share some of their memory and not all. */
+static bool overlap_in_part(const kv_view_t *a, const kv_view_t *b, size_t bytes)
+{
+    uintptr_t low = (uintptr_t)a->data, high = (uintptr_t)b->data;
+    return low != high && (low < high ? high - low : low - high) < bytes;
+}
+
+static bool acceptable(const kv_entry_t *entry, const kv_view_t *value, const kv_view_t *out)
+{
+    return entry->bytes < SMALL_BYTES && (value == NULL || kv_entry_accepts(entry, value)) &&
+           (out == NULL || kv_entry_accepts(entry, out)) &&
+           (value == NULL || out == NULL || !overlap_in_part(value, out, entry->bytes));
+}
+
+/* With the key held: one source to one or two destinations. */
+static void copy(const kv_store_t *store, const kv_entry_t *entry, const void *source, void *first,
+                 void *second)
+{
+    void *destinations[2] = {first, second};
+    store->host.kernels->sum[entry->dtype](0, entry->count, 1, &source, second != NULL ? 2 : 1,
+                                           destinations, false);
+}
+
+static kv_status_t update(kv_store_t *store, kv_entry_t *entry, kv_updater_t *updater,
+                          const kv_view_t *value, const kv_view_t *out, kv_op_t *op,
+                          kv_caller_t *caller)
+{
+    if (KV_UNLIKELY(entry->merged == NULL))
+        KV_TRY(kv_buffer_new(entry->bytes, &entry->merged));
+    copy(store, entry, value->data, entry->merged->data, NULL);
+    kv_engine_begin_callback(store->runtime->engine, op);
+    kv_update_t seen = {&entry->name,  entry->dtype,  entry->ndim, entry->shape,
+                        entry->merged, entry->stored, value,       &entry->cache};
+    KV_TRY(updater->run(updater, &seen, caller));
+    if (out != NULL)
+        copy(store, entry, entry->stored->data, out->data, NULL);
+    return KV_OK;
+}
+
+kv_status_t kv_store_try_small(kv_store_t *store, const kv_name_t *name, const kv_view_t *value,
+                               const kv_view_t *out, kv_caller_t *caller, bool *done)
+{
+    *done = false;
+    if (KV_UNLIKELY(store->runtime->generation != kv_fork_generation()))
+        return KV_OK;
+    kv_engine_t *engine = store->runtime->engine;
+    uint64_t hash = kv_name_hash(name);
+    kv_dep_t dep;
+    kv_updater_t *updater = NULL;
+    kv_mutex_lock(&store->lock);
+    kv_entry_t *entry = kv_table_find(&store->table, name, hash);
+    if (KV_LIKELY(entry != NULL && acceptable(entry, value, out))) {
+        dep.var = &entry->var;
+        dep.access = value != NULL ? KV_WRITE : KV_READ;
+        *done = kv_engine_try_enter_one(engine, &dep);
+        if (*done && value != NULL && store->updater != NULL) {
+            updater = store->updater;
+            atomic_fetch_add_explicit(&updater->refs, 1, memory_order_relaxed);
+        }
+    }
+    kv_mutex_unlock(&store->lock);
+    if (!*done)
+        return KV_OK;
+
+    void *stored = entry->stored->data;
+    if (updater == NULL) {
+        if (value != NULL)
+            copy(store, entry, value->data, stored, out != NULL ? out->data : NULL);
+        else
+            copy(store, entry, stored, out->data, NULL);
+        kv_engine_leave_one(engine, &dep);
+        return KV_OK;
+    }
+    kv_op_t op;
+    kv_op_init(&op, &dep, 1, 0);
+    kv_status_t status = update(store, entry, updater, value, out, &op, caller);
+    kv_engine_leave(engine, &op);
+    if (atomic_fetch_sub(&updater->refs, 1) == 1)
+        updater->free(updater);
+    return status;
+}

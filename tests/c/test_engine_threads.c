@@ -1,0 +1,499 @@
+/* The engines under several threads: priorities, sharing, circles of callbacks, and a mixture of
+ * everything in which no access may be lost or overlap. */
+#include "engine_jobs.h"
+
+/* ------------------------------------------------------------------------------ the workers */
+
+static void of_the_runnable_higher_priority_runs_first(void)
+{
+    static const int32_t priorities[] = {0, 5, -3, 5, 0, 7, -3, 1};
+    static const int order[] = {5, 1, 3, 7, 0, 4, 2, 6};
+    enum { COUNT = sizeof order / sizeof order[0] };
+    kv_engine_t *engine = engine_start("threaded", 1);
+    kv_var_t vars[COUNT], first;
+    job_log_t log = {0};
+    gate_t gate = {0};
+    kv_var_init(&first, false, NULL, NULL);
+    job_t *blocker = job_new(0, NULL);
+    blocker->gate = &gate;
+    CHECK_STATUS(job_submit(engine, blocker, &first, KV_WRITE, NULL, KV_READ, 0, NULL), KV_OK);
+    WAIT_UNTIL(atomic_load(&gate.arrived) == 1);
+    for (int id = 0; id < COUNT; id++) {
+        kv_var_init(&vars[id], false, NULL, NULL);
+        CHECK_STATUS(job_submit(engine, job_new(id, &log), &vars[id], KV_WRITE, NULL, KV_READ,
+                                priorities[id], NULL),
+                     KV_OK);
+    }
+    atomic_store(&gate.open, true);
+    CHECK_STATUS(wait_all(engine), KV_OK);
+    for (int i = 0; i < COUNT; i++)
+        CHECK_EQ(log.ids[i], order[i]);
+    engine_end(engine);
+}
+
+static void tasks_that_read_run_at_the_same_time(void)
+{
+    kv_engine_t *engine = engine_start("threaded", 2);
+    kv_var_t var;
+    gate_t gate = {0};
+    kv_var_init(&var, false, NULL, NULL);
+    for (int i = 0; i < 2; i++) {
+        job_t *job = job_new(i, NULL);
+        job->gate = &gate;
+        CHECK_STATUS(job_submit(engine, job, &var, KV_READ, NULL, KV_READ, 0, NULL), KV_OK);
+    }
+    WAIT_UNTIL(atomic_load(&gate.arrived) == 2);
+    atomic_store(&gate.open, true);
+    engine_end(engine);
+}
+
+static void without_a_first_thread_the_task_is_refused(void)
+{
+    kv_engine_t *engine = engine_start("threaded", 2);
+    kv_var_t var;
+    job_log_t log = {0};
+    kv_var_init(&var, false, NULL, NULL);
+    kv_fault_set("thread.start", 1);
+    CHECK_STATUS(job_submit(engine, job_new(0, &log), &var, KV_WRITE, NULL, KV_READ, 0, NULL),
+                 KV_NO_MEMORY);
+    kv_fault_set("thread.start", 0);
+    CHECK_EQ(atomic_load(&var.state), 0);
+    submit_log(engine, 1, &log, &var, KV_WRITE, NULL);
+    CHECK_STATUS(wait_all(engine), KV_OK);
+    CHECK_EQ(atomic_load(&log.count), 1);
+    engine_end(engine);
+}
+
+static void without_more_threads_one_does_the_work(void)
+{
+    kv_engine_t *engine = engine_start("threaded", 2);
+    kv_var_t a, b;
+    gate_t gate = {0};
+    job_log_t log = {0};
+    kv_var_init(&a, false, NULL, NULL);
+    kv_var_init(&b, false, NULL, NULL);
+    job_t *job = job_new(0, NULL);
+    job->gate = &gate;
+    CHECK_STATUS(job_submit(engine, job, &a, KV_WRITE, NULL, KV_READ, 0, NULL), KV_OK);
+    WAIT_UNTIL(atomic_load(&gate.arrived) == 1);
+    kv_fault_set("thread.start", 1);
+    submit_log(engine, 1, &log, &b, KV_WRITE, NULL);
+    CHECK_EQ(kv_fault_set("thread.start", 0), 1);
+    atomic_store(&gate.open, true);
+    CHECK_STATUS(wait_all(engine), KV_OK);
+    CHECK_EQ(engine->num_threads, 1);
+    engine_end(engine);
+}
+
+static void a_task_that_leave_made_runnable_finds_a_thread(void)
+{
+    kv_engine_t *engine = engine_start("threaded", 2);
+    kv_var_t a, b;
+    gate_t gate = {0};
+    job_log_t log = {0};
+    held_t held;
+    kv_var_init(&a, false, NULL, NULL);
+    kv_var_init(&b, false, NULL, NULL);
+    hold(&held, engine, &b);
+    submit_log(engine, 0, &log, &b, KV_WRITE, NULL);
+    job_t *job = job_new(0, NULL);
+    job->gate = &gate;
+    CHECK_STATUS(job_submit(engine, job, &a, KV_WRITE, NULL, KV_READ, 0, NULL), KV_OK);
+    WAIT_UNTIL(atomic_load(&gate.arrived) == 1);
+    kv_engine_leave(engine, &held.op);
+    WAIT_UNTIL(atomic_load(&log.count) == 1);
+    atomic_store(&gate.open, true);
+    engine_end(engine);
+}
+
+/* --------------------------------------------------------------------------------- waiting */
+
+ON_EACH_ENGINE(callers_that_read_are_inside_together)
+{
+    kv_var_t var;
+    gate_t gate = {0};
+    held_t held;
+    helper_t readers[3] = {{.inside = &gate}, {.inside = &gate}, {.inside = &gate}};
+    kv_var_init(&var, false, NULL, NULL);
+    hold(&held, engine, &var);
+    for (int i = 0; i < 3; i++)
+        helper_start(&readers[i], engine, &var, KV_READ, patient());
+    WAIT_UNTIL(num_queued(engine, &var) == 3);
+    kv_engine_leave(engine, &held.op);
+    WAIT_UNTIL(atomic_load(&gate.arrived) == 3);
+    CHECK_EQ(atomic_load(&var.state) & KV_VAR_READERS, 3 * KV_VAR_READER);
+    atomic_store(&gate.open, true);
+    for (int i = 0; i < 3; i++) {
+        kv_thread_join(readers[i].thread);
+        CHECK_STATUS(readers[i].status, KV_OK);
+    }
+    CHECK_EQ(atomic_load(&var.state), 0);
+}
+
+typedef struct taker {
+    kv_handle_t *handle;
+    _Atomic bool calling, finished_first;
+    _Atomic bool finished; /* the notification has returned */
+    gate_t gate;
+} taker_t;
+
+static void slow_notification(void *context)
+{
+    taker_t *taker = context;
+    gate_pass(&taker->gate);
+    atomic_store(&taker->finished, true);
+}
+
+static void *take_back(void *context)
+{
+    taker_t *taker = context;
+    atomic_store(&taker->calling, true);
+    kv_handle_notify(taker->handle, NULL, NULL);
+    atomic_store(&taker->finished_first, atomic_load(&taker->finished));
+    return NULL;
+}
+
+static void taking_a_notification_back_waits_until_it_has_returned(void)
+{
+    kv_engine_t *engine = engine_start("threaded", 1);
+    kv_var_t var;
+    taker_t taker = {0};
+    kv_thread_t thread;
+    kv_var_init(&var, false, NULL, NULL);
+    held_t held;
+    hold(&held, engine, &var);
+    CHECK_STATUS(kv_handle_new(engine, 1, &taker.handle), KV_OK);
+    submit_log(engine, 0, &(job_log_t){0}, &var, KV_WRITE, taker.handle);
+    kv_handle_notify(taker.handle, slow_notification, &taker);
+    kv_engine_leave(engine, &held.op);
+    WAIT_UNTIL(atomic_load(&taker.gate.arrived) == 1);
+    CHECK_STATUS(kv_thread_start(&thread, "taker", take_back, &taker), KV_OK);
+    WAIT_UNTIL(atomic_load(&taker.calling));
+    for (int i = 0; i < 100; i++)
+        sched_yield();
+    atomic_store(&taker.gate.open, true);
+    kv_thread_join(thread);
+    CHECK(atomic_load(&taker.finished_first));
+    kv_handle_rele(taker.handle);
+    engine_end(engine);
+}
+
+static void a_seed_gives_the_stepping_engine_its_order(void)
+{
+    enum { COUNT = 12, SEEDS = 8 };
+    static job_log_t logs[SEEDS][2];
+    int different = 0;
+    for (int seed = 0; seed < SEEDS; seed++) {
+        for (int again = 0; again < 2; again++) {
+            kv_engine_t *engine = NULL;
+            kv_var_t vars[COUNT];
+            job_log_t *log = &logs[seed][again];
+            memset(log, 0, sizeof *log);
+            CHECK_STATUS(kv_engine_new("stepping", (uint64_t)seed, 1, &engine), KV_OK);
+            for (int id = 0; id < COUNT; id++) {
+                kv_var_init(&vars[id], false, NULL, NULL);
+                submit_log(engine, id, log, &vars[id], KV_WRITE, NULL);
+            }
+            CHECK_STATUS(wait_all(engine), KV_OK);
+            engine_end(engine);
+        }
+        CHECK(memcmp(logs[seed][0].ids, logs[seed][1].ids, COUNT * sizeof(int)) == 0);
+        different += memcmp(logs[0][0].ids, logs[seed][0].ids, COUNT * sizeof(int)) != 0;
+    }
+    CHECK(different > 0);
+}
+
+/* --------------------------------------------------------------------------------- circles */
+
+/* A thread that holds `mine` in a callback and, when all are so far, wants `wanted`. */
+typedef struct ring {
+    kv_engine_t *engine;
+    kv_var_t *mine, *wanted;
+    _Atomic int *inside;
+    int size;
+    kv_status_t status;
+    char message[KV_MESSAGE_BYTES];
+    kv_thread_t thread;
+} ring_t;
+
+static void *ring_body(void *context)
+{
+    ring_t *ring = context;
+    held_t held;
+    hold(&held, ring->engine, ring->mine);
+    kv_engine_begin_callback(ring->engine, &held.op);
+    atomic_fetch_add(ring->inside, 1);
+    WAIT_UNTIL(atomic_load(ring->inside) == ring->size);
+    ring->status = touch(ring->engine, ring->wanted, KV_WRITE);
+    snprintf(ring->message, sizeof ring->message, "%s", kv_status_message(ring->status));
+    kv_engine_leave(ring->engine, &held.op);
+    return NULL;
+}
+
+static void check_ring(kv_engine_t *engine, int size)
+{
+    enum { MAX_RING = 4 };
+    kv_var_t vars[MAX_RING];
+    ring_t rings[MAX_RING];
+    _Atomic int inside = 0;
+    int refused = 0;
+    char words[32];
+    snprintf(words, sizeof words, "the updaters of %d threads", size);
+    for (int i = 0; i < size; i++)
+        kv_var_init(&vars[i], false, NULL, NULL);
+    for (int i = 0; i < size; i++) {
+        rings[i] = (ring_t){.engine = engine,
+                            .mine = &vars[i],
+                            .wanted = &vars[(i + 1) % size],
+                            .inside = &inside,
+                            .size = size};
+        CHECK_STATUS(kv_thread_start(&rings[i].thread, "ring", ring_body, &rings[i]), KV_OK);
+    }
+    for (int i = 0; i < size; i++) {
+        kv_thread_join(rings[i].thread);
+        if (rings[i].status == KV_OK)
+            continue;
+        refused++;
+        CHECK_STATUS(rings[i].status, KV_INVALID);
+        CHECK(strstr(rings[i].message, words) != NULL);
+    }
+    CHECK_EQ(refused, 1);
+    for (int i = 0; i < size; i++)
+        CHECK_EQ(atomic_load(&vars[i].state), 0);
+}
+
+ON_EACH_ENGINE(of_callbacks_that_wait_in_a_circle_one_is_refused)
+{
+    for (int size = 2; size <= 4; size++)
+        for (int round = 0; round < 20; round++)
+            check_ring(engine, size);
+}
+
+ON_EACH_ENGINE(a_circle_through_an_operation_on_two_variables_is_found)
+{
+    kv_var_t a, b;
+    held_t held;
+    kv_var_init(&a, false, NULL, NULL);
+    kv_var_init(&b, false, NULL, NULL);
+    hold(&held, engine, &a);
+    kv_engine_begin_callback(engine, &held.op);
+    job_log_t log = {0};
+    CHECK_STATUS(job_submit(engine, job_new(0, &log), &a, KV_READ, &b, KV_READ, 0, NULL), KV_OK);
+    /* The task has b and waits for a. A reader shares b with it, a writer would wait. */
+    CHECK_STATUS(touch(engine, &b, KV_READ), KV_OK);
+    CHECK_STATUS(touch(engine, &b, KV_WRITE), KV_INVALID);
+    helper_t writer = {0};
+    helper_start(&writer, engine, &b, KV_WRITE, patient());
+    WAIT_UNTIL(num_queued(engine, &b) == 2);
+    CHECK_STATUS(touch(engine, &b, KV_READ), KV_INVALID); /* behind the writer behind the task */
+    kv_engine_leave(engine, &held.op);
+    kv_thread_join(writer.thread);
+    CHECK_STATUS(writer.status, KV_OK);
+    CHECK_STATUS(wait_all(engine), KV_OK);
+}
+
+typedef struct handle_waiter {
+    kv_engine_t *engine;
+    kv_var_t *mine;
+    kv_handle_t *handle;
+    kv_status_t status;
+} handle_waiter_t;
+
+static void *wait_in_callback(void *context)
+{
+    handle_waiter_t *waiter = context;
+    held_t held;
+    hold(&held, waiter->engine, waiter->mine);
+    kv_engine_begin_callback(waiter->engine, &held.op);
+    test_caller_t caller = patient();
+    waiter->status = kv_handle_wait(waiter->handle, &caller.base);
+    kv_engine_leave(waiter->engine, &held.op);
+    return NULL;
+}
+
+static bool is_waited_for(kv_engine_t *engine, kv_var_t *var)
+{
+    kv_mutex_lock(&engine->lock);
+    kv_actor_t *actor = atomic_load(&var->actor);
+    bool waits = actor != NULL && atomic_load(&actor->engine) == engine;
+    kv_engine_unlock(engine);
+    return waits;
+}
+
+ON_EACH_ENGINE(a_circle_through_a_handle_is_found)
+{
+    kv_var_t a, b;
+    held_t held;
+    kv_thread_t thread;
+    kv_var_init(&a, false, NULL, NULL);
+    kv_var_init(&b, false, NULL, NULL);
+    hold(&held, engine, &a);
+    kv_engine_begin_callback(engine, &held.op);
+    handle_waiter_t waiter = {.engine = engine, .mine = &b};
+    CHECK_STATUS(kv_handle_new(engine, 1, &waiter.handle), KV_OK);
+    submit_log(engine, 0, &(job_log_t){0}, &a, KV_WRITE, waiter.handle);
+    CHECK_STATUS(kv_thread_start(&thread, "waiter", wait_in_callback, &waiter), KV_OK);
+    WAIT_UNTIL(is_waited_for(engine, &b));
+    CHECK_STATUS(touch(engine, &b, KV_READ), KV_INVALID);
+    kv_engine_leave(engine, &held.op);
+    kv_thread_join(thread);
+    CHECK_STATUS(waiter.status, KV_OK);
+    kv_handle_rele(waiter.handle);
+}
+
+/* -------------------------------------------------------------------------------- mixture */
+
+enum { NUM_SLOTS = 4, NUM_MIXERS = 4, NUM_ROUNDS = 1500 };
+
+/* Two numbers that only operations on the variable touch; equal whenever nobody writes. */
+typedef struct cell {
+    kv_var_t var;
+    int64_t first, second;
+    struct mix *mix;
+} cell_t;
+
+typedef struct mix {
+    kv_engine_t *engine;
+    kv_mutex_t lock;
+    cell_t *slots[NUM_SLOTS];
+    _Atomic int64_t written, found, made, freed;
+    _Atomic uint64_t seed; /* of the next thread */
+} mix_t;
+
+static void cell_free(void *context)
+{
+    cell_t *cell = context;
+    CHECK_EQ(cell->first, cell->second);
+    atomic_fetch_add(&cell->mix->found, cell->first);
+    atomic_fetch_add(&cell->mix->freed, 1);
+    kv_free(cell);
+}
+
+static cell_t *cell_new(mix_t *mix)
+{
+    cell_t *cell = kv_calloc(1, sizeof *cell);
+    cell->mix = mix;
+    kv_var_init(&cell->var, true, cell_free, cell);
+    atomic_fetch_add(&mix->made, 1);
+    return cell;
+}
+
+static void cell_write(void *context)
+{
+    cell_t *cell = context;
+    cell->first++;
+    atomic_fetch_add(&cell->mix->written, 1);
+    cell->second++;
+}
+
+static void cell_read(void *context)
+{
+    cell_t *cell = context;
+    CHECK_EQ(cell->first, cell->second);
+}
+
+/* A pinned cell. Now and then another takes its place. */
+static cell_t *cell_take(mix_t *mix, int slot, bool replace)
+{
+    cell_t *old = NULL;
+    kv_mutex_lock(&mix->lock);
+    cell_t *cell = mix->slots[slot];
+    if (replace) {
+        old = cell;
+        cell = mix->slots[slot] = cell_new(mix);
+    }
+    kv_var_pin(&cell->var);
+    kv_mutex_unlock(&mix->lock);
+    if (old != NULL)
+        kv_var_retire(&old->var);
+    return cell;
+}
+
+static void mix_caller(mix_t *mix, cell_t *a, cell_t *b, kv_access_t access, int64_t timeout_ns)
+{
+    test_caller_t caller = make_caller(timeout_ns);
+    kv_dep_t deps[] = {{.var = &a->var, .access = access}, {.var = &b->var, .access = access}};
+    kv_op_t op;
+    kv_op_init(&op, deps, 2, 0);
+    kv_status_t status = kv_engine_enter(mix->engine, &op, &caller.base);
+    if (status != KV_OK) {
+        CHECK(status == KV_TIMEOUT);
+        return;
+    }
+    void (*body)(void *context) = access == KV_READ ? cell_read : cell_write;
+    body(a);
+    if (a != b)
+        body(b);
+    kv_engine_leave(mix->engine, &op);
+}
+
+static void mix_task(mix_t *mix, cell_t *cell, kv_access_t access, bool wait)
+{
+    kv_handle_t *handle = NULL;
+    job_t *job = job_new(0, NULL);
+    job->body = access == KV_READ ? cell_read : cell_write;
+    job->context = cell;
+    if (wait)
+        CHECK_STATUS(kv_handle_new(mix->engine, 1, &handle), KV_OK);
+    CHECK_STATUS(job_submit(mix->engine, job, &cell->var, access, NULL, KV_READ, 0, handle), KV_OK);
+    if (wait) {
+        test_caller_t caller = patient();
+        CHECK_STATUS(kv_handle_wait(handle, &caller.base), KV_OK);
+        kv_handle_rele(handle);
+    }
+}
+
+static void *mixer(void *context)
+{
+    mix_t *mix = context;
+    uint64_t state = atomic_fetch_add(&mix->seed, 1);
+    for (int round = 0; round < NUM_ROUNDS; round++) {
+        int64_t choice = test_between(&state, 0, 9);
+        kv_access_t access = test_between(&state, 0, 1) ? KV_READ : KV_WRITE;
+        cell_t *a = cell_take(mix, (int)test_between(&state, 0, NUM_SLOTS - 1), choice == 0);
+        cell_t *b = cell_take(mix, (int)test_between(&state, 0, NUM_SLOTS - 1), false);
+        if (choice < 5)
+            mix_caller(mix, a, b, access, choice < 3 ? 60 * SECOND_NS : 20 * 1000);
+        else
+            mix_task(mix, a, access, choice == 9);
+        kv_var_unpin(&a->var);
+        kv_var_unpin(&b->var);
+    }
+    return NULL;
+}
+
+ON_EACH_ENGINE(in_a_mixture_of_everything_nothing_overlaps_or_is_lost)
+{
+    mix_t mix = {.engine = engine};
+    kv_thread_t threads[NUM_MIXERS];
+    kv_mutex_init(&mix.lock, KV_RANK_STORE);
+    for (int i = 0; i < NUM_SLOTS; i++)
+        mix.slots[i] = cell_new(&mix);
+    for (int i = 0; i < NUM_MIXERS; i++)
+        CHECK_STATUS(kv_thread_start(&threads[i], "mixer", mixer, &mix), KV_OK);
+    for (int i = 0; i < NUM_MIXERS; i++)
+        kv_thread_join(threads[i]);
+    for (int i = 0; i < NUM_SLOTS; i++)
+        kv_var_retire(&mix.slots[i]->var);
+    CHECK_STATUS(wait_all(engine), KV_OK);
+    CHECK(mix.written > 0);
+    CHECK_EQ(mix.found, mix.written);
+    CHECK_EQ(mix.freed, mix.made);
+    kv_mutex_fini(&mix.lock);
+}
+
+static const test_t tests[] = {
+    TEST(of_the_runnable_higher_priority_runs_first),
+    TEST(tasks_that_read_run_at_the_same_time),
+    TEST(without_a_first_thread_the_task_is_refused),
+    TEST(without_more_threads_one_does_the_work),
+    TEST(a_task_that_leave_made_runnable_finds_a_thread),
+    TEST(callers_that_read_are_inside_together),
+    TEST(taking_a_notification_back_waits_until_it_has_returned),
+    TEST(a_seed_gives_the_stepping_engine_its_order),
+    TEST(of_callbacks_that_wait_in_a_circle_one_is_refused),
+    TEST(a_circle_through_an_operation_on_two_variables_is_found),
+    TEST(a_circle_through_a_handle_is_found),
+    TEST(in_a_mixture_of_everything_nothing_overlaps_or_is_lost),
+};
+TEST_MAIN(tests)

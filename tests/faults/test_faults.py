@@ -1,0 +1,315 @@
+"""Every allocation fails once, and the other fault points do: what is left is a store that works.
+
+A scenario prepares a store and then makes one call. The call is made again and again, on a fresh
+store each time, with the first, the second, … allocation failing, until it comes through without
+meeting the fault. Each time it raises MemoryError, or has found another way and done its work in
+full; nothing is half done, unless the error says how far the call came; nothing has leaked (the
+`nothing_left` fixture looks at every test's end, `leak_free` after every try); and the next call
+works.
+"""
+
+import contextlib
+import gc
+import re
+
+import kvstore
+import numpy as np
+import pytest
+from helpers import assert_clean, contents, held, pulled, run_script, same
+from kvstore import _core
+
+MOST = 400  # allocations of one call
+BIG = 100_000
+
+
+@contextlib.contextmanager
+def fault(point, nth):
+    """In the block the nth pass of the point fails; gives a function that tells whether it did."""
+    _core.fault_set(point, nth)
+    passed = []
+    try:
+        yield lambda: passed[0] >= nth
+    finally:
+        passed.append(_core.fault_set(point, 0))
+
+
+@contextlib.contextmanager
+def leak_free():
+    gc.collect()
+    kvstore.wait_all()
+    before = _core.counters()
+    yield
+    gc.collect()
+    kvstore.wait_all()
+    after = _core.counters()
+    assert after == before, {k: after[k] - before[k] for k in after if after[k] != before[k]}
+
+
+def ones(shape=3, dtype=np.float64):
+    return np.ones(shape, dtype)
+
+
+def adding(kv):
+    def updater(key, recv, stored):
+        stored += recv
+
+    kv.set_updater(updater)
+    return kv
+
+
+def nd(number=1, size=3):
+    return kvstore.full(size, number, "float64")
+
+
+# name: (what is done before, the call, the keys that it may change, and what they are then)
+SCENARIOS = {
+    "init": (None, lambda kv: kv.init("new", ones()), {"new": 1}),
+    "init of a list": (
+        None,
+        lambda kv: kv.init([f"n{i}" for i in range(40)], [ones()] * 40),
+        {f"n{i}": 1 for i in range(40)},
+    ),
+    "init of strided": (None, lambda kv: kv.init("new", ones(6)[::2]), {"new": 1}),
+    "init of an NDArray": (None, lambda kv: kv.init("new", nd()), {"new": 1}),
+    "broadcast": (None, lambda kv: kv.broadcast("new", ones(), ones()), {"new": 1}),
+    "push": (None, lambda kv: kv.push("a", ones()), {"a": 1}),
+    "push of many values": (None, lambda kv: kv.push("a", [ones()] * 100), {"a": 100}),
+    "push of a list": (None, lambda kv: kv.push(["a", "b"], [ones(), ones()]), {"a": 1, "b": 1}),
+    "push of a key twice": (
+        None,
+        lambda kv: kv.push(["a", "b", "a"], [ones(), [ones()] * 20, ones()]),
+        {"a": 2, "b": 20},
+    ),
+    "push of strided": (None, lambda kv: kv.push("a", [ones(6)[::2], ones()]), {"a": 2}),
+    "push of a buffer": (None, lambda kv: kv.push("a", memoryview(ones())), {"a": 1}),
+    "push of a large value": (None, lambda kv: kv.push("big", [ones(BIG)] * 3), {"big": 3}),
+    "push of an NDArray": (None, lambda kv: kv.push("a", nd()), {"a": 1}),
+    "push of NDArrays": (
+        None,
+        lambda kv: kv.push(["a", "b"], [[nd(), nd()], nd()]),
+        {"a": 2, "b": 1},
+    ),
+    "push of a large NDArray": (None, lambda kv: kv.push("big", nd(1, BIG)), {"big": 1}),
+    "async push": (None, lambda kv: kv.push("a", ones(), async_op=True).wait(), {"a": 1}),
+    "async push of a list": (
+        None,
+        lambda kv: kv.push(["a", "b", "c"], [ones(), ones(6)[::2], [ones()] * 9], async_op=True),
+        {"a": 1, "b": 1, "c": 9},
+    ),
+    "push with an updater": (adding, lambda kv: kv.push("a", ones()), {"a": 1}),
+    "push of a list with an updater": (
+        adding,
+        lambda kv: kv.push(["a", "b"], [[ones()] * 40, nd()]),
+        {"a": 40, "b": 1},
+    ),
+    "async push with an updater": (
+        adding,
+        lambda kv: kv.push("a", ones(), async_op=True).wait(),
+        {"a": 1},
+    ),
+    "pushpull": (None, lambda kv: kv.pushpull("a", ones(), out=ones()), {"a": 1}),
+    "pushpull of NDArrays": (None, lambda kv: kv.pushpull("a", nd(), out=nd()), {"a": 1}),
+    "pushpull with an updater": (
+        adding,
+        lambda kv: kv.pushpull(["a", "b"], [ones(), nd()], out=[nd(), ones(6)[::2]]),
+        {"a": 1, "b": 1},
+    ),
+    "pull": (None, lambda kv: kv.pull("a", out=ones()), {}),
+    "pull of a list": (None, lambda kv: kv.pull(["a", "b"], out=[ones(), [ones(), nd()]]), {}),
+    "pull into strided": (None, lambda kv: kv.pull("a", out=ones(6)[::2]), {}),
+    "pull without out": (None, lambda kv: kv.pull("a").asnumpy(), {}),
+    "pull of a list without out": (None, lambda kv: kv.pull(["a", "b", "big"]), {}),
+    "set_updater": (None, lambda kv: adding(kv).push("a", ones()), {"a": 1}),
+    "delete": (None, lambda kv: kv.delete("c"), {"c": None}),
+    "keys": (None, lambda kv: kv.keys(), {}),
+    "describe": (None, lambda kv: (kv.shape("a"), kv.dtype("a"), kv.stype("a"), "a" in kv), {}),
+    "a store": (None, lambda kv: kvstore.create("device", num_threads=2).close(), {}),
+    "arrays": (
+        None,
+        lambda kv: (nd(), kvstore.zeros(3), kvstore.array(ones(6)[::2]), kvstore.empty((2, 2))),
+        {},
+    ),
+    "views of an array": (
+        None,
+        lambda kv: (np.asarray(nd()), memoryview(nd()), np.from_dlpack(nd()), nd().asnumpy()),
+        {},
+    ),
+    "wait_all": (None, lambda kv: kvstore.wait_all(), {}),
+}
+
+
+def store(kind):
+    kv = kvstore.create(kind)
+    for key in "abc":
+        kv.init(key, np.zeros(3))
+    kv.init("big", np.zeros(BIG))
+    return kv
+
+
+def works_on(kv):
+    kv.set_updater(None)
+    kv.push(["a", "big"], [[ones(), ones()], np.full(BIG, 5.0)])
+    kv.push("b", nd(7))
+    out = nd()
+    kv.pull("b", out=out)
+    kv.init("later", ones())
+    kv.delete("later")
+    assert pulled(kv, "a").tolist() == [2, 2, 2]
+    assert out.asnumpy().tolist() == [7, 7, 7]
+    assert (pulled(kv, "big") == 5).all()
+
+
+def is_done(before, after, key, result):
+    """Whether the key is as the call makes it (True), as it was before (False), or an error."""
+    if result is None:
+        return key not in after
+    if after.get(key) == before.get(key):
+        return False
+    dtype, shape, data = after[key]
+    values = np.frombuffer(data, dtype).reshape(shape)
+    assert same(values, np.full(shape, result, dtype)), key
+    return True
+
+
+def tried(kv, call, changes, point, nth):
+    """Makes the call with a fault; whether the fault was met."""
+    before = contents(kv)
+    error = None
+    with fault(point, nth) as met:
+        try:
+            result = call(kv)
+            if isinstance(result, kvstore.Handle):
+                result.wait()
+            del result
+            kvstore.wait_all()
+        except MemoryError as raised:
+            error = str(raised)
+            raised.__traceback__ = None
+    kvstore.wait_all()
+    after = contents(kv)
+    done = {key: is_done(before, after, key, result) for key, result in changes.items()}
+    others = [key for key in before if key not in changes]
+    assert [after.get(k) for k in others] == [before[k] for k in others]
+    assert set(after) <= set(before) | set(changes)
+    if error is None:
+        assert all(done.values()), "the call succeeded and did not do all of its work"
+    elif any(done.values()) and len(done) > 1:
+        assert re.search(rf"\b{sum(done.values())} of {len(done)}\b", error), (error, done)
+    assert met() or error is None
+    return met()
+
+
+@pytest.mark.parametrize("kind", ["local", "device"])
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_any_allocation_may_fail(kind, name):
+    prepare, call, changes = SCENARIOS[name]
+    for nth in range(1, MOST):
+        with leak_free():
+            with store(kind) as kv:
+                if prepare is not None:
+                    prepare(kv)
+                met = tried(kv, call, changes, "alloc", nth)
+                works_on(kv)
+            del kv
+        if not met:
+            return
+    raise AssertionError(f"still failing at allocation {nth}")
+
+
+QUEUED = {
+    "NDArray": lambda kv: kv.push("a", nd(4)),
+    "async": lambda kv: kv.push("a", np.full(3, 4.0), async_op=True),
+    "async strided": lambda kv: kv.push("a", np.full(6, 4.0)[::2], async_op=True),
+    "async pushpull": lambda kv: kv.pushpull("a", np.full(3, 4.0), out=ones(), async_op=True),
+    "pull": lambda kv: kv.pull("a"),
+    "pull into an NDArray": lambda kv: kv.pull("a", out=nd()),
+    "async list": lambda kv: kv.push(["b", "a"], [np.zeros(3), np.full(3, 4.0)], async_op=True),
+    "init of another key": lambda kv: kv.init("z", ones()) or kv.delete("z"),
+}
+
+
+@pytest.mark.parametrize("name", QUEUED)
+def test_any_allocation_of_a_queued_operation_may_fail(name):
+    for nth in range(1, MOST):
+        error = result = None
+        with leak_free(), store("local") as kv:
+            with held(kv, "a"), fault("alloc", nth) as met:
+                try:
+                    result = QUEUED[name](kv)
+                except MemoryError as raised:
+                    error = raised.with_traceback(None)
+            if isinstance(result, kvstore.Handle):
+                try:
+                    result.wait()
+                except MemoryError as raised:
+                    error = raised.with_traceback(None)
+            kvstore.wait_all()
+            value = pulled(kv, "a").tolist()
+            pushes = "pull" not in name.split()[0] and "init" not in name
+            assert value == ([4, 4, 4] if pushes and error is None else [0, 0, 0])
+            assert met() or error is None
+            works_on(kv)
+            del result, error
+        del kv
+        if not met():
+            return
+    raise AssertionError(f"still failing at allocation {nth}")
+
+
+WAITING = {
+    "push": lambda kv: kv.push("a", np.full(3, 4.0)),
+    "pull": lambda kv: kv.pull("a", out=ones()),
+    "list": lambda kv: kv.push(["a", "b"], [np.full(3, 4.0), np.zeros(3)]),
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_any_allocation_of_a_waiting_call_may_fail(name):
+    from helpers import Worker
+
+    for nth in range(1, MOST):
+        with leak_free(), store("local") as kv:
+            error = None
+            with held(kv, "a") as release, fault("alloc", nth) as met:
+                worker = Worker(WAITING[name], kv)
+                release.set()
+                try:
+                    worker.result()
+                except MemoryError as raised:
+                    error = raised.with_traceback(None)
+            value = pulled(kv, "a").tolist()
+            assert value == ([4, 4, 4] if error is None and name != "pull" else [0, 0, 0])
+            works_on(kv)
+            del worker, error
+        del kv
+        if not met():
+            return
+    raise AssertionError(f"still failing at allocation {nth}")
+
+
+def test_a_task_that_fails_reports_it_once_and_leaves_the_key_as_it_was():
+    with leak_free(), store("local") as kv:
+        with held(kv, "a"), fault("engine.run", 1):
+            handle = kv.push("a", ones(), async_op=True)
+        with fault("engine.run", 0):
+            pass
+        _fail_next_task(kv, handle)
+        del handle
+    del kv
+
+
+def _fail_next_task(kv, handle):
+    handle.wait()
+    for wait in (lambda h: h.wait(), lambda h: kv.push("a", ones()), lambda h: kvstore.wait_all()):
+        failed = queued_failure(kv)
+        with pytest.raises((MemoryError, kvstore.KVStoreError)):
+            wait(failed)
+        kvstore.wait_all()
+        kv.push("a", np.full(3, 9.0))
+        assert pulled(kv, "a").tolist() == [9, 9, 9]
+        del failed
+        kv.push("a", np.zeros(3))
+
+
+def queued_failure(kv):
+    raise NotImplementedError

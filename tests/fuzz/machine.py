@@ -1,0 +1,481 @@
+"""Random call sequences, legal and not, on a store and on the model, side by side.
+
+A program: `python machine.py KIND [SECONDS]`, with the engine chosen by KVSTORE_ENGINE. Each call
+is drawn as a recipe and made twice from it, in memory of the store's own and of the model's own.
+Then either both succeed, with the same contents of every array, or both refuse with the same
+built-in class, and nothing has changed. Without SECONDS the sequences are the same at every run.
+"""
+
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import hypothesis
+import kvstore
+import numpy as np
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contract"))
+
+from helpers import same
+from model import DTYPES, Closed, Model
+
+SHAPES = [(), (3,), (2, 3), (0,), (2, 0, 4), (40,), (9000,)]
+LAYOUTS = ["C", "C", "Fortran", "strided", "backwards", "NDArray", "pool", "pool"]
+NO_ARRAYS = {"None": None, "number": 3.0, "text": "abc", "masked": np.ma.ones(3)}
+REFUSALS = (Closed, KeyError, ValueError, TypeError)
+
+counts = Counter()
+
+
+class Boom(Exception):
+    """What a failing updater raises."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make an array, twice the same."""
+
+    dtype: np.dtype
+    shape: tuple
+    layout: str = "C"
+    seed: int = 0
+
+    def plain(self):
+        numbers = random.Random(self.seed)
+        size = int(np.prod(self.shape, dtype=int))
+        low = 0 if self.dtype.kind == "u" else -100
+        some = [numbers.randrange(low, 101) for _ in range(min(size, 50))]
+        return np.resize(np.array(some, float).astype(self.dtype), self.shape)
+
+    def make(self, side):
+        array = self.plain()
+        if self.layout == "Fortran":
+            return np.asfortranarray(array)
+        if self.layout == "strided":
+            return np.stack([array, array], axis=-1)[..., 0]
+        if self.layout == "backwards":
+            reverse = (slice(None, None, -1),) * array.ndim
+            return np.ascontiguousarray(array[reverse])[reverse] if array.ndim else array
+        if self.layout == "NDArray":
+            return side.ndarray(array)
+        if self.layout == "pool":
+            return side.pooled(self)
+        if self.layout == "read-only":
+            array.flags.writeable = False
+        if self.layout in NO_ARRAYS:
+            return NO_ARRAYS[self.layout]
+        if self.layout == "swapped":
+            return array.astype(array.dtype.newbyteorder())
+        if self.layout.startswith("shared"):
+            memory = side.shared.setdefault(self.dtype, np.ones(1 << 15, self.dtype))
+            start = int(self.layout.removeprefix("shared"))
+            return memory[start : start + array.size].reshape(self.shape)
+        return array
+
+
+def made(recipe, side):
+    """The arguments that a nested list of recipes describes."""
+    if isinstance(recipe, list):
+        return [made(r, side) for r in recipe]
+    return recipe.make(side) if isinstance(recipe, Recipe) else recipe
+
+
+def leaves(nested):
+    if isinstance(nested, list):
+        return [leaf for n in nested for leaf in leaves(n)]
+    return [nested]
+
+
+class Side:
+    """The arrays of one of the two, store or model."""
+
+    def __init__(self, ndarray):
+        self.ndarray = ndarray
+        self.pool = {}
+        self.shared = {}
+
+    def pooled(self, recipe):
+        """One of two long-lived arrays of this type and shape, shared by calls."""
+        place = recipe.dtype, recipe.shape, recipe.seed % 2
+        if place not in self.pool:
+            self.pool[place] = self.ndarray(recipe.plain())
+        return self.pool[place]
+
+
+def add_twice(key, recv, stored):
+    stored += recv
+    stored += recv
+
+
+def failing(bad):
+    def updater(key, recv, stored):
+        stored[...] = recv
+        if key == bad:
+            raise Boom(key)
+
+    return updater
+
+
+class Calls(RuleBasedStateMachine):
+    kind = "local"
+
+    @initialize(text=st.booleans())
+    def begin(self, text):
+        self.names = ["a", "b", "c", "ä", "e"] if text else [0, -1, 7, 2**40, 3]
+        self.strangers = [5, 6] if text else ["x", "0"]
+        self.kv, self.model = kvstore.create(self.kind, timeout=60), Model()
+        self.ours, self.theirs = Side(kvstore.array), Side(lambda array: array)
+        self.pending = []
+
+    # ------------------------------------------------------------------------------- drawing
+
+    def pick(self, data, options):
+        return options[data.draw(st.integers(0, len(options) - 1))]
+
+    def described(self, key):
+        value = self.model.stored[key]
+        return value.dtype, value.shape
+
+    def recipe(self, data, key, out=False):
+        dtype, shape = self.described(key)
+        layout = self.pick(data, LAYOUTS)
+        if out and self.pick(data, range(8)) == 7:
+            layout = f"shared{self.pick(data, [0, 10, 12, 9000, 18000])}"
+        return Recipe(dtype, shape, layout, data.draw(st.integers(0, 9)))
+
+    def keys(self, data):
+        known = list(self.model.stored)
+        number = self.pick(data, [1, 1, 1, 2, 3]) if known else 0
+        return [self.pick(data, known) for _ in range(number)]
+
+    def entries(self, data, keys, out=False):
+        """One recipe, or a list of them, for each key."""
+        result = []
+        for key in keys:
+            number = self.pick(data, [0, 0, 1, 2, 3, 5])
+            recipes = [self.recipe(data, key, out) for _ in range(max(1, number))]
+            result.append(recipes if number else recipes[0])
+        return result
+
+    def formed(self, data, keys, *arguments):
+        """As one key where there is one, now and then as tuples."""
+        if len(keys) == 1 and self.pick(data, [True, False]):
+            return [keys[0], *(a[0] for a in arguments)]
+        return [keys, *arguments]
+
+    def spoil(self, data, keys, arguments):
+        """Puts one fault of form and up to two others into a call."""
+        for fault in {self.pick(data, FAULTS), self.pick(data, LATE_FAULTS)}:
+            if not keys:
+                return
+            at = self.pick(data, range(len(keys)))
+            argument = self.pick(data, arguments) if arguments else None
+            FAULTY[fault](self, data, keys, argument, at)
+
+    # ------------------------------------------------------------------------------- calling
+
+    def both(self, method, key, *arguments, later=False, **options):
+        """Makes the call on both sides and compares."""
+        given = [made(a, self.ours) for a in arguments]
+        plain = [made(a, self.theirs) for a in arguments]
+        expected = result = handle = None
+        try:
+            answer = getattr(self.model, method)(key, *plain)
+        except (*REFUSALS, Boom) as error:
+            expected = error
+        if later:
+            options["async_op"] = True
+        try:
+            result = getattr(self.kv, method)(key, *given, **options)
+            if later and (expected is not None or self.model.updater is not None):
+                result.wait()
+            handle = result if later else None
+        except (kvstore.KVStoreError, Boom) as error:
+            self.compare_errors(expected, error, method)
+        else:
+            assert expected is None, f"{method}: the model raised {expected!r}, the store nothing"
+            counts[method] += 1
+        if method == "pull" and arguments == () and expected is None:
+            given, plain = [[result] if answer.__class__ is not list else result], [answer]
+        if later or any(isinstance(a, kvstore.NDArray) for g in given for a in leaves(g)):
+            self.pending.append((handle, given, plain))
+        else:
+            self.compare_arrays(given, plain)
+
+    def compare_errors(self, expected, error, method):
+        assert expected is not None, f"{method}: the store raised {error!r}, the model nothing"
+        if isinstance(expected, Boom):
+            assert type(error) is Boom, (expected, error)
+            assert list(error.updated_keys) == expected.updated_keys
+        else:
+            kinds = [kind for kind in REFUSALS if isinstance(expected, kind)]
+            kinds = [RuntimeError if kind is Closed else kind for kind in kinds]
+            assert isinstance(error, kinds[0]), (expected, error)
+            assert isinstance(error, kvstore.KVStoreError), error
+        counts["refused"] += 1
+
+    def compare_arrays(self, given, plain):
+        for ours, theirs in zip(leaves(given), leaves(plain), strict=True):
+            if isinstance(theirs, np.ndarray) and not isinstance(theirs, np.ma.MaskedArray):
+                ours = ours.asnumpy() if isinstance(ours, kvstore.NDArray) else ours
+                assert same(ours, theirs), (ours, theirs)
+
+    # --------------------------------------------------------------------------------- rules
+
+    @rule(data=st.data())
+    def init(self, data):
+        number = self.pick(data, [1, 1, 2, 3, 0])
+        fresh = [n for n in self.names if n not in self.model.stored][:number]
+        values = []
+        for _ in fresh:
+            dtype, shape = self.pick(data, DTYPES), self.pick(data, SHAPES)
+            layout = self.pick(data, LAYOUTS)
+            values.append(Recipe(dtype, shape, layout, data.draw(st.integers(0, 9))))
+        if fresh and self.pick(data, range(5)) == 4:
+            self.spoil_init(data, fresh, values)
+        key, value = self.formed(data, fresh, values)
+        if self.pick(data, range(3)) or not fresh:
+            self.both("init", key, value)
+        else:
+            outs = [v if isinstance(v, list) else [v] for v in values]
+            outs = [[Recipe(r.dtype, r.shape, "C", 9) for r in o] or o for o in outs]
+            self.both("broadcast", key, value, outs if isinstance(key, list) else outs[0])
+
+    def spoil_init(self, data, keys, values):
+        fault = self.pick(data, ["known", "twice", "stranger", "type", "two values", "none"])
+        at = self.pick(data, range(len(keys)))
+        recipe = values[at]
+        if fault == "known" and self.model.stored:
+            keys[at] = self.pick(data, list(self.model.stored))
+        elif fault == "twice":
+            keys.append(keys[at])
+            values.append(recipe)
+        elif fault == "stranger" and self.model.key_type is not None:
+            keys[at] = self.pick(data, self.strangers)
+        elif fault == "type":
+            values[at] = Recipe(np.dtype(np.uint16), recipe.shape)
+        elif fault == "two values":
+            values[at] = [recipe, recipe]
+        elif fault == "none":
+            values[at] = Recipe(recipe.dtype, (3,), self.pick(data, list(NO_ARRAYS)))
+
+    @rule(data=st.data(), later=st.booleans(), spoiled=st.integers(0, 3))
+    def push(self, data, later, spoiled):
+        keys = self.keys(data)
+        values = self.entries(data, keys)
+        if spoiled == 3:
+            self.spoil(data, keys, [values])
+        key, value = self.formed(data, keys, values) if len(keys) == len(values) else (keys, values)
+        self.both("push", key, value, later=later, priority=data.draw(st.integers(-3, 3)))
+
+    @rule(data=st.data(), later=st.booleans(), spoiled=st.integers(0, 3))
+    def pull(self, data, later, spoiled):
+        keys = self.keys(data)
+        outs = self.entries(data, keys, out=True)
+        if spoiled == 3:
+            self.spoil(data, keys, [outs])
+        key, out = self.formed(data, keys, outs) if len(keys) == len(outs) else (keys, outs)
+        self.both("pull", key, out, later=later)
+
+    @rule(data=st.data(), spoiled=st.integers(0, 3))
+    def pull_new(self, data, spoiled):
+        keys = self.keys(data)
+        if spoiled == 3:
+            self.spoil(data, keys, [])
+        self.both("pull", *self.formed(data, keys))
+
+    @rule(data=st.data(), later=st.booleans(), spoiled=st.integers(0, 3))
+    def pushpull(self, data, later, spoiled):
+        keys = self.keys(data)
+        arguments = [self.entries(data, keys)]
+        if self.pick(data, [True, True, False]):
+            arguments.append(self.entries(data, keys, out=True))
+        if spoiled == 3:
+            self.spoil(data, keys, arguments)
+        if all(len(a) == len(keys) for a in arguments):
+            keys, *arguments = self.formed(data, keys, *arguments)
+        self.both("pushpull", keys, *arguments, later=later)
+
+    @rule(data=st.data())
+    def delete(self, data):
+        known = list(self.model.stored)
+        stranger = self.strangers if self.model.key_type is not None else []
+        self.both("delete", self.pick(data, known * 3 + self.names + stranger))
+
+    @rule(data=st.data())
+    def set_updater(self, data):
+        updater = self.pick(data, [None, add_twice, failing(self.pick(data, self.names))])
+        self.kv.set_updater(updater)
+        self.model.updater = updater
+
+    @rule()
+    def drain(self):
+        pending, self.pending = self.pending, []
+        for handle, _, _ in reversed(pending):
+            if handle is not None:
+                handle.wait()
+                assert handle.done()
+                assert handle.exception() is None
+        for place, theirs in self.theirs.pool.items():
+            assert same(self.ours.pool[place].asnumpy(), theirs)
+        for _, given, plain in pending:
+            self.compare_arrays(given, plain)
+
+    @rule()
+    def wait_all(self):
+        kvstore.wait_all()
+
+    @rule()
+    def compare_contents(self):
+        assert list(self.kv.keys()) == list(self.model.stored)
+        for key, value in self.model.stored.items():
+            assert key in self.kv
+            out = np.empty(self.kv.shape(key), self.kv.dtype(key))
+            self.kv.pull(key, out=out)
+            assert same(out, value), key
+
+    @rule(again=st.integers(0, 5))
+    def close(self, again):
+        if again < 5:
+            return
+        self.kv.close()
+        self.model.close()
+        self.both("push", self.names[0], Recipe(np.dtype("f8"), (3,)))
+        self.both("pull", [], [Recipe(np.dtype("f8"), (3,))])
+        self.kv, self.model = kvstore.create(self.kind, timeout=60), Model()
+
+    @invariant()
+    def keys_agree(self):
+        assert list(self.kv.keys()) == list(self.model.stored)
+
+    def teardown(self):
+        if hasattr(self, "kv"):
+            self.drain()
+            self.compare_contents()
+            self.kv.close()
+
+
+# ------------------------------------------------------------------------------------------ faults
+# Each takes the machine, the draws, the keys, one argument (None: there is none) and a place.
+
+
+def replace_leaf(argument, at, change):
+    if argument is None or at >= len(argument):
+        return
+    if not isinstance(argument[at], list):
+        argument[at] = change(argument[at])
+    elif argument[at]:
+        argument[at][-1] = change(argument[at][-1])
+
+
+def changed(**fields):
+    def fault(machine, data, keys, argument, at):
+        def change(recipe):
+            if not isinstance(recipe, Recipe):
+                return recipe
+            return Recipe(**{**recipe.__dict__, **fields})
+
+        replace_leaf(argument, at, change)
+
+    return fault
+
+
+def other_type(machine, data, keys, argument, at):
+    dtype = machine.pick(data, [*DTYPES, np.dtype(np.uint16), np.dtype(complex)])
+    changed(dtype=dtype, layout="C")(machine, data, keys, argument, at)
+
+
+def other_shape(machine, data, keys, argument, at):
+    shape = machine.pick(data, [*SHAPES, (3, 1), (6,)])
+    changed(shape=shape, layout="C")(machine, data, keys, argument, at)
+
+
+def unknown_key(machine, data, keys, argument, at):
+    keys[at] = machine.pick(data, machine.names)
+
+
+def strange_key(machine, data, keys, argument, at):
+    keys[at] = machine.pick(data, machine.strangers)
+
+
+def bad_key(machine, data, keys, argument, at):
+    keys[at] = machine.pick(data, [True, 1.5, None, b"a", ["a"], 2**64, ""])
+
+
+def no_array(machine, data, keys, argument, at):
+    layout = machine.pick(data, list(NO_ARRAYS))
+    changed(layout=layout, shape=(3,))(machine, data, keys, argument, at)
+
+
+def empty_list(machine, data, keys, argument, at):
+    if argument is not None and at < len(argument):
+        argument[at] = []
+
+
+def deep_list(machine, data, keys, argument, at):
+    replace_leaf(argument, at, lambda recipe: [[recipe]])
+
+
+def one_more(machine, data, keys, argument, at):
+    if argument is not None:
+        argument.append(argument[-1])
+
+
+def one_less(machine, data, keys, argument, at):
+    if argument is not None:
+        argument.pop()
+
+
+FAULTY = {
+    "nothing": lambda *_: None,
+    "bad key": bad_key,
+    "no array": no_array,
+    "empty list": empty_list,
+    "deep list": deep_list,
+    "one more": one_more,
+    "one less": one_less,
+    "strange key": strange_key,
+    "unknown key": unknown_key,
+    "other type": other_type,
+    "other shape": other_shape,
+    "read-only": changed(layout="read-only"),
+}
+LATE_FAULTS = ["strange key", "unknown key", "other type", "other shape", "read-only", "nothing"]
+FAULTS = [*FAULTY, "nothing", "nothing", "nothing"]
+
+
+def main():
+    Calls.kind = sys.argv[1]
+    seconds = float(sys.argv[2]) if len(sys.argv) > 2 else None
+    settings = hypothesis.settings(
+        max_examples=60 if seconds is None else 200,
+        stateful_step_count=30 if seconds is None else 50,
+        derandomize=seconds is None,
+        database=None,
+        deadline=None,
+        print_blob=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    end = time.monotonic() + (seconds or 0)
+    while True:
+        run_state_machine_as_test(Calls, settings=settings)
+        if time.monotonic() >= end:
+            break
+    live = {name: n for name, n in kvstore._core.counters().items() if n < 0}
+    assert not live, live
+    print(dict(counts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""PyTorch's tensors, as it gives them: by its exchange table where it has one."""
+
+import gc
+
+import numpy
+import pytest
+
+import kvstore
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+DTYPES = ("float64", "float32", "float16", "bfloat16", "int8", "uint8", "int32", "int64")
+
+
+def numbers():
+    return torch.arange(12, dtype=torch.float32).reshape(3, 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_element_types(kv, dtype):
+    a = numbers().to(getattr(torch, dtype))
+    kv.init("w", a)
+    out = torch.zeros_like(a)
+    kv.pull("w", out=out)
+    assert kv.dtype("w") == dtype and torch.equal(out, a)
+
+
+def forms(base):
+    yield "transposed", base.t()
+    yield "part", base[1:, 1:3]
+    yield "every second", base[:, ::2]
+    yield "one column", base[:, 1]
+    yield "no dimensions", base[1, 1]
+    yield "no elements", base[:0]
+    yield "channels last", base.reshape(1, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("form", [name for name, _ in forms(numbers())])
+def test_forms_of_memory(kv, form):
+    base, other = numbers(), numbers()
+    a, b = dict(forms(base))[form], dict(forms(other))[form]
+    kv.init("w", a)
+    assert kv.pull("w").asnumpy().tolist() == a.tolist()
+    b.mul_(0)
+    kv.pull("w", out=b)
+    assert torch.equal(a, b) and torch.equal(base, other)
+
+
+def test_an_expanded_tensor_is_a_value_but_no_out(kv):
+    a = torch.ones(1, 4).expand(3, 4)
+    kv.init("w", a)
+    with pytest.raises(kvstore.InvalidArgumentError):
+        kv.pull("w", out=a)
+
+
+def test_parameters_and_results_of_autograd(kv):
+    parameter = torch.nn.Parameter(numbers())
+    kv.init("w", parameter)
+    kv.push("w", parameter * 2)
+    kv.pull("w", out=parameter)
+    assert torch.equal(parameter.data, numbers() * 2) and parameter.requires_grad
+
+
+def test_negated_views_are_resolved_or_refused(kv):
+    negated = torch.complex(numbers(), numbers() + 1).conj().imag
+    assert negated.is_neg()
+    kv.init("w", negated)
+    assert kv.pull("w").asnumpy().tolist() == (-numbers() - 1).tolist()
+    with pytest.raises(kvstore.ArrayTypeError, match="negative bit"):
+        kv.pull("w", out=negated)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "complex64", "int16"])
+def test_foreign_element_types_are_named(kv, dtype):
+    a = torch.zeros(3, dtype=getattr(torch, dtype))
+    with pytest.raises(kvstore.ArrayTypeError, match=dtype):
+        kv.init("w", a)
+    if a.is_complex():
+        with pytest.raises(kvstore.ArrayTypeError, match=dtype):
+            kv.init("w", a.conj())
+
+
+def test_tensors_without_memory_of_their_own_are_refused(kv):
+    fake = pytest.importorskip("torch._subclasses.fake_tensor", reason="no fake tensors")
+    with fake.FakeTensorMode():
+        unreal = torch.ones(3)
+    for a in (numbers().to_sparse(), numbers().to("meta"), unreal):
+        with pytest.raises(kvstore.ArrayTypeError):
+            kv.init("w", a)
+    seen = []
+
+    def inside(a):
+        with pytest.raises(kvstore.ArrayTypeError):
+            kv.init("w", a)
+        seen.append(a)
+        return a
+
+    torch.func.vmap(inside)(numbers())
+    assert seen
+
+
+def test_new_storage_during_an_asynchronous_call(kv):
+    kv.init("w", numpy.zeros((3, 4), "float32"))
+    a = numbers()
+    handle = kv.push("w", a, async_op=True)
+    a.data = torch.zeros(3, 4)
+    gc.collect()
+    handle.wait()
+    assert kv.pull("w").asnumpy().tolist() == numbers().tolist()
+
+
+def test_torch_shares_an_ndarrays_memory():
+    a = kvstore.zeros(3, "bfloat16")
+    b = torch.from_dlpack(a)
+    assert b.dtype == torch.bfloat16
+    b += 2
+    del b
+    assert torch.from_dlpack(a).tolist() == [2, 2, 2]
