@@ -40,6 +40,7 @@ def nothing_left(request):
     gc.collect()
     before, violations = _core.counters(), _core.lock_violations()
     yield
+    request.node.funcargs.clear()  # they hold what the fixtures have made
     gc.collect()
     kvstore.wait_all()
     assert _core.lock_violations() == violations, "locks were taken out of order"

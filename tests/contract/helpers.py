@@ -8,9 +8,10 @@ import sys
 import threading
 import time
 
-import kvstore
 import numpy as np
 import pytest
+
+import kvstore
 
 # How long a test waits for something that is due at once: long enough for a loaded machine.
 LONG = 30
@@ -138,3 +139,25 @@ def run_script(script, *args, timeout=60, **env):
 def assert_clean(done):
     """The script succeeded and said nothing on stderr."""
     assert (done.returncode, done.stderr) == (0, ""), done.stdout + done.stderr
+
+
+# What the scripts about processes and signals start with; KIND is the kind of the store.
+PRELUDE = """
+import gc, os, signal, sys, threading, time
+import numpy as np, kvstore
+
+kv = kvstore.create(KIND)
+kv.init(["v", "w"], [np.zeros(3), np.zeros(3)])
+
+def hold(key):
+    '''Holds the key in a daemon thread until the event that it returns is set.'''
+    entered, release = threading.Event(), threading.Event()
+    def updater(key, recv, stored):
+        entered.set()
+        release.wait()
+    kv.set_updater(updater)
+    threading.Thread(target=kv.push, args=(key, np.ones(3)), daemon=True).start()
+    entered.wait()
+    kv.set_updater(None)
+    return release
+"""

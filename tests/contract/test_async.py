@@ -5,10 +5,11 @@ import gc
 import threading
 import time
 
-import kvstore
 import numpy as np
 import pytest
 from helpers import LONG, Worker, held, pulled
+
+import kvstore
 
 
 @pytest.fixture

@@ -2,10 +2,11 @@
 
 import math
 
-import kvstore
 import numpy as np
 import pytest
 from helpers import pulled, refused
+
+import kvstore
 
 LOCAL_KINDS = [
     "local",

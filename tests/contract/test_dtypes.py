@@ -1,10 +1,11 @@
 """Element types: what is stored, how it is summed."""
 
-import kvstore
 import numpy as np
 import pytest
 from helpers import pulled, refused, same
 from model import DTYPES, HALF, total
+
+import kvstore
 
 BFLOAT16 = next(d for d in DTYPES if d.name == "bfloat16")
 INTEGERS = [d for d in DTYPES if d.kind in "iu"]

@@ -3,10 +3,11 @@
 import builtins
 import pickle
 
-import kvstore
 import numpy as np
 import pytest
 from helpers import ALSO, contents, pulled, refused
+
+import kvstore
 
 
 @pytest.mark.parametrize("error", ALSO, ids=lambda e: e.__name__)

@@ -1,9 +1,10 @@
 """The values: what init, push, pull, pushpull, broadcast and delete do to them."""
 
-import kvstore
 import numpy as np
 import pytest
 from helpers import contents, pulled, refused, same
+
+import kvstore
 
 
 def test_init_stores_a_copy(kv):

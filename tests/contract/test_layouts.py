@@ -4,11 +4,12 @@ import array
 import ctypes
 import mmap
 
-import kvstore
 import numpy as np
 import pytest
 from helpers import pulled, refused, same
 from model import DTYPES
+
+import kvstore
 
 
 class Foreign:
@@ -351,9 +352,7 @@ def test_the_same_ndarray_as_two_outs_is_refused(kv):
     assert out.asnumpy().tolist() == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    "strides", [(0,), (4,), (8, 0), (8, 8), (0, 8), (8, 16)], ids=str
-)
+@pytest.mark.parametrize("strides", [(0,), (4,), (8, 0), (8, 8), (0, 8), (8, 16)], ids=str)
 def test_an_out_with_an_element_twice_is_refused(kv, strides):
     shape = (3,) * len(strides)
     memory = np.full(30, 9.0)

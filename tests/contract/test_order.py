@@ -2,10 +2,11 @@
 
 import itertools
 
-import kvstore
 import numpy as np
 import pytest
 from helpers import contents
+
+import kvstore
 
 # In the order in which they are looked for: what is wrong, the class, a word of its message.
 FAULTS = {

@@ -1,12 +1,14 @@
 """Many threads in one store."""
 
+import contextlib
 import itertools
 import threading
 
-import kvstore
 import numpy as np
 import pytest
 from helpers import LONG, Worker, held, pulled
+
+import kvstore
 
 THREADS = 4
 ROUNDS = 300
@@ -235,10 +237,8 @@ def test_an_array_reshaped_by_another_thread_is_read_safely(kv):
     def push():
         try:
             for _ in range(ROUNDS * 3):
-                try:
+                with contextlib.suppress(kvstore.InvalidArgumentError):
                     kv.push("w", value)
-                except kvstore.InvalidArgumentError:
-                    pass
         finally:
             stop.set()
 

@@ -5,10 +5,11 @@ import sys
 import threading
 import weakref
 
-import kvstore
 import numpy as np
 import pytest
 from helpers import pulled, same
+
+import kvstore
 
 
 class Boom(Exception):

@@ -2,10 +2,11 @@
 
 import threading
 
-import kvstore
 import numpy as np
 import pytest
 from helpers import LONG, Worker, pulled
+
+import kvstore
 
 
 def inside(kv, call, key="w"):

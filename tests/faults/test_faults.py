@@ -12,10 +12,11 @@ import contextlib
 import gc
 import re
 
-import kvstore
 import numpy as np
 import pytest
-from helpers import assert_clean, contents, held, pulled, run_script, same
+from helpers import Worker, assert_clean, contents, held, pulled, run_script, same
+
+import kvstore
 from kvstore import _core
 
 MOST = 400  # allocations of one call
@@ -265,8 +266,6 @@ WAITING = {
 
 @pytest.mark.parametrize("name", WAITING)
 def test_any_allocation_of_a_waiting_call_may_fail(name):
-    from helpers import Worker
-
     for nth in range(1, MOST):
         with leak_free(), store("local") as kv:
             error = None
@@ -287,29 +286,198 @@ def test_any_allocation_of_a_waiting_call_may_fail(name):
     raise AssertionError(f"still failing at allocation {nth}")
 
 
-def test_a_task_that_fails_reports_it_once_and_leaves_the_key_as_it_was():
-    with leak_free(), store("local") as kv:
-        with held(kv, "a"), fault("engine.run", 1):
-            handle = kv.push("a", ones(), async_op=True)
-        with fault("engine.run", 0):
-            pass
-        _fail_next_task(kv, handle)
-        del handle
-    del kv
+# ------------------------------------------------------------------- operations that fail later
 
 
-def _fail_next_task(kv, handle):
-    handle.wait()
-    for wait in (lambda h: h.wait(), lambda h: kv.push("a", ones()), lambda h: kvstore.wait_all()):
-        failed = queued_failure(kv)
-        with pytest.raises((MemoryError, kvstore.KVStoreError)):
-            wait(failed)
+@pytest.fixture
+def kv_():
+    with store("local") as kv:
+        yield kv
+
+
+def queue(kv, call):
+    """Makes a call, the first of whose operations behind the held key fails; returns when it has.
+
+    Other keys of the call run in this thread at once, or the fault would be theirs.
+    """
+    _core.fault_set("engine.run", 1)
+    with held(kv, "a"):
+        result = call()
+    while _core.counters()["tasks"] > 0:
+        pass
+    assert _core.fault_set("engine.run", 0) >= 1
+    return result
+
+
+def test_a_failed_operation_is_reported_by_its_handle_and_then_by_nobody_else(kv_):
+    handle = queue(kv_, lambda: kv_.push("a", ones(), async_op=True))
+    assert handle.done()
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            handle.wait()
+        assert isinstance(handle.exception(), MemoryError)
+    kvstore.wait_all()
+    assert pulled(kv_, "a").tolist() == [0, 0, 0]
+    works_on(kv_)
+
+
+def test_a_failed_operation_without_a_handle_is_reported_once_at_the_next_wait_on_its_key(kv_):
+    queue(kv_, lambda: kv_.push("a", nd()))
+    with pytest.raises(MemoryError):
+        pulled(kv_, "a")
+    assert pulled(kv_, "a").tolist() == [0, 0, 0]
+    kvstore.wait_all()
+    works_on(kv_)
+
+
+def test_a_failed_operation_whose_handle_was_dropped_is_reported_by_its_key(kv_):
+    queue(kv_, lambda: kv_.push("a", ones(), async_op=True) and None)
+    with pytest.raises(MemoryError):
+        pulled(kv_, "a")
+    works_on(kv_)
+
+
+def test_a_failed_operation_is_reported_once_by_wait_all(kv_):
+    queue(kv_, lambda: kv_.push("a", nd()))
+    with pytest.raises(MemoryError):
         kvstore.wait_all()
-        kv.push("a", np.full(3, 9.0))
-        assert pulled(kv, "a").tolist() == [9, 9, 9]
-        del failed
-        kv.push("a", np.zeros(3))
+    kvstore.wait_all()
+    assert pulled(kv_, "a").tolist() == [0, 0, 0]
+    works_on(kv_)
 
 
-def queued_failure(kv):
-    raise NotImplementedError
+def test_a_failed_pull_poisons_its_out_until_it_is_written_again(kv_):
+    out = nd(9)
+    queue(kv_, lambda: kv_.pull("a", out=out))
+    with pytest.raises(MemoryError):
+        out.asnumpy()
+    kv_.pull("a", out=out)
+    assert out.asnumpy().tolist() == [0, 0, 0]
+    kvstore.wait_all()
+    works_on(kv_)
+
+
+def test_an_operation_that_reads_a_poisoned_array_fails_too(kv_):
+    out = nd(9)
+    queue(kv_, lambda: kv_.pull("a", out=out))
+    with pytest.raises(MemoryError):
+        kv_.push("b", out, async_op=True).wait()
+    with contextlib.suppress(MemoryError):
+        kvstore.wait_all()
+    assert pulled(kv_, "b").tolist() == [0, 0, 0]
+    works_on(kv_)
+
+
+def test_a_failed_operation_does_not_stop_the_other_keys_of_its_call(kv_):
+    handle = queue(kv_, lambda: kv_.push(["b", "a", "c"], [ones(), ones(), ones()], async_op=True))
+    with pytest.raises(MemoryError):
+        handle.wait()
+    assert [pulled(kv_, k)[0] for k in "abc"] == [0, 1, 1]
+    works_on(kv_)
+
+
+def test_later_operations_on_the_key_of_a_failed_one_run(kv_):
+    def call():
+        handles = [kv_.push("a", ones(), async_op=True)]
+        handles.append(kv_.push("a", np.full(3, 2.0), async_op=True))
+        return handles
+
+    failed, good = queue(kv_, call)
+    with pytest.raises(MemoryError):
+        failed.wait()
+    good.wait()
+    assert pulled(kv_, "a").tolist() == [2, 2, 2]
+    works_on(kv_)
+
+
+def test_errors_that_nobody_asks_for_are_dropped_with_their_objects():
+    def fail_and_forget():
+        with store("local") as kv:
+            queue(kv, lambda: [kv.push("a", nd()), kv.pull("a", out=nd(9))] and None)
+
+    with leak_free():
+        fail_and_forget()
+        with contextlib.suppress(MemoryError):
+            kvstore.wait_all()
+
+
+THREAD_START = """
+import threading
+import numpy as np, kvstore
+from kvstore import _core
+
+kv = kvstore.create("local")
+kv.init(["a", "big"], [np.zeros(3), np.zeros(2_000_000)])
+entered, release = threading.Event(), threading.Event()
+def updater(key, recv, stored):
+    entered.set()
+    release.wait()
+kv.set_updater(updater)
+holder = threading.Thread(target=kv.push, args=("a", np.ones(3)))
+holder.start()
+entered.wait()
+kv.set_updater(None)
+
+met = refused = 0
+for nth in range(1, 9):
+    _core.fault_set("thread.start", nth)
+    try:
+        CALL
+    except MemoryError:
+        refused += 1
+    met += _core.fault_set("thread.start", 0) >= nth
+assert met >= 1, "no thread was started"
+handles = [kv.push("a", np.full(3, 7.0), async_op=True) for _ in range(3)]
+release.set()
+holder.join()
+for handle in handles:
+    handle.wait()
+assert kv.pull("a").asnumpy().tolist() == [7, 7, 7]
+kv.pushpull("big", [np.ones(2_000_000)] * 3)
+kvstore.wait_all()
+assert not {n: c for n, c in _core.counters().items() if n in ("tasks", "holds") and c}
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "kv.push('a', np.ones(3), async_op=True)",
+        "kv.push('a', kvstore.ones(3, 'float64'))",
+        "kv.pull('a')",
+        "kv.push(['big', 'a'], [np.ones(2_000_000), np.ones(3)], async_op=True)",
+    ],
+)
+def test_a_thread_of_the_engine_that_cannot_start_is_a_memory_error(call):
+    done = run_script(THREAD_START.replace("CALL", call), KVSTORE_ENGINE="threaded")
+    assert_clean(done)
+
+
+def test_a_sum_goes_on_without_a_thread_that_cannot_start():
+    done = run_script(
+        """
+import numpy as np, kvstore
+from kvstore import _core
+
+size = 2_000_000
+kv = kvstore.create("local", num_threads=8)
+kv.init("big", np.zeros(size))
+for nth in range(1, 12):
+    _core.fault_set("thread.start", nth)
+    try:
+        kv.push("big", [np.full(size, float(nth)), np.ones(size)])
+    except MemoryError:
+        continue
+    finally:
+        _core.fault_set("thread.start", 0)
+    assert (kv.pull("big").asnumpy() == nth + 1).all()
+kv.push("big", [np.ones(size), np.ones(size)])
+assert (kv.pull("big").asnumpy() == 2).all()
+"""
+    )
+    assert_clean(done)
+
+
+def test_an_unknown_fault_point_is_refused():
+    with pytest.raises(kvstore.InvalidArgumentError, match="nosuch"):
+        _core.fault_set("nosuch", 1)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis
-import kvstore
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,6 +23,8 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+
+import kvstore
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contract"))
 
@@ -95,6 +96,10 @@ def leaves(nested):
     if isinstance(nested, list):
         return [leaf for n in nested for leaf in leaves(n)]
     return [nested]
+
+
+def plain_of(array):
+    return array.asnumpy() if isinstance(array, kvstore.NDArray) else array
 
 
 class Side:
@@ -228,8 +233,7 @@ class Calls(RuleBasedStateMachine):
     def compare_arrays(self, given, plain):
         for ours, theirs in zip(leaves(given), leaves(plain), strict=True):
             if isinstance(theirs, np.ndarray) and not isinstance(theirs, np.ma.MaskedArray):
-                ours = ours.asnumpy() if isinstance(ours, kvstore.NDArray) else ours
-                assert same(ours, theirs), (ours, theirs)
+                assert same(plain_of(ours), theirs), (ours, theirs)
 
     # --------------------------------------------------------------------------------- rules
 
@@ -328,7 +332,7 @@ class Calls(RuleBasedStateMachine):
                 assert handle.done()
                 assert handle.exception() is None
         for place, theirs in self.theirs.pool.items():
-            assert same(self.ours.pool[place].asnumpy(), theirs)
+            assert same(plain_of(self.ours.pool[place]), theirs)
         for _, given, plain in pending:
             self.compare_arrays(given, plain)
 

@@ -10,11 +10,12 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import kvstore
 import numpy as np
 import pytest
 from helpers import same
 from model import Model
+
+import kvstore
 
 HERE = Path(__file__).parent
 TRACES = json.loads((HERE / "traces.json").read_text())
@@ -48,9 +49,10 @@ def dense_operations(trace, counts):
     sparse_keys = set()
     for op in trace["ops"]:
         if op["op"] in ("init", "broadcast"):
-            single = not isinstance(op["key"], list)
-            pairs = [(op["key"], op["value"])] if single else zip(op["key"], op["value"])
-            sparse_keys |= {key for key, value in pairs if is_sparse(value)}
+            keys, values = op["key"], op["value"]
+            if not isinstance(keys, list):
+                keys, values = [keys], [values]
+            sparse_keys |= {k for k, v in zip(keys, values, strict=True) if is_sparse(v)}
         dense = dense_part(op, sparse_keys)
         if dense is None:
             counts["left out", op["op"]] += 1

@@ -1,6 +1,5 @@
 """Values of more than 2**31 elements. Run by `python tests/run.py large` only."""
 
-import kvstore
 import numpy as np
 import pytest
 
