@@ -3,7 +3,7 @@
 import abc
 import warnings
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 from . import _core
 from .errors import ArrayTypeError, InvalidArgumentError, NotBuiltError
@@ -99,6 +99,15 @@ def _identity(klass: type) -> tuple[str, str]:
 abc.ABCMeta.register(KVStoreBase, _core.KVStore)
 
 
+_LocalKind = Literal[
+    "local", "local_update_cpu", "local_allreduce_cpu", "device", "local_allreduce_device"
+]
+
+
+@overload
+def create(name: _LocalKind = "local", **options: Any) -> _core.KVStore: ...
+@overload
+def create(name: str, **options: Any) -> Any: ...
 def create(name: str = "local", **options: Any) -> Any:
     """Make a store of the kind ``name`` (letter case free); ``options`` are those of the kind.
 

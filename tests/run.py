@@ -171,24 +171,28 @@ def house_rules():
 # ---------------------------------------------------------------------------------- sanitizers
 
 SANITIZED_SEEDS = 200
-SANITIZERS = {
-    # Leaks are not looked for: the interpreter leaves much behind; the live-object counters do it.
-    "asan": {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"},
-    "tsan": {"TSAN_OPTIONS": "allocator_may_return_null=1:die_after_fork=0"},
-}
+REPORT = re.compile(r"ERROR: |WARNING: ThreadSanitizer: |: runtime error: ")
 
 
-def sanitized(flavour, suites):
+def sanitized(flavour, tests):
     """The C tests, then Python tests on a package built with the sanitizer."""
     import build
 
     c_tests(flavour)
-
+    random_programs(flavour, SANITIZED_SEEDS)
     library = run("gcc", f"-print-file-name=lib{flavour}.so", quiet=True).strip()
     if not Path(library).is_absolute():
         raise Failed(f"gcc has no lib{flavour}.so")
+    reports = BUILD / flavour / "reports"
+    shutil.rmtree(reports, ignore_errors=True)
+    reports.mkdir(parents=True)
+    # Leaks are not looked for: the interpreter leaves much behind; the live-object counters do it.
+    # Reports go to files, or pytest would keep them to itself.
+    options = f"allocator_may_return_null=1:print_stacktrace=1:log_path={reports}/report"
     env = {
-        **SANITIZERS[flavour],
+        "ASAN_OPTIONS": f"{options}:detect_leaks=0",
+        "TSAN_OPTIONS": f"{options}:die_after_fork=0",
+        "UBSAN_OPTIONS": options,
         "PYTHONMALLOC": "malloc",
         "PYTHONPATH": str(install_flavour(flavour)),
     }
@@ -197,8 +201,16 @@ def sanitized(flavour, suites):
     preload = f"LD_PRELOAD={os.path.realpath(library)}"
     python = (*build.command("env", flavour, preload), sys.executable)
     check = f"import kvstore; assert kvstore._core.build_info()['flavour'] == {flavour!r}"
-    run(*python, "-c", check, env=env, cwd=BUILD)
-    pytest(*suites, python=python, env=env)
+    problems = []
+    try:
+        run(*python, "-c", check, env=env, cwd=BUILD)
+        pytest(*tests, python=python, env=env)
+    except Failed as error:
+        problems.append(str(error))
+    texts = [path.read_text(errors="replace") for path in sorted(reports.iterdir())]
+    problems += [text for text in texts if REPORT.search(text)]
+    if problems:
+        raise Failed("\n".join(problems))
 
 
 def c_programs(flavour, pattern):
@@ -241,12 +253,22 @@ def install_flavour(flavour):
     return folder
 
 
+# Not on a sanitizer's build: the C tests, which have their own, and what brings much code that no
+# sanitizer has seen.
+UNSANITIZED = ("test_c.py", "test_demo.py", "test_notebook.py", "test_torch.py")
+
+
+def suites(*folders):
+    ignored = [f"--ignore={TESTS / 'unit' / name}" for name in UNSANITIZED]
+    return [*existing(*folders), *ignored]
+
+
 def asan(options):
-    sanitized("asan", existing("unit", "contract"))
+    sanitized("asan", suites("unit", "contract", "golden", "faults", "fuzz"))
 
 
 def tsan(options):
-    sanitized("tsan", existing("unit", "contract"))
+    sanitized("tsan", suites("unit", "contract", "golden", "fuzz"))
 
 
 # -------------------------------------------------------------------------------- other habits

@@ -21,6 +21,7 @@
 #pragma STDC FP_CONTRACT OFF
 #endif
 
+#define UNROLL _Pragma("GCC unroll 4")
 #define INLINE static inline __attribute__((always_inline))
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)

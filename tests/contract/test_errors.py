@@ -66,7 +66,7 @@ def test_an_unknown_key_is_a_key_error_that_names_it(kv, call):
 @pytest.mark.parametrize("call", UNKNOWN.values(), ids=UNKNOWN)
 def test_an_unknown_integer_key_is_named_too(kv, call):
     kv.init(1, np.zeros(3))
-    with pytest.raises(kvstore.KVStoreError, match=r"\b-12345\b|'a'"):
+    with pytest.raises(kvstore.KVStoreError, match=r"-12345\b|'a'"):
         call(kv, -12345)
 
 

@@ -230,7 +230,7 @@ def test_contains_shape_dtype_and_stype_describe_a_key(kv):
 def test_later_calls_see_earlier_ones_in_order(kv):
     kv.init(1, np.zeros(2))
     for i in range(100):
-        kv.push(1, np.full(2, i), priority=-i)
+        kv.push(1, np.full(2, float(i)), priority=-i)
         assert pulled(kv, 1)[1] == i
 
 

@@ -199,7 +199,7 @@ def test_keys_in_another_container_are_refused(ab, container):
     [lambda v: dict(enumerate(v)), iter, lambda v: {"a": v[0]}.values()],
 )
 def test_values_in_another_container_are_refused(ab, container):
-    with refused(ab, kvstore.ArrayTypeError):
+    with pytest.raises((kvstore.ArrayTypeError, kvstore.InvalidArgumentError), match="list"):
         ab.push(["a", "b"], container([ones(), ones()]))
     with refused(ab, kvstore.ArrayTypeError, "'a'"):
         ab.push("a", container([ones(), ones()]))

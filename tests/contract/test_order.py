@@ -44,7 +44,7 @@ CALLS = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("swapped", [False, True], ids=["in order", "swapped"])
-@pytest.mark.parametrize("faults", itertools.combinations(FAULTS, 2), ids=" before ".join)
+@pytest.mark.parametrize("faults", [*itertools.combinations(FAULTS, 2)], ids=" before ".join)
 def test_the_first_of_the_order_is_reported(kv, call, swapped, faults):
     if call == "push" and "writable" in faults:
         faults = tuple(f for f in faults if f != "writable")
@@ -68,13 +68,14 @@ def test_the_first_of_the_order_is_reported(kv, call, swapped, faults):
     ("key", "value", "error"),
     [
         (77, np.ones(3, np.uint16), "key type"),
-        ("a", np.ones(3, np.uint16), "element type"),
+        ("a", np.ones(3, np.uint16), "key known"),
         (["new", 77], [np.ones(3), np.ones(3, np.uint16)], "key type"),
+        ("new", np.ones(3, np.uint16), "element type"),
     ],
 )
 def test_init_reports_the_first_of_the_order(kv, key, value, error):
     kv.init("a", np.zeros(3))
-    pattern = {"key type": r"\b77\b", "element type": "uint16"}[error]
+    pattern = {"key type": r"\b77\b", "key known": "'a'", "element type": "uint16"}[error]
     with pytest.raises(kvstore.KVStoreError, match=pattern):
         kv.init(key, value)
     assert list(kv.keys()) == ["a"]

@@ -3,6 +3,7 @@
 import gc
 import sys
 import threading
+import warnings
 import weakref
 
 import numpy as np
@@ -186,8 +187,8 @@ def test_an_updater_that_deforms_its_arguments_harms_nothing(kv):
         shapes.append((recv.shape, recv.dtype, recv.flags.writeable, stored.shape, stored.dtype))
         stored += recv
         recv.flags.writeable = False
-        with np.testing.suppress_warnings() as quiet:
-            quiet.filter(DeprecationWarning)
+        with warnings.catch_warnings():  # newer versions of NumPy would rather not have it done
+            warnings.simplefilter("ignore", DeprecationWarning)
             stored.shape = 6
             recv.shape = (3, 2)
 

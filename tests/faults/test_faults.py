@@ -391,9 +391,13 @@ def test_later_operations_on_the_key_of_a_failed_one_run(kv_):
 
 
 def test_errors_that_nobody_asks_for_are_dropped_with_their_objects():
+    def fail(kv):
+        kv.push("a", nd())
+        kv.pull("a", out=nd(9))
+
     def fail_and_forget():
         with store("local") as kv:
-            queue(kv, lambda: [kv.push("a", nd()), kv.pull("a", out=nd(9))] and None)
+            queue(kv, lambda: fail(kv))
 
     with leak_free():
         fail_and_forget()

@@ -1,0 +1,50 @@
+"""What every subject of the benchmarks shares: the loop that measures a job when told to.
+
+A subject is a process of its own, in an environment of its own. The driver (run.py) sends one line a
+measurement, `JOB SECONDS`, and gets one line back: JSON with the median seconds of one call. The
+arrays of a job are made at its first measurement and kept.
+"""
+
+import json
+import statistics
+import sys
+import time
+
+
+def measure(call, budget):
+    """Median seconds of a call, from batches that take a few milliseconds each."""
+    call()
+    start = time.perf_counter()
+    call()
+    batch = max(1, int(0.005 / max(time.perf_counter() - start, 1e-9)))
+    times = []
+    end = time.perf_counter() + budget
+    while time.perf_counter() < end or len(times) < 3:
+        start = time.perf_counter()
+        for _ in range(batch):
+            call()
+        times.append((time.perf_counter() - start) / batch)
+    return statistics.median(times)
+
+
+def serve(jobs):
+    """Answer the driver until it closes the pipe.
+
+    Parameters
+    ----------
+    jobs : dict
+        Job name -> function without arguments that makes the arrays and returns the call to
+        measure, and how many units (keys, calls) one such call stands for.
+    """
+    ready = {}
+    print(json.dumps({"jobs": sorted(jobs)}), flush=True)
+    for line in sys.stdin:
+        name, budget = line.split()
+        try:
+            if name not in ready:
+                ready[name] = jobs[name]()
+            call, units = ready[name]
+            reply = {"seconds": measure(call, float(budget)) / units}
+        except Exception as error:  # the driver shows it beside the job
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), flush=True)
