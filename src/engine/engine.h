@@ -113,12 +113,12 @@ struct kv_op {
     int32_t num_missing; /* engine lock: variables not yet granted */
     int32_t priority;
     bool caller_run;
-    bool in_callback;  /* between kv_engine_begin_callback and kv_engine_leave */
-    uint64_t sequence; /* engine-run: order of submission */
-    kv_actor_t *actor; /* engine lock; caller-run: the thread that waits for its turn */
-    kv_error_t *error; /* engine lock; engine-run: found on a variable, so it fails with it */
-    int32_t error_dep; /* that variable, the first of several */
-    uint64_t visited;  /* engine lock: last walk that came by, and what that walk noted */
+    uint64_t sequence;    /* engine-run: order of submission */
+    kv_actor_t *actor;    /* engine lock; caller-run: the thread that waits for its turn */
+    kv_actor_t *callback; /* caller-run: the thread, from kv_engine_begin_callback to leave */
+    kv_error_t *error;    /* engine lock; engine-run: found on a variable, so it fails with it */
+    int32_t error_dep;    /* that variable, the first of several */
+    uint64_t visited;     /* engine lock: last walk that came by, and what that walk noted */
     kv_op_t *walk_next;
     int32_t walk_threads;
     /* Engine-run only. `run` works with no lock held, in whatever thread the engine chose, and may
@@ -161,9 +161,9 @@ bool kv_engine_try_enter(kv_engine_t *engine, kv_op_t *op);
 bool kv_engine_try_enter_one(kv_engine_t *engine, kv_dep_t *dep);
 void kv_engine_leave_one(kv_engine_t *engine, kv_dep_t *dep);
 
-/* The same as try_enter for a task that the calling thread could run at once, if this engine thinks that better
- * than a queue: threaded up to KV_DETACH_BYTES of work, naive always, stepping when its seed says
- * so. */
+/* The same as try_enter for a task that the calling thread could run at once, if this engine thinks
+ * that better than a queue: threaded up to KV_DETACH_BYTES of work, naive always, stepping when its
+ * seed says so. */
 bool kv_engine_try_inline(kv_engine_t *engine, kv_op_t *op, size_t work_bytes);
 
 /* Takes all variables, at once or after waiting for the turn (detached), and holds them until

@@ -126,27 +126,25 @@ void kv_engine_begin_callback(kv_engine_t *engine, kv_op_t *op)
     leave_from(engine, op, 1);
     if (op->num_deps > 1)
         op->num_deps = 1;
-    op->actor = kv_actor_self();
-    op->actor->depth++;
-    op->in_callback = true;
+    op->callback = kv_actor_self();
+    op->callback->depth++;
     if (op->num_deps == 1 && op->deps[0].access != KV_READ)
-        atomic_store_explicit(&op->deps[0].var->actor, op->actor, memory_order_relaxed);
+        atomic_store_explicit(&op->deps[0].var->actor, op->callback, memory_order_relaxed);
 }
 
-/* `relaxed`, here and above: this thread reads its own stores, and a walk of another needs them only
- * once this thread waits too, which it begins under the engine's lock. */
+/* `relaxed`, here and above: this thread reads its own stores, and a walk of another needs them
+ * only once this thread waits too, which it begins under the engine's lock. */
 static void end_callback(kv_op_t *op)
 {
-    op->actor->depth--;
-    op->actor = NULL;
-    op->in_callback = false;
+    op->callback->depth--;
+    op->callback = NULL;
     if (op->num_deps == 1 && op->deps[0].access != KV_READ)
         atomic_store_explicit(&op->deps[0].var->actor, NULL, memory_order_relaxed);
 }
 
 void kv_engine_leave(kv_engine_t *engine, kv_op_t *op)
 {
-    if (KV_UNLIKELY(op->in_callback))
+    if (KV_UNLIKELY(op->callback != NULL))
         end_callback(op);
     leave_from(engine, op, 0);
 }

@@ -259,8 +259,7 @@ static int module_exec(PyObject *module)
         intern(&state->str_dlpack_device, "__dlpack_device__") < 0 ||
         intern(&state->str_exchange_api, "__dlpack_c_exchange_api__") < 0 ||
         intern(&state->str_max_version, "max_version") < 0 ||
-        intern(&state->str_stream, "stream") < 0 ||
-        (state->exchange_cache = PyDict_New()) == NULL || (state->loops = PyDict_New()) == NULL)
+        intern(&state->str_stream, "stream") < 0 || (state->exchange_cache = PyDict_New()) == NULL)
         return -1;
     if (kv_ndarray_setup(module, state) < 0 || kv_handle_setup(module, state) < 0 ||
         kv_store_setup(module, state) < 0)
@@ -282,7 +281,6 @@ static int module_exec(PyObject *module)
         X((state)->str_exchange_api);                                                              \
         X((state)->str_max_version);                                                               \
         X((state)->str_stream);                                                                    \
-        X((state)->loops);                                                                         \
     } while (0)
 
 static int module_traverse(PyObject *module, visitproc visit, void *arg)

@@ -22,7 +22,6 @@ typedef struct kv_state {
     PyObject *exchange_cache; /* dict: type -> what dlpack.c knows of it; made there */
     PyObject *str_dlpack, *str_dlpack_device, *str_exchange_api; /* interned */
     PyObject *str_max_version, *str_stream;
-    PyObject *loops;          /* dict: event loop -> capsule with its eventfd (handle.c) */
     kv_runtime_t *runtime;    /* NULL until first needed */
     bool closed;              /* the interpreter is going: new work is refused */
 } kv_state_t;

@@ -264,7 +264,7 @@ typedef struct held {
     kv_engine_t *engine;
     kv_op_t op;
     kv_dep_t dep;
-    _Atomic bool left;
+    int64_t until_ns; /* for who leaves later */
 } held_t;
 
 static inline void hold(held_t *held, kv_engine_t *engine, kv_var_t *var)

@@ -125,6 +125,26 @@ ON_EACH_ENGINE(a_task_without_variables_runs)
     check_log(&log, 1);
 }
 
+ON_EACH_ENGINE(a_long_queue_needs_no_deep_stack)
+{
+    enum { COUNT = 20000 };
+    kv_var_t var;
+    _Atomic int ran = 0;
+    kv_var_init(&var, false, NULL, NULL);
+    held_t held;
+    hold(&held, engine, &var);
+    for (int i = 0; i < COUNT; i++) {
+        job_t *job = job_new(0, NULL);
+        job->body = count_free;
+        job->context = &ran;
+        CHECK_STATUS(job_submit(engine, job, &var, KV_WRITE, NULL, KV_READ, 0, NULL), KV_OK);
+    }
+    CHECK_EQ(kv_engine_pending(engine), COUNT);
+    kv_engine_leave(engine, &held.op);
+    CHECK_STATUS(wait_all(engine), KV_OK);
+    CHECK_EQ(ran, COUNT);
+}
+
 /* ------------------------------------------------------------------------- ends of waiting */
 
 /* A thread waits for a variable that this one holds; returns when it stands in the queue. */
@@ -203,14 +223,22 @@ ON_EACH_ENGINE(a_turn_that_comes_with_the_signal_is_given_back)
     CHECK_EQ(atomic_load(&var.state), 0);
 }
 
-ON_EACH_ENGINE(a_turn_that_comes_during_the_poll_is_taken)
+static void leave_after_the_deadline(void *context)
+{
+    held_t *held = context;
+    WAIT_UNTIL(kv_clock_ns() > held->until_ns);
+    kv_engine_leave(held->engine, &held->op);
+}
+
+ON_EACH_ENGINE(a_turn_that_comes_with_the_deadline_is_taken)
 {
     kv_var_t var;
     kv_var_init(&var, false, NULL, NULL);
     held_t held;
     hold(&held, engine, &var);
-    test_caller_t caller = patient();
-    caller.on_poll = leave_in_poll;
+    test_caller_t caller = make_caller(KV_POLL_NS + KV_POLL_NS / 4); /* passes during the poll */
+    held.until_ns = kv_caller_deadline(&caller.base);
+    caller.on_poll = leave_after_the_deadline;
     caller.context = &held;
     kv_dep_t dep = {.var = &var, .access = KV_WRITE};
     kv_op_t op;
@@ -520,10 +548,11 @@ static const test_t tests[] = {
     TEST(readers_share_and_a_writer_is_alone),
     TEST(a_variable_that_stands_twice_is_merged),
     TEST(a_task_without_variables_runs),
+    TEST(a_long_queue_needs_no_deep_stack),
     TEST(a_caller_that_gives_up_is_out_of_the_queue),
     TEST(a_signal_ends_the_wait),
     TEST(a_turn_that_comes_with_the_signal_is_given_back),
-    TEST(a_turn_that_comes_during_the_poll_is_taken),
+    TEST(a_turn_that_comes_with_the_deadline_is_taken),
     TEST(a_retired_variable_is_freed_once_by_the_last),
     TEST(a_variable_outlives_the_operations_on_it),
     TEST(a_closed_engine_refuses_and_stop_runs_the_rest),

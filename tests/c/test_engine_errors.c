@@ -43,6 +43,19 @@ ON_EACH_ENGINE(an_error_that_the_handle_raised_is_not_raised_again)
     kv_handle_rele(handle);
 }
 
+ON_EACH_ENGINE(waiting_for_a_handle_leaves_no_error_behind)
+{
+    kv_var_t var;
+    kv_var_init(&var, false, NULL, NULL);
+    kv_handle_t *handle = handle_new(engine, 1);
+    submit_failing(engine, "it failed", &var, handle);
+    test_caller_t caller = patient();
+    CHECK_STATUS(kv_handle_wait(handle, &caller.base), KV_OK);
+    kv_handle_rele(handle);
+    CHECK_STATUS(touch(engine, &var, KV_READ), KV_OK);
+    CHECK_EQ(kv_counter_value(KV_COUNT_ERRORS), 0);
+}
+
 ON_EACH_ENGINE(an_error_of_a_handle_that_nobody_asked_is_raised_by_wait_all)
 {
     kv_var_t var;
@@ -204,6 +217,7 @@ static const test_t tests[] = {
     TEST(an_error_is_raised_once_at_the_variable),
     TEST(an_error_is_raised_once_by_wait_all),
     TEST(an_error_that_the_handle_raised_is_not_raised_again),
+    TEST(waiting_for_a_handle_leaves_no_error_behind),
     TEST(an_error_of_a_handle_that_nobody_asked_is_raised_by_wait_all),
     TEST(an_array_whose_task_failed_poisons_until_it_is_overwritten),
     TEST(a_task_that_reads_a_poisoned_array_has_an_error_of_its_own),

@@ -67,20 +67,31 @@ static void without_a_first_thread_the_task_is_refused(void)
 static void without_more_threads_one_does_the_work(void)
 {
     kv_engine_t *engine = engine_start("threaded", 2);
-    kv_var_t a, b;
+    kv_var_t a, b, c;
     gate_t gate = {0};
     job_log_t log = {0};
+    held_t held;
     kv_var_init(&a, false, NULL, NULL);
     kv_var_init(&b, false, NULL, NULL);
+    kv_var_init(&c, false, NULL, NULL);
+    hold(&held, engine, &c);
+    submit_log(engine, 2, &log, &c, KV_WRITE, NULL);
     job_t *job = job_new(0, NULL);
     job->gate = &gate;
     CHECK_STATUS(job_submit(engine, job, &a, KV_WRITE, NULL, KV_READ, 0, NULL), KV_OK);
     WAIT_UNTIL(atomic_load(&gate.arrived) == 1);
+
     kv_fault_set("thread.start", 1);
     submit_log(engine, 1, &log, &b, KV_WRITE, NULL);
+    CHECK_EQ(kv_fault_set("thread.start", 1), 1);
+    kv_status_t status = kv_fail(KV_NO_MEMORY, "mine");
+    kv_engine_leave(engine, &held.op);
+    CHECK_TEXT(kv_status_message(status), "mine");
     CHECK_EQ(kv_fault_set("thread.start", 0), 1);
+
     atomic_store(&gate.open, true);
     CHECK_STATUS(wait_all(engine), KV_OK);
+    CHECK_EQ(atomic_load(&log.count), 2);
     CHECK_EQ(engine->num_threads, 1);
     engine_end(engine);
 }
@@ -128,6 +139,30 @@ ON_EACH_ENGINE(callers_that_read_are_inside_together)
         CHECK_STATUS(readers[i].status, KV_OK);
     }
     CHECK_EQ(atomic_load(&var.state), 0);
+}
+
+static void *stop(void *context)
+{
+    kv_engine_stop(context);
+    return NULL;
+}
+
+ON_EACH_ENGINE(stop_waits_for_what_another_thread_makes_runnable)
+{
+    kv_var_t var;
+    job_log_t log = {0};
+    held_t held;
+    kv_thread_t thread;
+    kv_var_init(&var, false, NULL, NULL);
+    hold(&held, engine, &var);
+    submit_log(engine, 0, &log, &var, KV_WRITE, NULL);
+    CHECK_STATUS(kv_thread_start(&thread, "stopper", stop, engine), KV_OK);
+    WAIT_UNTIL(atomic_load(&engine->closed));
+    for (int i = 0; i < 100; i++)
+        sched_yield(); /* most likely it sleeps by now; right either way */
+    kv_engine_leave(engine, &held.op);
+    kv_thread_join(thread);
+    check_log(&log, 1);
 }
 
 typedef struct taker {
@@ -219,8 +254,10 @@ typedef struct ring {
 static void *ring_body(void *context)
 {
     ring_t *ring = context;
-    held_t held;
-    hold(&held, ring->engine, ring->mine);
+    test_caller_t caller = patient();
+    held_t held = {.dep = {.var = ring->mine, .access = KV_WRITE}};
+    kv_op_init(&held.op, &held.dep, 1, 0);
+    CHECK_STATUS(kv_engine_enter(ring->engine, &held.op, &caller.base), KV_OK);
     kv_engine_begin_callback(ring->engine, &held.op);
     atomic_fetch_add(ring->inside, 1);
     WAIT_UNTIL(atomic_load(ring->inside) == ring->size);
@@ -230,17 +267,22 @@ static void *ring_body(void *context)
     return NULL;
 }
 
-static void check_ring(kv_engine_t *engine, int size)
+/* `queued`: their own variables they have got by the queue. */
+static void check_ring(kv_engine_t *engine, int size, bool queued)
 {
     enum { MAX_RING = 4 };
     kv_var_t vars[MAX_RING];
     ring_t rings[MAX_RING];
+    held_t held[MAX_RING];
     _Atomic int inside = 0;
     int refused = 0;
     char words[32];
     snprintf(words, sizeof words, "the updaters of %d threads", size);
-    for (int i = 0; i < size; i++)
+    for (int i = 0; i < size; i++) {
         kv_var_init(&vars[i], false, NULL, NULL);
+        if (queued)
+            hold(&held[i], engine, &vars[i]);
+    }
     for (int i = 0; i < size; i++) {
         rings[i] = (ring_t){.engine = engine,
                             .mine = &vars[i],
@@ -248,6 +290,10 @@ static void check_ring(kv_engine_t *engine, int size)
                             .inside = &inside,
                             .size = size};
         CHECK_STATUS(kv_thread_start(&rings[i].thread, "ring", ring_body, &rings[i]), KV_OK);
+    }
+    for (int i = 0; queued && i < size; i++) {
+        WAIT_UNTIL(num_queued(engine, &vars[i]) == 1);
+        kv_engine_leave(engine, &held[i].op);
     }
     for (int i = 0; i < size; i++) {
         kv_thread_join(rings[i].thread);
@@ -266,7 +312,7 @@ ON_EACH_ENGINE(of_callbacks_that_wait_in_a_circle_one_is_refused)
 {
     for (int size = 2; size <= 4; size++)
         for (int round = 0; round < 20; round++)
-            check_ring(engine, size);
+            check_ring(engine, size, round % 2);
 }
 
 ON_EACH_ENGINE(a_circle_through_an_operation_on_two_variables_is_found)
@@ -290,6 +336,61 @@ ON_EACH_ENGINE(a_circle_through_an_operation_on_two_variables_is_found)
     kv_thread_join(writer.thread);
     CHECK_STATUS(writer.status, KV_OK);
     CHECK_STATUS(wait_all(engine), KV_OK);
+}
+
+static void open_gate(void *context)
+{
+    atomic_store(&((gate_t *)context)->open, true);
+}
+
+ON_EACH_ENGINE(a_reader_behind_a_reader_that_waits_for_it_is_not_refused)
+{
+    kv_var_t a, b;
+    held_t held;
+    gate_t gate = {0};
+    kv_var_init(&a, false, NULL, NULL);
+    kv_var_init(&b, false, NULL, NULL);
+    hold(&held, engine, &a);
+    kv_engine_begin_callback(engine, &held.op);
+    helper_t writer = {.inside = &gate};
+    helper_start(&writer, engine, &b, KV_WRITE, patient());
+    WAIT_UNTIL(atomic_load(&gate.arrived) == 1);
+    job_log_t log = {0};
+    CHECK_STATUS(job_submit(engine, job_new(0, &log), &b, KV_READ, &a, KV_READ, 0, NULL), KV_OK);
+
+    /* This one waits for the writer, not for the task. */
+    test_caller_t caller = patient();
+    caller.on_poll = open_gate;
+    caller.context = &gate;
+    kv_dep_t dep = {.var = &b, .access = KV_READ};
+    kv_op_t op;
+    kv_op_init(&op, &dep, 1, 0);
+    CHECK_STATUS(kv_engine_enter(engine, &op, &caller.base), KV_OK);
+    kv_engine_leave(engine, &op);
+    kv_engine_leave(engine, &held.op);
+    kv_thread_join(writer.thread);
+    CHECK_STATUS(wait_all(engine), KV_OK);
+    check_log(&log, 1);
+}
+
+ON_EACH_ENGINE(a_writer_waits_for_every_reader_before_it)
+{
+    kv_var_t a, b, c;
+    held_t held, other;
+    job_log_t log = {0};
+    kv_var_init(&a, false, NULL, NULL);
+    kv_var_init(&b, false, NULL, NULL);
+    kv_var_init(&c, false, NULL, NULL);
+    hold(&other, engine, &c);
+    hold(&held, engine, &a);
+    kv_engine_begin_callback(engine, &held.op);
+    CHECK_STATUS(job_submit(engine, job_new(0, &log), &b, KV_READ, &a, KV_READ, 0, NULL), KV_OK);
+    CHECK_STATUS(job_submit(engine, job_new(1, &log), &b, KV_READ, &c, KV_READ, 0, NULL), KV_OK);
+    CHECK_STATUS(touch(engine, &b, KV_WRITE), KV_INVALID);
+    kv_engine_leave(engine, &held.op);
+    kv_engine_leave(engine, &other.op);
+    CHECK_STATUS(touch(engine, &b, KV_WRITE), KV_OK);
+    CHECK_EQ(log.count, 2);
 }
 
 typedef struct handle_waiter {
@@ -489,10 +590,13 @@ static const test_t tests[] = {
     TEST(without_more_threads_one_does_the_work),
     TEST(a_task_that_leave_made_runnable_finds_a_thread),
     TEST(callers_that_read_are_inside_together),
+    TEST(stop_waits_for_what_another_thread_makes_runnable),
     TEST(taking_a_notification_back_waits_until_it_has_returned),
     TEST(a_seed_gives_the_stepping_engine_its_order),
     TEST(of_callbacks_that_wait_in_a_circle_one_is_refused),
     TEST(a_circle_through_an_operation_on_two_variables_is_found),
+    TEST(a_reader_behind_a_reader_that_waits_for_it_is_not_refused),
+    TEST(a_writer_waits_for_every_reader_before_it),
     TEST(a_circle_through_a_handle_is_found),
     TEST(in_a_mixture_of_everything_nothing_overlaps_or_is_lost),
 };

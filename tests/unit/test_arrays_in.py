@@ -122,7 +122,7 @@ def test_subclasses_of_ndarray(tmp_path):
     a = numpy.arange(6.0).reshape(2, 3)
     mapped = numpy.memmap(tmp_path / "m", "float64", "w+", shape=(2, 3))
     mapped[:] = a
-    for value in (a.view(Mine), numpy.matrix(a), mapped, a.view(numpy.recarray)):
+    for value in (a.view(Mine), a.view(numpy.matrix), mapped, a.view(numpy.recarray)):
         assert exact(a, stored(value))
 
 

@@ -34,20 +34,33 @@ def test_every_python_block_does_what_it_says():
     assert runner.summarize(verbose=False).failed == 0, report.getvalue()
 
 
-def public(thing):
-    return {name for name in dir(thing) if not name.startswith("__")}
+NOT_YET = {
+    "row_sparse_pull",
+    "set_optimizer",
+    "set_optimizer_params",
+    "set_gradient_compression",
+    "save_optimizer_states",
+    "load_optimizer_states",
+}
 
 
 @pytest.mark.parametrize("subject", [kvstore.KVStore, kvstore.Handle, kvstore.NDArray])
 def test_every_call_has_an_example(subject):
     code = "\n".join(BLOCKS)
-    missing = {name for name in public(subject) if not re.search(rf"\.{name}\b", code)}
-    assert missing == set()
+    calls = {name for name in dir(subject) if not name.startswith("__")} - NOT_YET
+    assert {name for name in calls if not re.search(rf"\.{name}\b", code)} == set()
+
+
+def test_calls_that_are_not_there_yet_are_said_to_be_so(kv):
+    for name in NOT_YET:
+        assert f"`{name}`" in README
+        with pytest.raises(kvstore.NotBuiltError):
+            getattr(kv, name)()
 
 
 def test_every_public_name_of_the_package_is_mentioned():
-    missing = {name for name in kvstore.__all__ if not re.search(rf"\b{name}\b", README)}
-    assert missing == {"KVStore", "__version__", "errors"} - set(re.findall(r"\w+", README))
+    names = set(kvstore.__all__) - {"__version__"}
+    assert {name for name in names if not re.search(rf"\b{name}\b", README)} == set()
 
 
 def test_the_table_of_checks_is_that_of_the_runner():
