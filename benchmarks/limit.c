@@ -6,7 +6,8 @@
  *
  * One JSON line a job: its name, the median seconds of one call and what was done. Small jobs are
  * repeated inside a measurement until it lasts milliseconds. Large jobs are tried in several
- * ways, ordinary stores and stores past the caches, and the fastest median counts.
+ * ways (ordinary stores and stores past the caches, one piece a thread and many), and the way with
+ * the fastest median counts.
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
@@ -268,11 +269,11 @@ static double large(int num_src, int num_dst, size_t bytes, bool integers)
             exit(1);
         }
 
-    size_t halves = (bytes / (size_t)num_threads + 4095) / 4096 * 4096;
+    size_t equal = (bytes / (size_t)num_threads + 4095) / 4096 * 4096;
     const struct {
         bool stream;
         size_t piece;
-    } ways[] = {{false, halves}, {true, halves}, {false, 64 * KIB}, {true, 64 * KIB}};
+    } ways[] = {{false, equal}, {true, equal}, {false, MIB}, {true, MIB}};
     enum { WAYS = sizeof ways / sizeof ways[0] };
     double *times = malloc(sizeof *times * WAYS * (size_t)num_reps);
     for (int rep = 0; rep < num_reps; rep++)
@@ -289,7 +290,6 @@ static double large(int num_src, int num_dst, size_t bytes, bool integers)
     double best = 1e9;
     for (int way = 0; way < WAYS; way++) {
         double seconds = median(times + way * num_reps, num_reps);
-        if (getenv("V")) fprintf(stderr, "  stream %d piece %zu: %.2f ms %.1f GB/s\n", ways[way].stream, ways[way].piece, seconds*1e3, bytes*(num_src+num_dst)/seconds/1e9);
         if (seconds < best)
             best = seconds;
     }

@@ -37,8 +37,9 @@ typedef struct kv_runtime {
 
 /* Gives a runtime made by the settings in force. Starts no thread. */
 KV_MUST_CHECK kv_status_t kv_runtime_new(kv_runtime_t **out);
-/* Refuses new work, runs what was submitted, joins all threads. Blocks. */
-void kv_runtime_stop(kv_runtime_t *runtime);
+/* Refuses new work, runs what was submitted, joins all threads. Blocks; `caller` (may be NULL) as in
+ * kv_engine_stop. */
+void kv_runtime_stop(kv_runtime_t *runtime, kv_caller_t *caller);
 void kv_runtime_free(kv_runtime_t *runtime); /* after stop */
 
 /* --------------------------------------------------------------------------------- kinds */

@@ -1,15 +1,20 @@
 /* Sums of host memory: alone or with the team, through the caches or past them. */
 #include "comm/host.h"
 
-/* Below this much memory traffic, waking a helper costs more than it brings. */
-#define ALONE_BYTES (INT64_C(1) << 20)
+/* Memory traffic below which waking a helper costs more than it brings. */
+#define ALONE_BYTES (INT64_C(2) << 20)
 
-/* The traffic of one chunk. */
-#define CHUNK_BYTES (INT64_C(1) << 20)
+/* Traffic that would push everything else out of the caches, so that ordinary stores read each line
+ * of a destination from memory before they write it. */
+#define STREAM_BYTES (INT64_C(32) << 20)
 
-/* Destinations of so many bytes would push everything else out of the caches and be pushed out
- * themselves before anybody reads them. */
-#define STREAM_BYTES (INT64_C(8) << 20)
+/* Traffic of one chunk. Threads of unequal speed want small ones, memory wants large ones. */
+#define CHUNK_BYTES_MIN (INT64_C(256) << 10)
+#define CHUNK_BYTES_MAX (INT64_C(4) << 20)
+#define CHUNKS_PER_THREAD 4
+
+/* Elements of a chunk are a multiple of this: chunks begin at the same place in a line. */
+#define CHUNK_UNIT 4096
 
 typedef struct sum_job {
     const kv_host_t *host;
@@ -37,13 +42,24 @@ void kv_host_sum(const kv_host_t *host, kv_dtype_t dtype, int64_t count, int num
 {
     int64_t element = (int64_t)kv_dtype_bytes(dtype);
     int64_t traffic = count * element * (num_src + num_dst);
-    bool stream = count * element * num_dst >= STREAM_BYTES;
     if (traffic < ALONE_BYTES) {
-        host->kernels->sum[dtype](0, count, num_src, src, num_dst, dst, stream);
+        host->kernels->sum[dtype](0, count, num_src, src, num_dst, dst, false);
         return;
     }
-    int64_t chunk = CHUNK_BYTES / (num_src + num_dst) / element;
-    chunk = chunk < 4096 ? 4096 : chunk / 4096 * 4096;
-    sum_job_t job = {host, dtype, count, chunk, num_src, num_dst, src, dst, stream};
+    int64_t chunk_bytes = traffic / ((int64_t)host->num_threads * CHUNKS_PER_THREAD);
+    if (chunk_bytes < CHUNK_BYTES_MIN)
+        chunk_bytes = CHUNK_BYTES_MIN;
+    if (chunk_bytes > CHUNK_BYTES_MAX)
+        chunk_bytes = CHUNK_BYTES_MAX;
+    int64_t chunk = (chunk_bytes / (traffic / count) / CHUNK_UNIT + 1) * CHUNK_UNIT;
+    sum_job_t job = {.host = host,
+                     .dtype = dtype,
+                     .count = count,
+                     .chunk = chunk,
+                     .num_src = num_src,
+                     .num_dst = num_dst,
+                     .src = src,
+                     .dst = dst,
+                     .stream = traffic >= STREAM_BYTES};
     kv_team_run(host->team, host->num_threads, (count + chunk - 1) / chunk, sum_chunk, &job);
 }

@@ -71,12 +71,20 @@ void kv_engine_close(kv_engine_t *engine)
     kv_engine_unlock(engine);
 }
 
-void kv_engine_stop(kv_engine_t *engine)
+void kv_engine_stop(kv_engine_t *engine, kv_caller_t *caller)
 {
     kv_wait_t wait = {.op = NULL};
+    kv_status_t status = KV_OK;
+    int64_t before;
     kv_engine_close(engine);
     kv_mutex_lock(&engine->lock);
-    (void)kv_wait_locked(engine, &wait, NULL); /* nothing but the end ends it */
+    do {
+        before = engine->pending;
+        if (caller != NULL)
+            caller->deadline_ns = 0;
+        if (before > 0)
+            status = kv_wait_locked(engine, &wait, caller);
+    } while (status == KV_TIMEOUT && engine->pending < before);
     kv_engine_unlock(engine);
     engine->kind->join(engine);
 }

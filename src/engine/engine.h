@@ -146,8 +146,10 @@ KV_MUST_CHECK kv_status_t kv_engine_new(const char *name, uint64_t seed, int num
 const char *kv_engine_name(const kv_engine_t *engine);
 /* From now on enter and submit fail with KV_CLOSED. Does not block. */
 void kv_engine_close(kv_engine_t *engine);
-/* Runs everything that was submitted, joins the threads. After close; may block. */
-void kv_engine_stop(kv_engine_t *engine);
+/* Runs everything that was submitted, joins the threads. After close; blocks, and with a caller
+ * leaves it detached. With a caller it goes on only while tasks end, each within the timeout: those
+ * that wait for a callback that never returns are given up, and whatever they hold stays held. */
+void kv_engine_stop(kv_engine_t *engine, kv_caller_t *caller);
 void kv_engine_free(kv_engine_t *engine); /* after stop */
 
 /* ------------------------------------------------------------------------------ caller-run */

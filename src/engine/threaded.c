@@ -50,6 +50,8 @@ static kv_status_t prepare_locked(kv_engine_t *engine) KV_REQUIRES(engine->lock)
 
 static void runnable_locked(kv_engine_t *engine) KV_REQUIRES(engine->lock)
 {
+    if (engine->stopping)
+        return; /* a callback has ended after all; nobody waits for its followers any more */
     if (engine->num_runnable > engine->num_idle && engine->num_threads < engine->max_threads) {
         kv_sentence_t sentence;
         kv_sentence_save(&sentence);

@@ -5,9 +5,9 @@
  * sums run left to right, 16-bit floats are summed in float32 and rounded once (to nearest even),
  * integers wrap.
  *
- * Large work is cut into blocks that stay in the first-level cache, so that one pass over memory
- * does the whole job: the inputs of a block are summed into a scratch block, and the scratch is
- * written to every destination, past the caches (non-temporal) where the caller asks for it.
+ * One pass over memory does the whole job: the sums of a few vectors stay in registers while all
+ * sources pass and then go to every destination, through the caches or, by way of a small block,
+ * past them (non-temporal) where the caller asks for it.
  */
 #ifndef KV_KERNELS_KERNELS_H
 #define KV_KERNELS_KERNELS_H

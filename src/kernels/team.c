@@ -9,8 +9,14 @@
 #include "base/thread.h"
 #include <stdatomic.h>
 
+/* Before a thread sleeps it looks this often whether what it waits for has come: some 10 us. Waking
+ * a sleeper takes longer, so jobs that follow each other closely, and the two ends of one job, meet
+ * here. With one processor nobody spins. */
+#define SPINS 400
+
 struct kv_team {
     int max_helpers;
+    int spins;
     uint64_t generation; /* threads do not survive a fork */
     atomic_bool busy;
     atomic_llong next; /* chunk to hand out */
@@ -20,8 +26,8 @@ struct kv_team {
     kv_cond_t ended;
     bool stopping;
     int num_helpers;
-    int seats;
-    int taken; /* helpers at work */
+    atomic_int seats; /* changed under the mutex, watched without it, as is `taken` */
+    atomic_int taken; /* helpers at work */
     int64_t num_chunks;
     void (*body)(void *context, int64_t chunk);
     void *context;
@@ -34,6 +40,7 @@ kv_status_t kv_team_new(int max_threads, kv_team_t **out)
     kv_team_t *team = kv_calloc(1, sizeof *team + max_helpers * sizeof team->helpers[0]);
     KV_TRY_ALLOC(team, "the helper threads");
     team->max_helpers = (int)max_helpers;
+    team->spins = kv_processor_count() > 1 ? SPINS : 0;
     team->generation = kv_fork_generation();
     kv_mutex_init(&team->mutex, KV_RANK_TEAM);
     kv_cond_init(&team->offered);
@@ -50,11 +57,22 @@ static void work(kv_team_t *team, int64_t num_chunks, void (*body)(void *context
         body(context, chunk);
 }
 
+static void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 static void *helper(void *argument)
 {
     kv_team_t *team = argument;
-    kv_mutex_lock(&team->mutex);
     for (;;) {
+        for (int i = 0; i < team->spins && team->seats == 0; i++)
+            relax();
+        kv_mutex_lock(&team->mutex);
         while (team->seats == 0 && !team->stopping)
             kv_cond_wait(&team->offered, &team->mutex);
         if (team->seats == 0)
@@ -65,7 +83,8 @@ static void *helper(void *argument)
         work(team, team->num_chunks, team->body, team->context);
         kv_mutex_lock(&team->mutex);
         if (--team->taken == 0)
-            kv_cond_broadcast(&team->ended);
+            kv_cond_signal(&team->ended);
+        kv_mutex_unlock(&team->mutex);
     }
     kv_mutex_unlock(&team->mutex);
     return NULL;
@@ -104,6 +123,10 @@ static void close_job(kv_team_t *team)
 {
     kv_mutex_lock(&team->mutex);
     team->seats = 0;
+    kv_mutex_unlock(&team->mutex);
+    for (int i = 0; i < team->spins && team->taken > 0; i++)
+        relax();
+    kv_mutex_lock(&team->mutex);
     while (team->taken > 0)
         kv_cond_wait(&team->ended, &team->mutex);
     atomic_store(&team->busy, false);
@@ -147,8 +170,11 @@ void kv_team_free(kv_team_t *team)
 {
     if (team == NULL)
         return;
-    kv_cond_fini(&team->offered);
-    kv_cond_fini(&team->ended);
-    kv_mutex_fini(&team->mutex);
+    /* In a forked child the helpers still count as waiting, and fini would wait for them. */
+    if (team->generation == kv_fork_generation()) {
+        kv_cond_fini(&team->offered);
+        kv_cond_fini(&team->ended);
+        kv_mutex_fini(&team->mutex);
+    }
     kv_free(team);
 }

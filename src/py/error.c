@@ -64,7 +64,7 @@ bool kv_py_timeout(kv_state_t *state, PyObject *value, int64_t fallback_ns, int6
     double seconds = PyFloat_AsDouble(value);
     if (seconds == -1.0 && PyErr_Occurred()) {
         if (PyErr_ExceptionMatches(PyExc_TypeError))
-            kv_py_fail(state, KV_INVALID, "timeout must be a number of seconds, not %.100s",
+            kv_py_fail(state, KV_BAD_TYPE, "timeout must be a number of seconds, not %.100s",
                        Py_TYPE(value)->tp_name);
         return false;
     }

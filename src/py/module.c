@@ -165,6 +165,10 @@ static PyObject *build_info(PyObject *module, PyObject *unused)
     return info;
 }
 
+/* How long the exit waits for one queued operation: some wait for an updater in a daemon thread
+ * that never returns. */
+#define EXIT_TIMEOUT_NS (5 * INT64_C(1000000000))
+
 /* The exit hook: refuse, drain, join, and from then on let no thread free a Python object. */
 static PyObject *shut_down(PyObject *module, PyObject *unused)
 {
@@ -173,8 +177,13 @@ static PyObject *shut_down(PyObject *module, PyObject *unused)
     kv_runtime_t *runtime = state->runtime;
     state->closed = true;
     if (runtime != NULL && runtime->generation == kv_fork_generation()) {
-        Py_BEGIN_ALLOW_THREADS kv_runtime_stop(runtime);
-        Py_END_ALLOW_THREADS
+        kv_py_caller_t caller;
+        kv_py_caller_init(&caller, EXIT_TIMEOUT_NS);
+        kv_caller_detach(&caller.base);
+        kv_runtime_stop(runtime, &caller.base);
+        kv_caller_attach(&caller.base);
+        if (PyErr_Occurred())
+            return NULL; /* Ctrl-C */
     }
     return PyLong_FromLongLong(kv_py_release_bar());
 }

@@ -50,7 +50,7 @@ typedef struct kv_py_caller {
 void kv_py_caller_init(kv_py_caller_t *caller, int64_t timeout_ns);
 
 /* A timeout argument in seconds: None gives `fallback_ns`. False with InvalidArgumentError (NaN, not
- * above 0) or ArrayTypeError-free TypeError (no number). */
+ * above 0) or ArrayTypeError (no number). */
 bool kv_py_timeout(kv_state_t *state, PyObject *value, int64_t fallback_ns, int64_t *out);
 
 /* The `timeout` of waits that belong to no store: 300 s. */

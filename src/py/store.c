@@ -19,75 +19,6 @@ bool kv_py_store_check_open(kv_py_store_t *self)
 
 /* -------------------------------------------------------------------------- construction */
 
-/* Options of the kinds that run in one process. */
-typedef struct options {
-    int64_t timeout_ns;
-    kv_store_options_t store;
-} options_t;
-
-static const char *const DIST_OPTIONS[] = {"token",       "scheduler",   "role", "rank",
-                                           "num_workers", "num_servers", NULL};
-
-static bool parse_num_threads(kv_state_t *state, PyObject *value, int *out)
-{
-    long long number = -1;
-    if (!PyBool_Check(value) && PyIndex_Check(value)) {
-        number = PyLong_AsLongLong(value);
-        if (number == -1 && PyErr_Occurred())
-            PyErr_Clear();
-    }
-    if (number < 1 || number > KV_MAX_THREADS) {
-        PyObject *shown = PyObject_Repr(value);
-        if (shown != NULL)
-            kv_py_fail(state, KV_INVALID, "num_threads must be an integer from 1 to %d, not %.100s",
-                       KV_MAX_THREADS, PyUnicode_AsUTF8(shown));
-        Py_XDECREF(shown);
-        return false;
-    }
-    *out = (int)number;
-    return true;
-}
-
-static bool parse_option(kv_state_t *state, PyObject *name, PyObject *value, options_t *options)
-{
-    const char *text = PyUnicode_AsUTF8(name);
-    if (text == NULL)
-        return false;
-    if (strcmp(text, "timeout") == 0)
-        return kv_py_timeout(state, value, options->timeout_ns, &options->timeout_ns);
-    if (strcmp(text, "num_threads") == 0)
-        return value == Py_None || parse_num_threads(state, value, &options->store.num_threads);
-    if (strcmp(text, "deterministic") == 0) {
-        /* In one process the order of a sum is always that of the list. */
-        if (PyBool_Check(value))
-            return true;
-        kv_py_fail(state, KV_INVALID, "deterministic must be True or False, not %.100s",
-                   Py_TYPE(value)->tp_name);
-        return false;
-    }
-    for (int i = 0; DIST_OPTIONS[i] != NULL; i++) {
-        if (strcmp(text, DIST_OPTIONS[i]) == 0) {
-            kv_py_fail(state, KV_INVALID, "option '%s' belongs to the dist kinds", text);
-            return false;
-        }
-    }
-    kv_py_fail(state, KV_INVALID,
-               "there is no option '%.64s' (options: timeout, deterministic, num_threads)", text);
-    return false;
-}
-
-static bool parse_options(kv_state_t *state, PyObject *keywords, options_t *options)
-{
-    PyObject *name, *value;
-    Py_ssize_t position = 0;
-    while (keywords != NULL && PyDict_Next(keywords, &position, &name, &value)) {
-        if (PyUnicode_CompareWithASCIIString(name, "name") != 0 &&
-            !parse_option(state, name, value, options))
-            return false;
-    }
-    return true;
-}
-
 static PyObject *store_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     kv_state_t *state = PyType_GetModuleState(type);
@@ -106,11 +37,15 @@ static PyObject *store_new(PyTypeObject *type, PyObject *args, PyObject *keyword
         if (!PyUnicode_Check(name))
             return kv_py_fail(state, KV_BAD_TYPE, "the name of a kind must be a str, not %.100s",
                               Py_TYPE(name)->tp_name);
-        kind = PyUnicode_AsUTF8(name);
-        if (kind == NULL)
-            return NULL;
+        Py_ssize_t length;
+        kind = PyUnicode_AsUTF8AndSize(name, &length);
+        if (kind == NULL || (size_t)length != strlen(kind)) {
+            PyErr_Clear();
+            return kv_py_fail(state, KV_INVALID,
+                              "the name of a kind holds a character that is none");
+        }
     }
-    options_t options = {.timeout_ns = KV_PY_DEFAULT_TIMEOUT_NS};
+    kv_py_options_t options = {.timeout_ns = KV_PY_DEFAULT_TIMEOUT_NS};
     kv_kind_t parsed;
     kv_status_t status = kv_kind_parse(kind, &parsed);
     if (status != KV_OK)
@@ -118,8 +53,7 @@ static PyObject *store_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     kv_runtime_t *runtime = kv_py_runtime(state);
     if (runtime == NULL)
         return NULL;
-    /* For the dist kinds, which have more options, the kind itself is the first thing to fail. */
-    if (parsed.family != KV_KIND_DIST && !parse_options(state, keywords, &options))
+    if (!kv_py_parse_options(state, &parsed, keywords, &options))
         return NULL;
     kv_store_t *store;
     status = kv_store_new(runtime, kind, &options.store, &store);
@@ -172,28 +106,42 @@ static void store_dealloc(PyObject *object)
     Py_DECREF(type);
 }
 
+/* The argument of a method that takes exactly one, by position or by name; NULL with an exception.
+ */
+static PyObject *only_argument(const char *function, const char *param, PyObject *const *args,
+                               Py_ssize_t num_args, PyObject *names)
+{
+    const kv_param_t params[] = {{param, true}};
+    const kv_signature_t signature = {function, 1, 1, params};
+    PyObject *value;
+    return kv_py_parse(&signature, args, num_args, names, &value) ? value : NULL;
+}
+
 /* -------------------------------------------------------------------------------- updater */
 
-static PyObject *store_set_updater(PyObject *object, PyObject *function)
+static KV_PY_METHOD(store_set_updater)
 {
-    kv_py_store_t *self = as_store(object);
-    if (!kv_py_store_check_open(self))
+    PyObject *function = only_argument("set_updater", "updater", args, num_args, names);
+    if (function == NULL)
+        return NULL;
+    kv_py_store_t *store = as_store(self);
+    if (!kv_py_store_check_open(store))
         return NULL;
     if (function != Py_None && !PyCallable_Check(function))
-        return kv_py_fail(self->state, KV_BAD_TYPE,
+        return kv_py_fail(store->state, KV_BAD_TYPE,
                           "an updater must be callable as updater(key, recv, stored), or None; "
                           "got %.100s",
                           Py_TYPE(function)->tp_name);
     kv_updater_t *updater = NULL;
-    if (function != Py_None && (updater = kv_py_updater_new(self->state, function)) == NULL)
+    if (function != Py_None && (updater = kv_py_updater_new(store->state, function)) == NULL)
         return NULL;
-    kv_status_t status = kv_store_set_updater(self->store, updater);
+    kv_status_t status = kv_store_set_updater(store->store, updater);
     if (status != KV_OK) {
         if (updater != NULL)
             updater->free(updater);
-        return kv_py_raise(self->state, status);
+        return kv_py_raise(store->state, status);
     }
-    self->updater = updater;
+    store->updater = updater;
     kv_py_release_now();
     Py_RETURN_NONE;
 }
@@ -240,17 +188,20 @@ static int store_contains(PyObject *object, PyObject *key)
     return kv_store_contains(self->store, &name);
 }
 
-static PyObject *store_delete(PyObject *object, PyObject *key)
+static KV_PY_METHOD(store_delete)
 {
-    kv_py_store_t *self = as_store(object);
-    kv_args_t args;
-    if (!kv_py_store_check_open(self) ||
-        !kv_args_init(&args, self->state, "delete", key, NULL, NULL, false, false))
+    PyObject *key = only_argument("delete", "key", args, num_args, names);
+    if (key == NULL)
         return NULL;
-    kv_status_t status = kv_store_delete(self->store, &args.call);
-    kv_args_fini(&args);
+    kv_py_store_t *store = as_store(self);
+    kv_args_t call;
+    if (!kv_py_store_check_open(store) ||
+        !kv_args_init(&call, store->state, "delete", key, NULL, NULL, false, false))
+        return NULL;
+    kv_status_t status = kv_store_delete(store->store, &call.call);
+    kv_args_fini(&call);
     if (status != KV_OK)
-        return kv_py_raise(self->state, status);
+        return kv_py_raise(store->state, status);
     kv_py_release_now();
     Py_RETURN_NONE;
 }
@@ -274,10 +225,13 @@ static bool describe(kv_py_store_t *self, PyObject *key, const char *verb, descr
     return status == KV_OK;
 }
 
-static PyObject *store_shape(PyObject *object, PyObject *key)
+static KV_PY_METHOD(store_shape)
 {
+    PyObject *key = only_argument("shape", "key", args, num_args, names);
+    if (key == NULL)
+        return NULL;
     description_t description;
-    if (!describe(as_store(object), key, "shape", &description))
+    if (!describe(as_store(self), key, "shape", &description))
         return NULL;
     PyObject *shape = PyTuple_New(description.ndim);
     for (int i = 0; shape != NULL && i < description.ndim; i++) {
@@ -290,18 +244,24 @@ static PyObject *store_shape(PyObject *object, PyObject *key)
     return shape;
 }
 
-static PyObject *store_dtype(PyObject *object, PyObject *key)
+static KV_PY_METHOD(store_dtype)
 {
-    description_t description;
-    if (!describe(as_store(object), key, "dtype", &description))
+    PyObject *key = only_argument("dtype", "key", args, num_args, names);
+    if (key == NULL)
         return NULL;
-    return kv_numpy_dtype_object(as_store(object)->state, description.dtype);
+    description_t description;
+    if (!describe(as_store(self), key, "dtype", &description))
+        return NULL;
+    return kv_numpy_dtype_object(as_store(self)->state, description.dtype);
 }
 
-static PyObject *store_stype(PyObject *object, PyObject *key)
+static KV_PY_METHOD(store_stype)
 {
+    PyObject *key = only_argument("stype", "key", args, num_args, names);
+    if (key == NULL)
+        return NULL;
     description_t description;
-    if (!describe(as_store(object), key, "stype", &description))
+    if (!describe(as_store(self), key, "stype", &description))
         return NULL;
     return PyUnicode_FromString("default");
 }
@@ -400,10 +360,13 @@ static KV_PY_METHOD(store_num_dead_node)
     return NULL;
 }
 
-static PyObject *store_is_capable(PyObject *object, PyObject *capability)
+static KV_PY_METHOD(store_is_capable)
 {
+    PyObject *capability = only_argument("is_capable", "capability", args, num_args, names);
+    if (capability == NULL)
+        return NULL;
     if (!PyUnicode_Check(capability))
-        return kv_py_fail(as_store(object)->state, KV_BAD_TYPE,
+        return kv_py_fail(as_store(self)->state, KV_BAD_TYPE,
                           "a capability is named by a str, not %.100s",
                           Py_TYPE(capability)->tp_name);
     Py_RETURN_FALSE;
@@ -483,17 +446,17 @@ static PyMethodDef METHODS[] = {
     VECTORCALL("pull", kv_py_store_pull, PULL_DOC),
     VECTORCALL("pushpull", kv_py_store_pushpull, PUSHPULL_DOC),
     VECTORCALL("broadcast", kv_py_store_broadcast, BROADCAST_DOC),
-    {"set_updater", store_set_updater, METH_O, SET_UPDATER_DOC},
-    {"_set_updater", store_set_updater, METH_O, SET_UPDATER_DOC},
+    VECTORCALL("set_updater", store_set_updater, SET_UPDATER_DOC),
+    VECTORCALL("_set_updater", store_set_updater, SET_UPDATER_DOC),
     {"keys", store_keys, METH_NOARGS, KEYS_DOC},
-    {"delete", store_delete, METH_O, DELETE_DOC},
-    {"shape", store_shape, METH_O, SHAPE_DOC},
-    {"dtype", store_dtype, METH_O, DTYPE_DOC},
-    {"stype", store_stype, METH_O, STYPE_DOC},
+    VECTORCALL("delete", store_delete, DELETE_DOC),
+    VECTORCALL("shape", store_shape, SHAPE_DOC),
+    VECTORCALL("dtype", store_dtype, DTYPE_DOC),
+    VECTORCALL("stype", store_stype, STYPE_DOC),
     {"close", store_close, METH_NOARGS, CLOSE_DOC},
     {"__enter__", store_enter, METH_NOARGS, NULL},
     {"__exit__", store_exit, METH_VARARGS, NULL},
-    {"is_capable", store_is_capable, METH_O, IS_CAPABLE_DOC},
+    VECTORCALL("is_capable", store_is_capable, IS_CAPABLE_DOC),
     {"barrier", store_barrier, METH_NOARGS, BARRIER_DOC},
     {"_barrier", store_barrier, METH_NOARGS, BARRIER_DOC},
     VECTORCALL("set_barrier_before_exit", store_set_barrier_before_exit, BARRIER_BEFORE_EXIT_DOC),
@@ -523,7 +486,7 @@ static PyMemberDef MEMBERS[] = {
 };
 
 static PyType_Slot SLOTS[] = {
-    {Py_tp_doc, CLASS_DOC},
+    {Py_tp_doc, (void *)CLASS_DOC},
     {Py_tp_new, store_new},
     {Py_tp_dealloc, store_dealloc},
     {Py_tp_traverse, store_traverse},

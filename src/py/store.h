@@ -18,6 +18,16 @@ static inline kv_py_store_t *as_store(PyObject *object)
     return (kv_py_store_t *)object;
 }
 
+/* options.c: what may be given to a store when it is made. */
+typedef struct kv_py_options {
+    int64_t timeout_ns;
+    kv_store_options_t store;
+} kv_py_options_t;
+
+/* Reads all keywords but `name`. False with an exception. */
+bool kv_py_parse_options(kv_state_t *state, const kv_kind_t *kind, PyObject *keywords,
+                         kv_py_options_t *options);
+
 /* Every method begins with it: ClosedError, and references given back meanwhile. */
 bool kv_py_store_check_open(kv_py_store_t *self);
 

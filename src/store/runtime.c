@@ -27,7 +27,7 @@ kv_status_t kv_runtime_new(kv_runtime_t **out)
         status = kv_team_new(KV_MAX_THREADS, &runtime->team);
         if (status != KV_OK) {
             kv_engine_close(runtime->engine);
-            kv_engine_stop(runtime->engine);
+            kv_engine_stop(runtime->engine, NULL);
             kv_engine_free(runtime->engine);
         }
     }
@@ -39,10 +39,10 @@ kv_status_t kv_runtime_new(kv_runtime_t **out)
     return KV_OK;
 }
 
-void kv_runtime_stop(kv_runtime_t *runtime)
+void kv_runtime_stop(kv_runtime_t *runtime, kv_caller_t *caller)
 {
     kv_engine_close(runtime->engine);
-    kv_engine_stop(runtime->engine);
+    kv_engine_stop(runtime->engine, caller);
     kv_team_stop(runtime->team);
 }
 

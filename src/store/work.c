@@ -407,15 +407,18 @@ static kv_status_t run_later(kv_store_t *store, const kv_plan_t *plan, kv_call_t
 
 /* --------------------------------------------------------------------------------- calls */
 
-/* An error says what the call had done by then. */
+/* An error names the key at which it happened and says what the call had done by then. */
 static kv_status_t tell_progress(kv_status_t status, const kv_plan_t *plan, const kv_call_t *call)
 {
     if (status == KV_CALLBACK || status == KV_INTERRUPTED)
         return status;
+    char name[96];
+    kv_name_format(&plan->groups[call->num_done].entry->name, name, sizeof name);
     if (call->num_done == 0)
-        return kv_fail(status, "%s; nothing was changed", kv_status_message(status));
-    return kv_fail(status, "%s; %" PRId64 " of %" PRId64 " keys were done before",
-                   kv_status_message(status), call->num_done, plan->num_groups);
+        return kv_fail(status, "key %s: %s; nothing was changed", name, kv_status_message(status));
+    return kv_fail(status,
+                   "key %s: %s; the call had dealt with %" PRId64 " of its %" PRId64 " keys before",
+                   name, kv_status_message(status), call->num_done, plan->num_groups);
 }
 
 kv_status_t kv_plan_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, bool push,

@@ -68,7 +68,7 @@ static inline kv_engine_t *engine_start(const char *name, int num_threads)
 static inline void engine_end(kv_engine_t *engine)
 {
     kv_engine_close(engine);
-    kv_engine_stop(engine);
+    kv_engine_stop(engine, NULL);
     kv_engine_free(engine);
 }
 

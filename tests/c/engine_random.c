@@ -328,7 +328,7 @@ static kv_status_t run_program(const program_t *program, const char *engine, uin
     for (int i = 0; i < MAX_STEPS; i++)
         kv_handle_rele(run.handles[i]);
     kv_engine_close(run.engine);
-    kv_engine_stop(run.engine);
+    kv_engine_stop(run.engine, NULL);
     kv_engine_free(run.engine);
     return KV_OK;
 }

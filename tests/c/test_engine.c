@@ -310,7 +310,7 @@ ON_EACH_ENGINE(a_closed_engine_refuses_and_stop_runs_the_rest)
     CHECK_STATUS(touch(engine, &var, KV_READ), KV_CLOSED);
     CHECK_STATUS(job_submit(engine, job_new(9, &log), &var, KV_WRITE, NULL, KV_READ, 0, NULL),
                  KV_CLOSED);
-    kv_engine_stop(engine);
+    kv_engine_stop(engine, NULL);
     check_log(&log, 5);
 }
 

@@ -53,6 +53,7 @@ ON_EACH_ENGINE(waiting_for_a_handle_leaves_no_error_behind)
     CHECK_STATUS(kv_handle_wait(handle, &caller.base), KV_OK);
     kv_handle_rele(handle);
     CHECK_STATUS(touch(engine, &var, KV_READ), KV_OK);
+    WAIT_UNTIL(kv_engine_pending(engine) == 0);
     CHECK_EQ(kv_counter_value(KV_COUNT_ERRORS), 0);
 }
 
@@ -86,7 +87,10 @@ ON_EACH_ENGINE(an_array_whose_task_failed_poisons_until_it_is_overwritten)
     kv_handle_t *handles[4];
     for (int i = 0; i < 4; i++)
         handles[i] = handle_new(engine, 1);
-    submit_failing(engine, "the pull failed", &array, handles[0]);
+    job_t *pull = job_new(9, &log);
+    pull->failure = "the pull failed";
+    CHECK_STATUS(job_submit(engine, pull, &array, KV_OVERWRITE, NULL, KV_READ, 0, handles[0]),
+                 KV_OK);
     CHECK_STATUS(
         job_submit(engine, job_new(9, &log), &key, KV_WRITE, &array, KV_READ, 0, handles[1]),
         KV_OK);

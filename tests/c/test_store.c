@@ -39,7 +39,7 @@ static bool setup(fixture_t *f, const char *kind)
 static void teardown(fixture_t *f)
 {
     kv_store_free(f->store);
-    kv_runtime_stop(f->runtime);
+    kv_runtime_stop(f->runtime, NULL);
     kv_runtime_free(f->runtime);
 }
 

@@ -209,7 +209,6 @@ def test_ndarrays_pass_values_from_key_to_key_in_order(kv):
             kv.push("a", kvstore.full(3, i, "float64"))
             kv.pull("a", out=between)
             kv.push("b", [between, between])
-        assert pulled(kv, "b").tolist() == [0, 0, 0]
     between.wait_to_write()
     assert pulled(kv, "b").tolist() == [38, 38, 38]
 
@@ -340,7 +339,7 @@ def test_an_updater_that_waits_too_long_for_its_turn_is_not_run(hasty):
 def test_a_list_call_that_times_out_says_how_far_it_came(hasty):
     with (
         held(hasty, "w"),
-        pytest.raises(kvstore.TimeoutError, match=r"'w'.*\b1 of 2\b|\b1 of 2\b.*'w'|'v'"),
+        pytest.raises(kvstore.TimeoutError, match=r"'w'.*\b1 of (its )?2\b"),
     ):
         hasty.push(["v", "w"], [full(1), full(1)])
     assert pulled(hasty, "v").tolist() == [1, 1, 1]

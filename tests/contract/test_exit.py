@@ -146,7 +146,7 @@ loop.close()
 
 @pytest.mark.parametrize("text", EXITS.values(), ids=EXITS)
 def test_the_interpreter_exits_cleanly_with(text):
-    done = run_script(PRELUDE.replace("KIND", "'local'") + text, timeout=40)
+    done = run_script(PRELUDE.replace("KIND", "'local'") + text, timeout=20)
     assert_clean(done)
 
 

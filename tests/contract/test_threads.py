@@ -34,7 +34,7 @@ def test_threads_with_keys_of_their_own_do_not_disturb_each_other(kv, size):
     def work(key):
         out = np.empty(size)
         for i in range(rounds):
-            kv.push(key, [np.full(size, key + i), np.full(size, i)])
+            kv.push(key, [np.full(size, float(key + i)), np.full(size, float(i))])
             kv.pull(key, out=out)
             assert (out == key + 2 * i).all()
             kv.pushpull(key, out)
@@ -74,7 +74,7 @@ def test_lists_of_keys_in_opposite_order_do_not_block_each_other(kv):
     def work(order):
         for _ in range(ROUNDS // 3):
             kv.push(order, [np.ones(3, np.int64)] * 6)
-            kv.pushpull(order, [np.ones(3, np.int64)] * 6)
+            kv.pushpull(order, [np.ones(3, np.int64) for _ in order])
 
     together(*(lambda o=o: work(o) for o in (keys, keys[::-1], keys[3:] + keys[:3])))
     assert all((pulled(kv, k) == ROUNDS // 3 * 2 * 3).all() for k in keys)

@@ -463,7 +463,7 @@ def main():
     Calls.kind = sys.argv[1]
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else None
     settings = hypothesis.settings(
-        max_examples=60 if seconds is None else 200,
+        max_examples=100 if seconds is None else 200,
         stateful_step_count=30 if seconds is None else 50,
         derandomize=seconds is None,
         database=None,

@@ -19,6 +19,13 @@ from kvstore import _core
 DTYPES = ("float64", "float32", "float16", "int8", "uint8", "int32", "int64")
 
 
+@pytest.fixture
+def kv():
+    """One kind: what an array is does not depend on it."""
+    with kvstore.create() as store:
+        yield store
+
+
 def stored(value):
     """A store's own copy of the value, as a NumPy array."""
     with kvstore.create() as kv:
@@ -173,6 +180,7 @@ def test_a_type_without_a_number_is_no_bfloat16(kv):
         kv.init("w", numpy.array(["a", "b"], numpy.dtypes.StringDType()))
 
 
+@pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
 @pytest.mark.parametrize("step", [1, 2])
 def test_an_array_reshaped_during_the_call_keeps_its_form(step):
     second = numpy.arange(6.0 * step)[::step]

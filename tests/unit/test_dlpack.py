@@ -32,6 +32,13 @@ WAYS = {
 }
 
 
+@pytest.fixture
+def kv():
+    """One kind: what an array is does not depend on it."""
+    with kvstore.create() as store:
+        yield store
+
+
 @pytest.fixture(scope="module")
 def producer(tmp_path_factory):
     compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
