@@ -27,13 +27,10 @@ typedef struct kv_kernels {
     void (*sum[KV_DTYPE_COUNT])(int64_t begin, int64_t end, int num_src, const void *const *src,
                                 int num_dst, void *const *dst, bool stream);
 
-    /* to[i] = from[i] in the other type, rounded to nearest even; an integer is cut towards zero,
-     * held within its range, and 0 for a NaN. `from` and `to` do not overlap. */
+    /* to[i] = from[i] in the other type, rounded to nearest even; for float16 and bfloat16 only.
+     * `from` and `to` do not overlap. */
     void (*float32_from[KV_DTYPE_COUNT])(int64_t count, const void *from, float *to);
     void (*float32_to[KV_DTYPE_COUNT])(int64_t count, const float *from, void *to);
-
-    /* Plain copy past the caches. */
-    void (*copy_stream)(size_t bytes, const void *from, void *to);
 } kv_kernels_t;
 
 /* The table for KVSTORE_ISA, chosen once. KV_INVALID for a name that does not exist or that this

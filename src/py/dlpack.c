@@ -84,8 +84,6 @@ end:
 static PyObject *traits_of(kv_state_t *state, PyTypeObject *type, traits_t *out)
 {
     PyObject *key = (PyObject *)type;
-    if (state->exchange_cache == NULL && (state->exchange_cache = PyDict_New()) == NULL)
-        return NULL;
     PyObject *row = Py_XNewRef(PyDict_GetItemWithError(state->exchange_cache, key));
     if (KV_UNLIKELY(row == NULL)) {
         PyErr_Clear(); /* a metaclass without a hash: not cached */

@@ -19,7 +19,7 @@ typedef struct kv_state {
     PyTypeObject *store_type, *ndarray_type, *handle_type;
     PyObject *numpy_bfloat16; /* ml_dtypes' dtype object, NULL until first needed */
     int numpy_bfloat16_num;   /* its NumPy type number, -1 until known */
-    PyObject *exchange_cache; /* dict: type -> what dlpack.c knows of it; made there */
+    PyObject *exchange_cache; /* dict: type -> what dlpack.c knows of it */
     PyObject *str_dlpack, *str_dlpack_device, *str_exchange_api; /* interned */
     PyObject *str_max_version, *str_stream;
     kv_runtime_t *runtime;    /* NULL until first needed */

@@ -100,7 +100,7 @@ static void helper_works_beside_the_caller(void)
 /* The job of the one thread holds the team until the other thread's job has ended. */
 typedef struct pair {
     kv_team_t *team;
-    atomic_bool held, ended;
+    atomic_bool held, stopping, ended;
     marks_t marks;
 } pair_t;
 
@@ -138,11 +138,32 @@ static void caller_of_a_busy_team_works_alone(void)
     team_end(pair.team);
 }
 
-static void *stopper(void *context)
+static _Thread_local bool is_caller;
+
+/* The helper leaves when the caller is here, who goes on for some time after stop was called. */
+static void linger(void *context, int64_t chunk)
 {
     pair_t *pair = context;
-    kv_team_stop(pair->team);
-    CHECK(atomic_load(&pair->ended)); /* the job ends first */
+    (void)chunk;
+    if (!is_caller) {
+        while (!atomic_load(&pair->held))
+            ;
+        return;
+    }
+    atomic_store(&pair->held, true);
+    while (!atomic_load(&pair->stopping))
+        ;
+    int64_t end = kv_clock_ns() + 20 * INT64_C(1000000);
+    while (kv_clock_ns() < end)
+        ;
+    atomic_store(&pair->ended, true);
+}
+
+static void *lingerer(void *context)
+{
+    pair_t *pair = context;
+    is_caller = true;
+    kv_team_run(pair->team, 2, 2, linger, pair);
     return NULL;
 }
 
@@ -150,17 +171,15 @@ static void stop_waits_for_the_running_job(void)
 {
     static pair_t pair;
     pair.team = team_new(2);
-    kv_thread_t job, stop;
-    if (!CHECK_STATUS(kv_thread_start(&job, "holder", holder, &pair), KV_OK))
+    kv_thread_t thread;
+    if (!CHECK_STATUS(kv_thread_start(&thread, "lingerer", lingerer, &pair), KV_OK))
         return;
     while (!atomic_load(&pair.held))
         ;
-    if (CHECK_STATUS(kv_thread_start(&stop, "stopper", stopper, &pair), KV_OK)) {
-        atomic_store(&pair.ended, true);
-        kv_thread_join(stop);
-    }
-    atomic_store(&pair.ended, true);
-    kv_thread_join(job);
+    atomic_store(&pair.stopping, true);
+    kv_team_stop(pair.team);
+    CHECK(atomic_load(&pair.ended));
+    kv_thread_join(thread);
     kv_team_free(pair.team);
 }
 

@@ -138,7 +138,7 @@ FORMS = {
     "no dimensions": ({"shape": (), "byte_offset": 8}, lambda a: a[2:3].reshape(())),
     "no elements": ({"shape": (3, 0)}, lambda a: a[:0].reshape(3, 0)),
     "no elements, no memory": ({"shape": (0,), "null": True}, lambda a: a[:0]),
-    "64 dimensions": ({"shape": (1,) * 63 + (12,)}, lambda a: a.reshape((1,) * 63 + (12,))),
+    "32 dimensions": ({"shape": (1,) * 31 + (12,)}, lambda a: a.reshape((1,) * 31 + (12,))),
 }
 
 
