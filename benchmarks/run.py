@@ -274,7 +274,8 @@ def main():
         "processors": os.cpu_count(),
         "python": platform.python_version(),
     }
-    (results / "local.json").write_text(json.dumps({"machine": machine, "seconds": times}, indent=1))
+    record = {"machine": machine, "seconds": times}
+    (results / "local.json").write_text(json.dumps(record, indent=1) + "\n")
     plot(times, results / "local.png")
 
 

@@ -1,6 +1,7 @@
 """Awaiting handles: one descriptor for each event loop, written to when an operation ends."""
 
 import asyncio
+import contextlib
 import os
 import weakref
 
@@ -10,20 +11,18 @@ from . import _core
 class _Watch:
     """The handles that one loop awaits. Touched by the loop's thread only."""
 
-    def __init__(self, loop):
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.waker, self.descriptor = _core._waker()
-        self.waiting = []
+        self.waiting: list[tuple[_core.Handle, asyncio.Future[None]]] = []
         loop.add_reader(self.descriptor, self.wake)
 
-    def add(self, handle, future):
+    def add(self, handle: _core.Handle, future: "asyncio.Future[None]") -> None:
         self.waiting.append((handle, future))
         handle._wake(self.waker)
 
-    def wake(self):
-        try:
+    def wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # another wake-up has emptied it
             os.read(self.descriptor, 4096)
-        except BlockingIOError:
-            pass  # another wake-up has emptied it
         still = []
         for handle, future in self.waiting:
             if future.done():  # the await was cancelled
@@ -35,16 +34,17 @@ class _Watch:
         self.waiting = still
 
 
+_watches: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Watch]
 _watches = weakref.WeakKeyDictionary()
 
 
-async def finish(handle):
+async def finish(handle: _core.Handle) -> None:
     """Wait for a handle in the running loop, then return or raise as `handle.wait()` does."""
     loop = asyncio.get_running_loop()
     watch = _watches.get(loop)
     if watch is None:
         watch = _watches[loop] = _Watch(loop)
-    future = loop.create_future()
+    future: asyncio.Future[None] = loop.create_future()
     watch.add(handle, future)
     await future
     handle.wait()

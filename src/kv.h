@@ -37,8 +37,8 @@ typedef struct kv_runtime {
 
 /* Gives a runtime made by the settings in force. Starts no thread. */
 KV_MUST_CHECK kv_status_t kv_runtime_new(kv_runtime_t **out);
-/* Refuses new work, runs what was submitted, joins all threads. Blocks; `caller` (may be NULL) as in
- * kv_engine_stop. */
+/* Refuses new work, runs what was submitted, joins all threads. Blocks; `caller` (may be NULL) as
+ * in kv_engine_stop. */
 void kv_runtime_stop(kv_runtime_t *runtime, kv_caller_t *caller);
 void kv_runtime_free(kv_runtime_t *runtime); /* after stop */
 
@@ -75,7 +75,7 @@ void kv_store_free(kv_store_t *store); /* closes; no call may be under way */
 
 /* KV_CLOSED when it is closed or belongs to the parent of a forked process. */
 KV_MUST_CHECK kv_status_t kv_store_check_open(const kv_store_t *store);
-const char *kv_store_kind(const kv_store_t *store); /* lower case, as asked for */
+const char *kv_store_kind(const kv_store_t *store);    /* lower case, as asked for */
 uint64_t kv_store_generation(const kv_store_t *store); /* of the process that made it */
 
 /* A key: text (UTF-8, any bytes but none missing) or a number. */
@@ -135,16 +135,18 @@ KV_MUST_CHECK kv_status_t kv_store_push(kv_store_t *store, kv_call_t *call, kv_c
 /* Each out becomes the stored value. */
 KV_MUST_CHECK kv_status_t kv_store_pull(kv_store_t *store, kv_call_t *call, kv_caller_t *caller);
 
-/* The quick way for one key with one value (push), one out (pull), or both (pushpull), each foreign,
- * contiguous, `out` writable. *done = false: nothing has happened; the key is busy, too large, or
- * something is wrong: the general call does it or tells. Else the status is that of the updater. */
+/* The quick way for one key with one value (push), one out (pull), or both (pushpull), each
+ * foreign, contiguous, `out` writable. *done = false: nothing has happened; the key is busy, too
+ * large, or something is wrong: the general call does it or tells. Else the status is that of the
+ * updater. */
 KV_MUST_CHECK kv_status_t kv_store_try_small(kv_store_t *store, const kv_name_t *name,
                                              const kv_view_t *value, const kv_view_t *out,
                                              kv_caller_t *caller, bool *done);
 
 /* ------------------------------------------------------------------------------- updater */
 
-/* Something that the updater keeps with a key; dropped with the key, by any thread, no lock held. */
+/* Something that the updater keeps with a key; dropped with the key, by any thread, no lock held.
+ */
 typedef struct kv_cache {
     void *data;
     void (*drop)(void *data); /* NULL: nothing is kept */
@@ -180,7 +182,8 @@ KV_MUST_CHECK kv_status_t kv_store_set_updater(kv_store_t *store, kv_updater_t *
 /* ---------------------------------------------------------------------------------- keys */
 
 /* Drops the keys of a call's items, all or none; a name that stands twice is dropped once. Does not
- * block: operations that entered before keep what they use. KV_INVALID inside a key's own updater. */
+ * block: operations that entered before keep what they use. KV_INVALID inside a key's own updater.
+ */
 KV_MUST_CHECK kv_status_t kv_store_delete(kv_store_t *store, const kv_call_t *call);
 
 /* What init fixed. `shape` (may be NULL) gets up to KV_MAX_DIMS extents; `verb` is for messages. */

@@ -98,8 +98,6 @@ if __name__ == "__main__":
             ),
             "sum_fp16_4x32MiB": large(32 * MIB, "float16", 4, push),
             # A lone pushed array becomes the stored one there, without a copy: pull is what copies.
-            "pull_64MiB": large(
-                64 * MIB, "float32", 1, lambda kv, grads, out: kv.pull("w", out)
-            ),
+            "pull_64MiB": large(64 * MIB, "float32", 1, lambda kv, grads, out: kv.pull("w", out)),
         }
     )

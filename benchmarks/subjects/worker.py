@@ -1,8 +1,8 @@
 """What every subject of the benchmarks shares: the loop that measures a job when told to.
 
-A subject is a process of its own, in an environment of its own. The driver (run.py) sends one line a
-measurement, `JOB SECONDS`, and gets one line back: JSON with the median seconds of one call. The
-arrays of a job are made at its first measurement and kept.
+A subject is a process of its own, in an environment of its own. The driver (run.py) sends a line
+for each measurement, `JOB SECONDS`, and gets one back: JSON with the median seconds of one call.
+The arrays of a job are made at its first measurement and kept.
 """
 
 import json

@@ -53,7 +53,8 @@ KV_MUST_CHECK kv_status_t kv_shape_size(kv_dtype_t dtype, int ndim, const int64_
 /* Gives an array with fresh memory of unspecified contents. */
 KV_MUST_CHECK kv_status_t kv_array_new(kv_dtype_t dtype, int ndim, const int64_t *shape,
                                        kv_array_t **out);
-/* The same over memory that is there: the array takes a share of `buffer`, which is large enough. */
+/* The same over memory that is there: the array takes a share of `buffer`, which is large enough.
+ */
 KV_MUST_CHECK kv_status_t kv_array_from_buffer(kv_dtype_t dtype, int ndim, const int64_t *shape,
                                                kv_buffer_t *buffer, kv_array_t **out);
 /* The owner's last word. Never blocks: pending operations keep the memory until they are done. */
@@ -76,9 +77,10 @@ typedef struct kv_view {
     int32_t ndim;
     uint8_t dtype; /* kv_dtype_t; KV_DTYPE_NONE for one we cannot hold */
     uint8_t flags;
-    kv_array_t *array;     /* NULL for foreign memory */
-    void *owner;           /* the binding's object for this array, opaque to the core */
-    const char *type_name; /* for messages, when dtype is KV_DTYPE_NONE: what its library calls it */
+    kv_array_t *array; /* NULL for foreign memory */
+    void *owner;       /* the binding's object for this array, opaque to the core */
+    const char
+        *type_name; /* for messages, when dtype is KV_DTYPE_NONE: what its library calls it */
 } kv_view_t;
 
 void kv_view_of_array(kv_array_t *array, kv_view_t *out);
@@ -98,7 +100,8 @@ void kv_view_extent(const kv_view_t *view, const char **low, const char **high);
  * KV_INVALID tells positions. Exact for strided views whose extents overlap. */
 KV_MUST_CHECK kv_status_t kv_outs_check_disjoint(const kv_view_t *outs, int64_t count);
 
-/* KV_INVALID when an `out` overlaps a value without being the same array (start, shape, strides). */
+/* KV_INVALID when an `out` overlaps a value without being the same array (start, shape, strides).
+ */
 KV_MUST_CHECK kv_status_t kv_outs_check_values(const kv_view_t *outs, int64_t num_outs,
                                                const kv_view_t *values, int64_t num_values);
 

@@ -47,7 +47,9 @@ void kv_mutex_lock(kv_mutex_t *mutex) KV_ACQUIRES(mutex);
 void kv_mutex_unlock(kv_mutex_t *mutex) KV_RELEASES(mutex);
 /* For an object made statically: KV_MUTEX_INIT(KV_RANK_LEAF). */
 #define KV_MUTEX_INIT(rank_)                                                                       \
-    { .raw = PTHREAD_MUTEX_INITIALIZER, .rank = (rank_) }
+    {                                                                                              \
+        .raw = PTHREAD_MUTEX_INITIALIZER, .rank = (rank_)                                          \
+    }
 
 void kv_cond_init(kv_cond_t *cond);
 void kv_cond_fini(kv_cond_t *cond);
@@ -75,7 +77,8 @@ void kv_thread_join(kv_thread_t thread);
 int kv_processor_count(void);
 
 /* How often this process has forked on its way from the first one: an object remembers the number
- * of its birth, and refuses to work where another one holds. The first call installs the handler. */
+ * of its birth, and refuses to work where another one holds. The first call installs the handler.
+ */
 uint64_t kv_fork_generation(void);
 
 #endif

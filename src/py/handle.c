@@ -95,7 +95,8 @@ static void wake(const waker_t *waker)
 enum { MAX_WAKERS = 8 };
 
 typedef struct py_handle {
-    PyObject_HEAD kv_state_t *state;
+    PyObject_HEAD
+    kv_state_t *state;
     kv_handle_t *handle; /* NULL when finished */
     PyObject *exception;
     int64_t timeout_ns;

@@ -22,8 +22,8 @@ typedef struct kv_state {
     PyObject *exchange_cache; /* dict: type -> what dlpack.c knows of it */
     PyObject *str_dlpack, *str_dlpack_device, *str_exchange_api; /* interned */
     PyObject *str_max_version, *str_stream;
-    kv_runtime_t *runtime;    /* NULL until first needed */
-    bool closed;              /* the interpreter is going: new work is refused */
+    kv_runtime_t *runtime; /* NULL until first needed */
+    bool closed;           /* the interpreter is going: new work is refused */
 } kv_state_t;
 
 kv_state_t *kv_py_state(PyObject *module);
@@ -49,8 +49,8 @@ typedef struct kv_py_caller {
 
 void kv_py_caller_init(kv_py_caller_t *caller, int64_t timeout_ns);
 
-/* A timeout argument in seconds: None gives `fallback_ns`. False with InvalidArgumentError (NaN, not
- * above 0) or ArrayTypeError (no number). */
+/* A timeout argument in seconds: None gives `fallback_ns`. False with InvalidArgumentError (NaN,
+ * not above 0) or ArrayTypeError (no number). */
 bool kv_py_timeout(kv_state_t *state, PyObject *value, int64_t fallback_ns, int64_t *out);
 
 /* The `timeout` of waits that belong to no store: 300 s. */
@@ -146,8 +146,8 @@ const char *kv_numpy_target(void);
 int kv_dlpack_array_in(kv_state_t *state, PyObject *object, bool for_out, kv_view_t *view,
                        kv_lease_t *lease);
 /* dlpack_out.c. A capsule with `array` as a DLPack tensor. It holds `owner`, which keeps the array
- * alive and is counted in its `exports`, until the consumer has let go and the release list has been
- * emptied. */
+ * alive and is counted in its `exports`, until the consumer has let go and the release list has
+ * been emptied. */
 PyObject *kv_dlpack_export(kv_state_t *state, kv_dtype_t dtype, int ndim, const int64_t *shape,
                            kv_array_t *array, PyObject *owner, bool versioned);
 

@@ -6,7 +6,8 @@
 #include "py/updater.h"
 
 typedef struct kv_py_store {
-    PyObject_HEAD kv_state_t *state;
+    PyObject_HEAD
+    kv_state_t *state;
     kv_store_t *store;
     kv_updater_t *updater; /* the store's own, borrowed: for the garbage collector */
     int64_t timeout_ns;

@@ -15,7 +15,8 @@
 enum { MAX_DIMS = 80 };
 
 typedef struct tensor_object {
-    PyObject_HEAD Py_buffer memory;
+    PyObject_HEAD
+    Py_buffer memory;
     PyObject *error; /* raised instead of giving anything, or NULL */
     int64_t shape[MAX_DIMS], strides[MAX_DIMS];
     int ndim, device_type, device_id, code, bits, lanes, major;
