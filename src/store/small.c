@@ -5,6 +5,8 @@
 #include "base/memory.h"
 #include "store/internal.h"
 
+#include <string.h>
+
 enum { SMALL_BYTES = KV_DETACH_BYTES / 4 };
 
 /* Whether two arrays of `bytes` share some of their memory and not all. */
@@ -21,13 +23,11 @@ static bool acceptable(const kv_entry_t *entry, const kv_view_t *value, const kv
            (value == NULL || out == NULL || !overlap_in_part(value, out, entry->bytes));
 }
 
-/* With the key held: one source to one or two destinations. */
-static void copy(const kv_store_t *store, const kv_entry_t *entry, const void *source, void *first,
-                 void *second)
+/* With the key held. */
+static void copy(const kv_entry_t *entry, void *to, const void *from)
 {
-    void *destinations[2] = {first, second};
-    store->host.kernels->sum[entry->dtype](0, entry->count, 1, &source, second != NULL ? 2 : 1,
-                                           destinations, false);
+    if (to != from)
+        memcpy(to, from, entry->bytes);
 }
 
 static kv_status_t update(kv_store_t *store, kv_entry_t *entry, kv_updater_t *updater,
@@ -36,13 +36,13 @@ static kv_status_t update(kv_store_t *store, kv_entry_t *entry, kv_updater_t *up
 {
     if (KV_UNLIKELY(entry->merged == NULL))
         KV_TRY(kv_buffer_new(entry->bytes, &entry->merged));
-    copy(store, entry, value->data, entry->merged->data, NULL);
+    copy(entry, entry->merged->data, value->data);
     kv_engine_begin_callback(store->runtime->engine, op);
     kv_update_t seen = {&entry->name,  entry->dtype,  entry->ndim, entry->shape,
                         entry->merged, entry->stored, value,       &entry->cache};
     KV_TRY(updater->run(updater, &seen, caller));
     if (out != NULL)
-        copy(store, entry, entry->stored->data, out->data, NULL);
+        copy(entry, out->data, entry->stored->data);
     return KV_OK;
 }
 
@@ -74,9 +74,9 @@ kv_status_t kv_store_try_small(kv_store_t *store, const kv_name_t *name, const k
     void *stored = entry->stored->data;
     if (updater == NULL) {
         if (value != NULL)
-            copy(store, entry, value->data, stored, out != NULL ? out->data : NULL);
-        else
-            copy(store, entry, stored, out->data, NULL);
+            copy(entry, stored, value->data);
+        if (out != NULL)
+            copy(entry, out->data, stored);
         kv_engine_leave_one(engine, &dep);
         return KV_OK;
     }
