@@ -22,7 +22,8 @@
     X(TASKS, "tasks")                                                                              \
     X(HANDLES, "handles")                                                                          \
     X(ERRORS, "errors")                                                                            \
-    X(HOLDS, "holds")
+    X(HOLDS, "holds")                                                                              \
+    X(CACHES, "caches")
 
 typedef enum kv_counter {
 #define KV_COUNTER_ENUM(id, name) KV_COUNT_##id,

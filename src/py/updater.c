@@ -30,7 +30,7 @@ static void release_arguments(kv_release_t *release)
     Py_XDECREF(arguments->stored);
     Py_XDECREF(arguments->pushed);
     kv_free(arguments);
-    kv_count(KV_COUNT_HOLDS, -1);
+    kv_count(KV_COUNT_CACHES, -1);
 }
 
 static void drop_arguments(void *data)
@@ -55,7 +55,7 @@ static arguments_t *arguments_of(const kv_update_t *update)
     arguments->release.free = release_arguments;
     update->cache->data = arguments;
     update->cache->drop = drop_arguments;
-    kv_count(KV_COUNT_HOLDS, 1);
+    kv_count(KV_COUNT_CACHES, 1);
     return arguments;
 }
 

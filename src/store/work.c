@@ -401,7 +401,11 @@ static kv_status_t run_later(kv_store_t *store, const kv_plan_t *plan, kv_call_t
         *call->handle = handle; /* it carries the error of those that were refused */
         return KV_OK;
     }
-    kv_handle_rele(handle);
+    if (handle != NULL && status != KV_OK) {
+        /* The error comes out of this call; nobody else shall be told again. */
+        (void)kv_handle_error(handle);
+        kv_handle_rele(handle);
+    }
     return status;
 }
 

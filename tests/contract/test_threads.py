@@ -198,6 +198,7 @@ def test_the_updater_may_be_changed_while_others_push(kv):
 def test_lists_changed_by_another_thread_during_the_call_are_read_safely(kv):
     kv.init([0, 1], [np.zeros(3), np.zeros(3)])
     keys, values = [0, 1], [np.ones(3), [np.ones(3), np.ones(3)]]
+    outs = [np.ones(3), np.ones(3)]
     stop = threading.Event()
 
     def change():
@@ -213,7 +214,7 @@ def test_lists_changed_by_another_thread_during_the_call_are_read_safely(kv):
             for _ in range(ROUNDS):
                 try:
                     kv.push(keys, values)
-                    kv.pushpull(keys, values)
+                    kv.pushpull(keys, values, outs)
                 except kvstore.InvalidArgumentError:
                     pass
         finally:
