@@ -348,7 +348,8 @@ static kv_status_t task_new(kv_store_t *store, const kv_group_t *group, const kv
     return KV_OK;
 }
 
-/* Hands the tasks over one by one; from the first that is refused on, the rest is dropped. */
+/* Hands the tasks over one by one; from the first that is refused on, the rest is dropped. The
+ * handle gets the error once. */
 static kv_status_t submit_tasks(kv_store_t *store, const kv_plan_t *plan, kv_call_t *call,
                                 task_t **tasks, kv_handle_t *handle)
 {
@@ -357,18 +358,20 @@ static kv_status_t submit_tasks(kv_store_t *store, const kv_plan_t *plan, kv_cal
     for (int64_t g = 0; g < plan->num_groups; g++) {
         task_t *task = tasks[g];
         size_t bytes = plan->groups[g].entry->bytes * (size_t)count_pointers(&plan->groups[g]);
-        bool here = status == KV_OK && kv_engine_try_inline(engine, &task->op, bytes);
-        if (here) {
+        kv_status_t ended = KV_OK;
+        if (status == KV_OK && kv_engine_try_inline(engine, &task->op, bytes)) {
             run_work(&task->work);
             kv_engine_leave(engine, &task->op);
         } else if (status == KV_OK) {
-            status = kv_engine_submit(engine, &task->op);
+            status = ended = kv_engine_submit(engine, &task->op);
+            if (status == KV_OK) {
+                call->num_done++;
+                continue;
+            }
         }
-        if (here || status != KV_OK) {
-            if (handle != NULL)
-                kv_handle_end_one(handle, status);
-            task_finish(&task->op);
-        }
+        if (handle != NULL)
+            kv_handle_end_one(handle, ended);
+        task_finish(&task->op);
         call->num_done += status == KV_OK;
     }
     return status;
