@@ -13,38 +13,44 @@ class _Watch:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.waker, self.descriptor = _core._waker()
-        self.waiting: list[tuple[_core.Handle, asyncio.Future[None]]] = []
+        self.waiting: dict[asyncio.Future[None], _core.Handle] = {}
         loop.add_reader(self.descriptor, self.wake)
 
-    def add(self, handle: _core.Handle, future: "asyncio.Future[None]") -> None:
-        self.waiting.append((handle, future))
-        handle._wake(self.waker)
+    async def wait(self, handle: _core.Handle, future: "asyncio.Future[None]") -> None:
+        self.waiting[future] = handle
+        try:
+            handle._wake(self.waker)
+            await future
+        finally:  # also when the await is cancelled
+            self.waiting.pop(future, None)
 
     def wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # another wake-up has emptied it
             os.read(self.descriptor, 4096)
-        still = []
-        for handle, future in self.waiting:
-            if future.done():  # the await was cancelled
-                continue
-            if handle.done():
+        for future, handle in list(self.waiting.items()):
+            if not future.done() and handle.done():
                 future.set_result(None)
-            else:
-                still.append((handle, future))
-        self.waiting = still
 
 
 _watches: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Watch]
 _watches = weakref.WeakKeyDictionary()
 
 
-async def finish(handle: _core.Handle) -> None:
-    """Wait for a handle in the running loop, then return or raise as `handle.wait()` does."""
-    loop = asyncio.get_running_loop()
+def _watch(loop: asyncio.AbstractEventLoop) -> _Watch:
     watch = _watches.get(loop)
     if watch is None:
+        # A loop that was closed in the middle of an await is held by that await's future, which
+        # its watch holds.
+        for other in [reference() for reference in _watches.keyrefs()]:
+            if other is not None and other.is_closed():
+                _watches.pop(other, None)
         watch = _watches[loop] = _Watch(loop)
-    future: asyncio.Future[None] = loop.create_future()
-    watch.add(handle, future)
-    await future
+    return watch
+
+
+async def finish(handle: _core.Handle) -> None:
+    """Wait for a handle in the running loop, then return or raise as `handle.wait()` does."""
+    if not handle.done():
+        loop = asyncio.get_running_loop()
+        await _watch(loop).wait(handle, loop.create_future())
     handle.wait()

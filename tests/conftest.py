@@ -17,6 +17,12 @@ def pytest_report_header():
     return f"kvstore {kvstore.__version__}: {info['flavour']} build, {_core.__file__}"
 
 
+def pytest_collection_finish(session):
+    """What pytest itself keeps is not looked at again by each of the collections below."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     report = yield

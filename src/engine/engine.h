@@ -228,6 +228,8 @@ bool kv_handle_done(kv_handle_t *handle);
 /* The error of a handle that is done, NULL if there is none; borrowed from the handle. Counts as
  * told to the user. */
 kv_error_t *kv_handle_error(kv_handle_t *handle);
+/* The same, but nobody has been told. */
+const kv_error_t *kv_handle_peek(const kv_handle_t *handle);
 
 /* Waits until the handle is done; the status is that of the wait, not of the tasks. KV_INVALID when
  * a callback of this thread holds what the tasks wait for. */

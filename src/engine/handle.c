@@ -41,6 +41,11 @@ kv_error_t *kv_handle_error(kv_handle_t *handle)
     return handle->error;
 }
 
+const kv_error_t *kv_handle_peek(const kv_handle_t *handle)
+{
+    return atomic_load(&handle->num_left) <= 0 ? handle->error : NULL;
+}
+
 /* ------------------------------------------------------------------------- ends of tasks */
 
 void kv_handle_link_locked(kv_handle_t *handle, kv_op_t *op)

@@ -21,6 +21,7 @@
 
 typedef struct waker {
     _Atomic int64_t refs;
+    bool watched;          /* GIL; false once its loop is gone */
     int read_fd, write_fd; /* the same for an eventfd */
 } waker_t;
 
@@ -38,7 +39,9 @@ static void waker_rele(waker_t *waker)
 
 static void waker_capsule_free(PyObject *capsule)
 {
-    waker_rele(PyCapsule_GetPointer(capsule, WAKER));
+    waker_t *waker = PyCapsule_GetPointer(capsule, WAKER);
+    waker->watched = false;
+    waker_rele(waker);
 }
 
 static bool open_descriptors(waker_t *waker)
@@ -68,7 +71,7 @@ static PyObject *new_waker(PyObject *module, PyObject *unused)
     waker_t *waker = kv_alloc(sizeof *waker);
     if (waker == NULL)
         return PyErr_NoMemory();
-    waker->refs = 1;
+    *waker = (waker_t){.refs = 1, .watched = true};
     if (!open_descriptors(waker)) {
         kv_free(waker);
         return PyErr_SetFromErrno(PyExc_OSError);
@@ -147,20 +150,28 @@ static bool check_process(py_handle_t *self)
     return false;
 }
 
+static PyObject *make_exception(const py_handle_t *self, const kv_error_t *error)
+{
+    PyObject *class = self->state->errors[error->status];
+    return PyObject_CallFunction(class != NULL ? class : PyExc_RuntimeError, "s", error->message);
+}
+
 /* From pending to finished, once the core's handle is done. */
 static bool finish(py_handle_t *self)
 {
-    kv_error_t *error = kv_handle_error(self->handle);
-    if (error != NULL) {
-        PyObject *class = self->state->errors[error->status];
-        self->exception =
-            PyObject_CallFunction(class != NULL ? class : PyExc_RuntimeError, "s", error->message);
-        if (self->exception == NULL)
-            return false;
+    const kv_error_t *error = kv_handle_error(self->handle);
+    PyObject *exception = error != NULL ? make_exception(self, error) : NULL;
+    if (error != NULL && exception == NULL)
+        return false;
+    kv_handle_t *handle = self->handle;
+    if (handle == NULL) { /* another thread came by while the exception was made */
+        Py_XDECREF(exception);
+        return true;
     }
-    kv_handle_notify(self->handle, NULL, NULL);
-    kv_handle_rele(self->handle);
     self->handle = NULL;
+    self->exception = exception;
+    kv_handle_notify(handle, NULL, NULL);
+    kv_handle_rele(handle);
     return true;
 }
 
@@ -216,6 +227,7 @@ static PyObject *handle_exception(PyObject *object, PyObject *unused)
     return Py_NewRef(self->handle == NULL && self->exception != NULL ? self->exception : Py_None);
 }
 
+/* Looking at a failed handle is not being told of its error: wait_all still raises it. */
 static PyObject *handle_repr(PyObject *object)
 {
     py_handle_t *self = as_handle(object);
@@ -223,11 +235,15 @@ static PyObject *handle_repr(PyObject *object)
         return PyUnicode_FromString("<kvstore.Handle of the parent process>");
     if (self->handle != NULL && !kv_handle_done(self->handle))
         return PyUnicode_FromString("<kvstore.Handle pending>");
-    if (self->handle != NULL && !finish(self))
+    const kv_error_t *error = self->handle != NULL ? kv_handle_peek(self->handle) : NULL;
+    PyObject *exception = error != NULL ? make_exception(self, error) : Py_XNewRef(self->exception);
+    if (error != NULL && exception == NULL)
         return NULL;
-    if (self->exception != NULL)
-        return PyUnicode_FromFormat("<kvstore.Handle failed: %R>", self->exception);
-    return PyUnicode_FromString("<kvstore.Handle done>");
+    if (exception == NULL)
+        return PyUnicode_FromString("<kvstore.Handle done>");
+    PyObject *text = PyUnicode_FromFormat("<kvstore.Handle failed: %R>", exception);
+    Py_DECREF(exception);
+    return text;
 }
 
 /* --------------------------------------------------------------------------------- await */
@@ -252,9 +268,17 @@ static PyObject *handle_wake(PyObject *object, PyObject *capsule)
     }
     kv_handle_notify(self->handle, NULL, NULL);
     bool known = false;
-    for (int i = 0; i < self->num_wakers; i++)
-        known = known || self->wakers[i] == waker;
-    bool full = !known && self->num_wakers == MAX_WAKERS;
+    int kept = 0;
+    for (int i = 0; i < self->num_wakers; i++) {
+        waker_t *other = self->wakers[i];
+        known = known || other == waker;
+        if (other->watched)
+            self->wakers[kept++] = other;
+        else
+            waker_rele(other);
+    }
+    self->num_wakers = kept;
+    bool full = !known && kept == MAX_WAKERS;
     if (!known && !full) {
         atomic_fetch_add(&waker->refs, 1);
         self->wakers[self->num_wakers++] = waker;

@@ -1,0 +1,56 @@
+"""The examples in the docstrings of everything public run and print what they say."""
+
+import doctest
+import inspect
+
+import numpy
+import pytest
+
+import kvstore
+
+# MXNet's private spellings of public calls, and calls that only refuse in this version.
+WITHOUT_EXAMPLE = {
+    "row_sparse_pull",
+    "set_optimizer",
+    "set_optimizer_params",
+    "save_optimizer_states",
+    "load_optimizer_states",
+    "set_gradient_compression",
+    "send_command_to_servers",
+}
+
+
+def documented():
+    """(name, object) of all public functions and classes, and of the classes' public methods."""
+    for name in kvstore.__all__:
+        thing = getattr(kvstore, name)
+        if not callable(thing):
+            continue
+        yield name, thing
+        if inspect.isclass(thing) and thing.__module__.startswith("kvstore"):
+            for method, value in vars(thing).items():
+                if not method.startswith("_") and callable(value):
+                    yield f"{name}.{method}", value
+
+
+DOCUMENTED = dict(documented())
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_the_examples_of_a_docstring_run(name):
+    text = inspect.getdoc(DOCUMENTED[name]) or ""
+    assert text, "no docstring"
+    names = {"kvstore": kvstore, "numpy": numpy, "np": numpy}
+    test = doctest.DocTestParser().get_doctest(text, names, name, None, 0)
+    output = []
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    failed, tried = doctest.DocTestRunner(optionflags=flags).run(test, out=output.append)
+    assert failed == 0, "".join(output)
+    if name.startswith("KVStore.") and name.partition(".")[2] not in WITHOUT_EXAMPLE:
+        assert tried > 0, "no example"
+
+
+def test_signatures_can_be_read():
+    signature = inspect.signature(kvstore.KVStore.push)
+    assert list(signature.parameters) == ["self", "key", "value", "priority", "async_op"]
+    assert signature.parameters["async_op"].kind is inspect.Parameter.KEYWORD_ONLY
