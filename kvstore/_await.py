@@ -12,6 +12,7 @@ class _Watch:
     """The handles that one loop awaits. Touched by the loop's thread only."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.waker: object
         self.waker, self.descriptor = _core._waker()
         self.waiting: dict[asyncio.Future[None], _core.Handle] = {}
         loop.add_reader(self.descriptor, self.wake)
@@ -36,14 +37,21 @@ _watches: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Watch]
 _watches = weakref.WeakKeyDictionary()
 
 
+def _forget_closed_loops() -> None:
+    # A loop that was closed in the middle of an await would stay for ever: its watch holds the
+    # future, which holds the loop; and each handle has room for a few wakers only.
+    for loop in [reference() for reference in _watches.keyrefs()]:
+        if loop is not None and loop.is_closed():
+            watch = _watches.pop(loop, None)
+            if watch is not None:
+                watch.waiting.clear()
+                watch.waker = None
+
+
 def _watch(loop: asyncio.AbstractEventLoop) -> _Watch:
     watch = _watches.get(loop)
     if watch is None:
-        # A loop that was closed in the middle of an await is held by that await's future, which
-        # its watch holds.
-        for other in [reference() for reference in _watches.keyrefs()]:
-            if other is not None and other.is_closed():
-                _watches.pop(other, None)
+        _forget_closed_loops()
         watch = _watches[loop] = _Watch(loop)
     return watch
 

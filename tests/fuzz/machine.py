@@ -468,8 +468,8 @@ def main():
     Calls.kind = sys.argv[1]
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else None
     settings = hypothesis.settings(
-        max_examples=100 if seconds is None else 200,
-        stateful_step_count=30 if seconds is None else 50,
+        max_examples=100 if seconds is None else 20,
+        stateful_step_count=30,
         derandomize=seconds is None,
         database=None,
         deadline=None,
