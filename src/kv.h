@@ -186,6 +186,10 @@ KV_MUST_CHECK kv_status_t kv_store_set_updater(kv_store_t *store, kv_updater_t *
  */
 KV_MUST_CHECK kv_status_t kv_store_delete(kv_store_t *store, const kv_call_t *call);
 
+/* What a call on these keys would find wrong with them. */
+KV_MUST_CHECK kv_status_t kv_store_check_keys(kv_store_t *store, const kv_call_t *call,
+                                              const char *verb);
+
 /* What init fixed. `shape` (may be NULL) gets up to KV_MAX_DIMS extents; `verb` is for messages. */
 KV_MUST_CHECK kv_status_t kv_store_describe(kv_store_t *store, const kv_name_t *name,
                                             const char *verb, kv_dtype_t *dtype, int *ndim,

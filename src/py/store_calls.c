@@ -265,16 +265,13 @@ PyObject *kv_py_store_broadcast(PyObject *self, PyObject *const *args, Py_ssize_
     return run_request(as_store(self), &request);
 }
 
-static PyObject *make_out(kv_py_store_t *self, PyObject *key)
+static PyObject *make_out(kv_py_store_t *self, const kv_name_t *name)
 {
-    kv_name_t name;
     kv_dtype_t dtype;
     int ndim;
     int64_t shape[KV_MAX_DIMS];
     kv_array_t *array;
-    if (!kv_py_name(self->state, key, &name))
-        return NULL;
-    kv_status_t status = kv_store_describe(self->store, &name, "pull", &dtype, &ndim, shape);
+    kv_status_t status = kv_store_describe(self->store, name, "pull", &dtype, &ndim, shape);
     if (status == KV_OK)
         status = kv_array_new(dtype, ndim, shape, &array);
     return status == KV_OK ? kv_ndarray_wrap(self->state, array) : kv_py_raise(self->state, status);
@@ -283,17 +280,24 @@ static PyObject *make_out(kv_py_store_t *self, PyObject *key)
 /* New arrays of the keys' shapes and types: one for a key, a list for a list of keys. */
 static PyObject *make_outs(kv_py_store_t *self, PyObject *key)
 {
-    if (!PyList_Check(key) && !PyTuple_Check(key))
-        return make_out(self, key);
-    PyObject *outs = PyList_New(0);
-    for (Py_ssize_t i = 0; outs != NULL && i < PySequence_Fast_GET_SIZE(key); i++) {
-        PyObject *one = Py_NewRef(PySequence_Fast_GET_ITEM(key, i));
-        PyObject *out = make_out(self, one);
-        Py_DECREF(one);
+    kv_args_t args;
+    if (!kv_args_init(&args, self->state, "pull", key, NULL, NULL, false, false))
+        return NULL;
+    kv_status_t status = kv_store_check_keys(self->store, &args.call, "pull");
+    PyObject *outs = NULL;
+    if (status != KV_OK)
+        kv_py_raise(self->state, status);
+    else if (!args.listed)
+        outs = make_out(self, &args.items[0].name);
+    else
+        outs = PyList_New(0);
+    for (int64_t i = 0; args.listed && outs != NULL && i < args.num_items; i++) {
+        PyObject *out = make_out(self, &args.items[i].name);
         if (out == NULL || PyList_Append(outs, out) < 0)
             Py_CLEAR(outs);
         Py_XDECREF(out);
     }
+    kv_args_fini(&args);
     return outs;
 }
 

@@ -122,6 +122,53 @@ static bool acceptable(const kv_group_t *groups, int64_t num_groups)
     return true;
 }
 
+/* Where values begin, and which key's they are. */
+typedef struct owner {
+    const void *data; /* NULL: an empty slot */
+    int64_t group;    /* -1: of several keys */
+} owner_t;
+
+static owner_t *find_owner(owner_t *owners, uint64_t mask, const void *data)
+{
+    uint64_t i = ((uintptr_t)data * UINT64_C(0x9E3779B97F4A7C15)) >> 20 & mask;
+    while (owners[i].data != NULL && owners[i].data != data)
+        i = (i + 1) & mask;
+    return &owners[i];
+}
+
+/* An out may be a value of its own key, not of another one: that one's push would find it changed
+ * or not, as the order of the work comes. After the checks for overlap: two arrays that share
+ * memory begin at the same place. */
+static kv_status_t check_apart(const kv_group_t *groups, int64_t num_groups, int64_t num_values)
+{
+    uint64_t num_slots = 16;
+    while (num_slots < 2 * (uint64_t)num_values)
+        num_slots *= 2;
+    owner_t *owners = kv_calloc((size_t)num_slots, sizeof *owners);
+    KV_TRY_ALLOC(owners, "the list of values");
+    for (int64_t g = 0; g < num_groups; g++) {
+        for (int32_t i = 0; i < groups[g].num_values && groups[g].entry->bytes > 0; i++) {
+            owner_t *owner = find_owner(owners, num_slots - 1, groups[g].values[i].data);
+            owner->group = owner->data == NULL || owner->group == g ? g : -1;
+            owner->data = groups[g].values[i].data;
+        }
+    }
+    kv_status_t status = KV_OK;
+    for (int64_t g = 0; g < num_groups && status == KV_OK; g++) {
+        for (int32_t i = 0; i < groups[g].num_outs && groups[g].entry->bytes > 0; i++) {
+            const owner_t *owner = find_owner(owners, num_slots - 1, groups[g].outs[i].data);
+            if (owner->data != NULL && owner->group != g) {
+                char where[NAME_BYTES + 32];
+                status = kv_fail(KV_INVALID, "%s is also a value of another key of the call",
+                                 position(&groups[g], true, i, where, sizeof where));
+                break;
+            }
+        }
+    }
+    kv_free(owners);
+    return status;
+}
+
 kv_status_t kv_groups_check(const kv_group_t *groups, int64_t num_groups, const kv_call_t *call,
                             const char *verb)
 {
@@ -135,8 +182,11 @@ kv_status_t kv_groups_check(const kv_group_t *groups, int64_t num_groups, const 
     kv_status_t status = kv_outs_check_disjoint(call->outs, call->num_outs);
     if (status == KV_OK && call->num_values > 0)
         status = kv_outs_check_values(call->outs, call->num_outs, call->values, call->num_values);
-    if (status == KV_OK)
-        return KV_OK;
+    if (status == KV_OK) {
+        /* Where the values are the outs, that these are apart says it all. */
+        bool apart = num_groups == 1 || call->num_values == 0 || call->outs == call->values;
+        return apart ? KV_OK : check_apart(groups, num_groups, call->num_values);
+    }
     char name[NAME_BYTES], others[64] = "";
     if (num_groups > 1)
         snprintf(others, sizeof others, " and %" PRId64 " more, counted over all keys",

@@ -261,6 +261,15 @@ static kv_status_t find_locked(const kv_store_t *store, const kv_name_t *name, c
     return KV_OK;
 }
 
+kv_status_t kv_store_check_keys(kv_store_t *store, const kv_call_t *call, const char *verb)
+{
+    kv_plan_t plan;
+    KV_TRY(kv_store_check_open(store));
+    KV_TRY(kv_plan_init(store, call, verb, &plan));
+    kv_plan_fini(&plan);
+    return KV_OK;
+}
+
 kv_status_t kv_store_delete(kv_store_t *store, const kv_call_t *call)
 {
     kv_plan_t plan;

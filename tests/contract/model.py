@@ -41,6 +41,13 @@ def total(values):
         return np.asarray(result).astype(dtype)
 
 
+class FormError(ValueError, TypeError):
+    """What is wrong with the form of the arguments: lists that do not match, and what is no array.
+
+    Of several such mistakes any may be reported, so the store's error is one of the two.
+    """
+
+
 def plain_key(key):
     if isinstance(key, str):
         if not key:
@@ -48,33 +55,35 @@ def plain_key(key):
         return str(key)
     if isinstance(key, (bool, np.bool_)):
         raise TypeError("bool as a key")
-    return operator.index(key)
+    number = operator.index(key)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError("a key beyond 64 bits")
+    return number
 
 
-def check_array(value):
-    if not isinstance(value, np.ndarray) or isinstance(value, np.ma.MaskedArray):
-        raise TypeError("no array")
-    return value
-
-
-def lists(key, value):
-    """[(key, [array, …]), …] of the key and value (or out) arguments; value None: no arrays."""
+def forms(key, value):
+    """[[array, …], …], for each key, of the key and value (or out) arguments."""
     if not isinstance(key, (list, tuple)):
-        key = [key]
-        value = None if value is None else [value]
-    elif value is not None and not isinstance(value, (list, tuple)):
-        raise TypeError("a list of keys needs a list of values")
-    if value is None:
-        return [(plain_key(k), []) for k in key]
+        key, value = [key], [value]
+    elif not isinstance(value, (list, tuple)):
+        raise FormError("a list of keys needs a list of values")
     if len(key) != len(value):
-        raise ValueError(f"{len(key)} keys, {len(value)} values")
-    items = []
-    for k, v in zip(key, value, strict=True):
-        arrays = list(v) if isinstance(v, (list, tuple)) else [v]
-        if not arrays or any(isinstance(a, (list, tuple)) for a in arrays):
-            raise ValueError(f"nesting of the values of {k!r}")
-        items.append((k, [check_array(a) for a in arrays]))
-    return [(plain_key(k), arrays) for k, arrays in items]
+        raise FormError(f"{len(key)} keys, {len(value)} values")
+    entries = [list(v) if isinstance(v, (list, tuple)) else [v] for v in value]
+    for arrays in entries:
+        if not arrays:
+            raise FormError("an empty list of values")
+        for array in arrays:
+            if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+                raise FormError("no array, or a list too deep")
+    return entries
+
+
+def lists(key, *arguments):
+    """[(key, [array, …]), …] for each argument; the keys are looked at last."""
+    entries = [forms(key, argument) for argument in arguments]
+    keys = [plain_key(k) for k in (key if isinstance(key, (list, tuple)) else [key])]
+    return [list(zip(keys, e, strict=True)) for e in entries or [[[] for _ in keys]]]
 
 
 def overlapping(outs):
@@ -120,7 +129,8 @@ class Model:
                 if key not in self.stored:
                     raise KeyError(key)
 
-    def check_arrays(self, values, outs):
+    def check_arrays(self, values, out_items):
+        outs = out_items
         arrays = [(k, a) for k, v in [*values, *outs] for a in v]
         for key, array in arrays:
             if array.dtype != self.stored[key].dtype:
@@ -135,6 +145,10 @@ class Model:
             for _, value in ((k, a) for k, v in values for a in v):
                 if np.shares_memory(out, value) and not same_array(out, value):
                     raise ValueError("an out overlaps a value")
+        values, outs = self.groups(values), self.groups(out_items)
+        for key, others in ((k, o) for k in outs for o in values if o != k):
+            if any(np.shares_memory(a, b) for a in outs[key] for b in values[others]):
+                raise ValueError("an out is a value of another key")
 
     def groups(self, items):
         grouped = {}
@@ -144,10 +158,10 @@ class Model:
 
     def init(self, key, value):
         self.check_open()
-        items = lists(key, value)
+        if any(len(arrays) != 1 for arrays in forms(key, value)):
+            raise FormError("one value a key")
+        (items,) = lists(key, value)
         self.check(items, known=False)
-        if any(len(arrays) != 1 for _, arrays in items):
-            raise ValueError("one value a key")
         if len(self.groups(items)) < len(items) or any(k in self.stored for k, _ in items):
             raise ValueError("second init")
         if any(a.dtype not in DTYPES or not a.dtype.isnative for _, (a,) in items):
@@ -158,7 +172,7 @@ class Model:
 
     def push(self, key, value):
         self.check_open()
-        items = lists(key, value)
+        (items,) = lists(key, value)
         self.check(items)
         self.check_arrays(items, [])
         self.apply(items)
@@ -179,7 +193,7 @@ class Model:
 
     def pull(self, key, out=None):
         self.check_open()
-        items = lists(key, out)
+        (items,) = lists(key) if out is None else lists(key, out)
         self.check(items)
         if out is None:
             result = [self.stored[k].copy() for k, _ in items]
@@ -195,8 +209,7 @@ class Model:
 
     def pushpull(self, key, value, out=None):
         self.check_open()
-        values = lists(key, value)
-        outs = values if out is None else lists(key, out)
+        values, outs = lists(key, value, value if out is None else out)
         self.check(values)
         self.check_arrays(values, outs)
         self.apply(values)
@@ -204,8 +217,9 @@ class Model:
 
     def broadcast(self, key, value, out):
         self.check_open()
-        outs = lists(key, out)
-        values = lists(key, value)
+        if any(len(arrays) != 1 for arrays in forms(key, value)):
+            raise FormError("one value a key")
+        values, outs = lists(key, value, out)
         before, key_type = dict(self.stored), self.key_type
         try:
             self.init(key, value)
