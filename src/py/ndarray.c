@@ -88,7 +88,9 @@ static int ndarray_bool(PyObject *self)
     return -1;
 }
 
-/* The elements as text. Neither waits long nor takes away a stored error: a debugger may ask. */
+/* The elements as text. Neither waits long nor takes away a stored error: a debugger may ask. NumPy
+ * formats a view, after the turn: a thread that writes meanwhile shows as a mixture of old and new,
+ * but no large array is copied for the few elements that are shown. */
 static PyObject *contents_text(kv_py_ndarray_t *self)
 {
     kv_array_t *array = self->array;

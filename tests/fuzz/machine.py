@@ -470,7 +470,7 @@ def main():
     Calls.kind = sys.argv[1]
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else None
     settings = hypothesis.settings(
-        max_examples=100 if seconds is None else 20,
+        max_examples=150 if seconds is None else 20,
         stateful_step_count=30,
         derandomize=seconds is None,
         database=None,
