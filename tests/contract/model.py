@@ -177,19 +177,21 @@ class Model:
         self.check_arrays(items, [])
         self.apply(items)
 
-    def apply(self, items):
-        updated = []
+    def apply(self, items, outs=()):
+        """Key by key: update, then deliver to the key's outs."""
+        updated, outs = [], self.groups(outs)
         for key, values in self.groups(items).items():
             received = total(values)
             if self.updater is None:
                 self.stored[key] = received
-                continue
-            try:
-                self.updater(key, received, self.stored[key])
-            except Exception as error:
-                error.updated_keys = updated
-                raise
+            else:
+                try:
+                    self.updater(key, received, self.stored[key])
+                except Exception as error:
+                    error.updated_keys = updated
+                    raise
             updated.append(key)
+            self.deliver([(key, outs.get(key, []))])
 
     def pull(self, key, out=None):
         self.check_open()
@@ -212,8 +214,7 @@ class Model:
         values, outs = lists(key, value, value if out is None else out)
         self.check(values)
         self.check_arrays(values, outs)
-        self.apply(values)
-        self.deliver(outs)
+        self.apply(values, outs)
 
     def broadcast(self, key, value, out):
         self.check_open()
