@@ -194,9 +194,9 @@ class Calls(RuleBasedStateMachine):
     def both(self, method, key, *arguments, later=False, **options):
         """Makes the call on both sides and compares."""
         given = [made(a, self.ours) for a in arguments]
-        if method == "pull" and all(g is None for g in given):
-            given, later = [], False  # without outs there is no handle
         plain = [made(a, self.theirs) for a in arguments]
+        if method == "pull" and all(g is None for g in given):
+            given, plain, later = [], [], False  # without outs there is no handle
         expected = result = handle = None
         try:
             answer = getattr(self.model, method)(key, *plain)
