@@ -164,6 +164,30 @@ ON_EACH_ENGINE(stop_waits_for_what_another_thread_makes_runnable)
     check_log(&log, 1);
 }
 
+ON_EACH_ENGINE(stop_with_a_deadline_gives_up_what_cannot_run)
+{
+    kv_var_t var;
+    job_log_t log = {0};
+    held_t held;
+    test_caller_t caller = make_caller(1000 * 1000);
+    kv_var_init(&var, false, NULL, NULL);
+    hold(&held, engine, &var);
+    submit_log(engine, 0, &log, &var, KV_WRITE, NULL);
+    kv_engine_stop(engine, &caller.base);
+    CHECK_EQ(kv_engine_pending(engine), 1);
+    CHECK_EQ(log.count, 0);
+
+    /* The holder may still leave; only the naive engine runs the task then. */
+    kv_engine_leave(engine, &held.op);
+    CHECK_EQ(log.count, engine->kind->drains);
+    kv_mutex_lock(&engine->lock);
+    kv_op_t *op = kv_runnable_pop_locked(engine);
+    kv_engine_unlock(engine);
+    if (op != NULL)
+        kv_task_run(engine, op);
+    check_log(&log, 1);
+}
+
 typedef struct taker {
     kv_handle_t *handle;
     _Atomic bool calling, finished_first;
@@ -449,6 +473,7 @@ static const test_t tests[] = {
     TEST(a_task_that_leave_made_runnable_finds_a_thread),
     TEST(callers_that_read_are_inside_together),
     TEST(stop_waits_for_what_another_thread_makes_runnable),
+    TEST(stop_with_a_deadline_gives_up_what_cannot_run),
     TEST(taking_a_notification_back_waits_until_it_has_returned),
     TEST(a_seed_gives_the_stepping_engine_its_order),
     TEST(of_callbacks_that_wait_in_a_circle_one_is_refused),
