@@ -157,7 +157,27 @@ static bool add_array(kv_args_t *args, PyObject *key, PyObject *array, bool for_
         name_key(args, key);
         return false;
     }
+    args->python_ran = args->python_ran || views->leases[views->count].data != NULL;
     views->count++;
+    return true;
+}
+
+/* Looks at the NumPy arrays once more: the code that ran since may have let another thread reshape
+ * one, and a view points into the array. From here to the end of the checks no Python code runs. */
+static bool look_again(kv_args_t *args, kv_views_t *views)
+{
+    for (int64_t i = 0; i < views->count; i++) {
+        kv_lease_t *lease = &views->leases[i], fresh;
+        if (lease->data != NULL || views->views[i].array != NULL)
+            continue;
+        int known = kv_numpy_array_in(args->state, lease->owner, &views->views[i], &fresh);
+        if (known < 0)
+            return false;
+        if (known > 0) {
+            kv_lease_drop(lease);
+            *lease = fresh;
+        }
+    }
     return true;
 }
 
@@ -266,6 +286,7 @@ bool kv_args_init(kv_args_t *args, kv_state_t *state, const char *verb, PyObject
 {
     args->state = state;
     args->verb = verb;
+    args->python_ran = false;
     views_init(&args->values);
     views_init(&args->outs);
     if (!take_keys(args, key) ||
@@ -279,6 +300,8 @@ bool kv_args_init(kv_args_t *args, kv_state_t *state, const char *verb, PyObject
         kv_item_t *item = &args->items[i];
         if (!kv_py_name(state, args->keys[i], &item->name))
             goto error;
+        args->python_ran = args->python_ran || !(PyUnicode_CheckExact(args->keys[i]) ||
+                                                 PyLong_CheckExact(args->keys[i]));
         if (out_is_value)
             item->num_outs = item->num_values;
         item->values = values;
@@ -286,6 +309,8 @@ bool kv_args_init(kv_args_t *args, kv_state_t *state, const char *verb, PyObject
         values += item->num_values;
         outs += item->num_outs;
     }
+    if (args->python_ran && !(look_again(args, &args->values) && look_again(args, &args->outs)))
+        goto error;
     args->call = (kv_call_t){.items = args->items,
                              .num_items = args->num_items,
                              .values = args->values.views,

@@ -27,7 +27,8 @@ typedef struct kv_args {
     kv_item_t *items;
     PyObject **keys; /* [num_items] strong references, NULL until converted */
     int64_t num_items;
-    bool listed; /* the key was a list */
+    bool listed;     /* the key was a list */
+    bool python_ran; /* a producer or a key may have run Python code between two conversions */
     kv_views_t values, outs;
     kv_item_t local_items[KV_LOCAL_ITEMS];
     PyObject *local_keys[KV_LOCAL_ITEMS];

@@ -1,18 +1,9 @@
 """Fixtures of the contract tests."""
 
-import gc
-
 import pytest
-from helpers import PRELUDE, run_script
+from helpers import PRELUDE, only_young_garbage, run_script
 
-
-@pytest.fixture(scope="session", autouse=True)
-def only_young_garbage():
-    """What was imported is not looked through again at each test's start and end."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+__all__ = ["only_young_garbage", "script"]
 
 
 @pytest.fixture(params=["local", "device"])

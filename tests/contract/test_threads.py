@@ -290,3 +290,29 @@ def test_a_waiting_call_keeps_its_arrays_when_the_list_is_emptied(kv):
         worker.result()
         del junk
     assert pulled(kv, "w").tolist() == [5, 5, 5]
+
+
+class Reshaping:
+    """A producer that reshapes another value of its call while it hands out its tensor."""
+
+    def __init__(self, array, victim, shape):
+        self.array, self.victim, self.shape = array, victim, shape
+
+    def __dlpack__(self, **options):
+        self.victim.shape = self.shape
+        return self.array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+
+@pytest.mark.filterwarnings("ignore:Setting the shape:DeprecationWarning")
+def test_an_array_reshaped_by_a_later_value_of_the_call_is_seen_as_it_is(kv):
+    kv.init("w", np.zeros((2, 3)))
+    victim = np.ones(6)
+    kv.push("w", [victim, Reshaping(np.ones((2, 3)), victim, (2, 3))])
+    assert pulled(kv, "w").tolist() == [[2.0] * 3] * 2
+    victim = np.ones((2, 3))
+    with pytest.raises(kvstore.InvalidArgumentError, match=r"\(3, 2\).*\(2, 3\)"):
+        kv.push("w", [victim, Reshaping(np.ones((2, 3)), victim, (3, 2))])
+    assert pulled(kv, "w").tolist() == [[2.0] * 3] * 2

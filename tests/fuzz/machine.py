@@ -33,6 +33,7 @@ from helpers import same
 from model import DTYPES, Closed, FormError, Model
 
 SHAPES = [(), (3,), (2, 3), (0,), (2, 0, 4), (40,), (9000,)]
+KINDS = [(dtype, shape) for shape in SHAPES for dtype in DTYPES]
 LAYOUTS = ["C", "C", "Fortran", "strided", "backwards", "NDArray", "pool", "pool"]
 NO_ARRAYS = {"None": None, "number": 3.0, "text": "abc", "masked": np.ma.ones(3)}
 REFUSALS = (Closed, KeyError, ValueError, TypeError)
@@ -136,13 +137,15 @@ def failing(bad):
 class Calls(RuleBasedStateMachine):
     kind = "local"
 
-    @initialize(text=st.booleans())
-    def begin(self, text):
+    @initialize(text=st.booleans(), kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4))
+    def begin(self, text, kinds):
         self.names = ["a", "b", "c", "ä", "e"] if text else [0, -1, 7, 2**40, 3]
         self.strangers = [5, 6] if text else ["x", "0"]
         self.kv, self.model = kvstore.create(self.kind, timeout=60), Model()
         self.ours, self.theirs = Side(kvstore.array), Side(lambda array: array)
         self.pending = []
+        for name, (dtype, shape) in zip(self.names, kinds, strict=False):
+            self.both("init", name, Recipe(dtype, shape, "C", 3))
 
     # ------------------------------------------------------------------------------- drawing
 
@@ -321,6 +324,7 @@ class Calls(RuleBasedStateMachine):
     def delete(self, data):
         self.both("delete", self.pick(data, list(self.model.stored)))
 
+    @precondition(lambda self: self.model.stored)
     @rule(data=st.data())
     def delete_any(self, data):
         stranger = self.strangers if self.model.key_type is not None else []
