@@ -10,19 +10,23 @@
 
 /* ---------------------------------------------------------------------------- attributes */
 
+PyObject *kv_py_shape(int ndim, const int64_t *shape)
+{
+    PyObject *tuple = PyTuple_New(ndim);
+    for (int i = 0; tuple != NULL && i < ndim; i++) {
+        PyObject *extent = PyLong_FromLongLong(shape[i]);
+        if (extent == NULL)
+            Py_CLEAR(tuple);
+        else
+            PyTuple_SET_ITEM(tuple, i, extent);
+    }
+    return tuple;
+}
+
 static PyObject *ndarray_shape(PyObject *self, void *closure)
 {
     (void)closure;
-    const kv_array_t *array = kv_as_ndarray(self)->array;
-    PyObject *shape = PyTuple_New(array->ndim);
-    for (int i = 0; shape != NULL && i < array->ndim; i++) {
-        PyObject *extent = PyLong_FromLongLong(array->shape[i]);
-        if (extent == NULL)
-            Py_CLEAR(shape);
-        else
-            PyTuple_SET_ITEM(shape, i, extent);
-    }
-    return shape;
+    return kv_py_shape(kv_as_ndarray(self)->array->ndim, kv_as_ndarray(self)->array->shape);
 }
 
 static PyObject *ndarray_dtype(PyObject *self, void *closure)

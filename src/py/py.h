@@ -179,6 +179,9 @@ typedef struct kv_py_ndarray {
     unsigned long dropped_thread;
 } kv_py_ndarray_t;
 
+/* A tuple of extents. */
+PyObject *kv_py_shape(int ndim, const int64_t *shape);
+
 int kv_ndarray_setup(PyObject *module, kv_state_t *state); /* makes the type and its functions */
 int kv_create_setup(PyObject *module);                     /* array, zeros, ones, empty, full */
 /* Takes the array, also on failure. */

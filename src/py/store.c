@@ -213,10 +213,13 @@ typedef struct description {
     int64_t shape[KV_MAX_DIMS];
 } description_t;
 
-static bool describe(kv_py_store_t *self, PyObject *key, const char *verb, description_t *out)
+/* Of the one key that the method `verb` was given. */
+static bool describe(kv_py_store_t *self, const char *verb, PyObject *const *args,
+                     Py_ssize_t num_args, PyObject *names, description_t *out)
 {
     kv_name_t name;
-    if (!kv_py_store_check_open(self) || !kv_py_name(self->state, key, &name))
+    PyObject *key = only_argument(verb, "key", args, num_args, names);
+    if (key == NULL || !kv_py_store_check_open(self) || !kv_py_name(self->state, key, &name))
         return false;
     kv_status_t status =
         kv_store_describe(self->store, &name, verb, &out->dtype, &out->ndim, out->shape);
@@ -227,43 +230,26 @@ static bool describe(kv_py_store_t *self, PyObject *key, const char *verb, descr
 
 static KV_PY_METHOD(store_shape)
 {
-    PyObject *key = only_argument("shape", "key", args, num_args, names);
-    if (key == NULL)
-        return NULL;
-    description_t description;
-    if (!describe(as_store(self), key, "shape", &description))
-        return NULL;
-    PyObject *shape = PyTuple_New(description.ndim);
-    for (int i = 0; shape != NULL && i < description.ndim; i++) {
-        PyObject *extent = PyLong_FromLongLong(description.shape[i]);
-        if (extent == NULL)
-            Py_CLEAR(shape);
-        else
-            PyTuple_SET_ITEM(shape, i, extent);
-    }
-    return shape;
+    description_t found;
+    return describe(as_store(self), "shape", args, num_args, names, &found)
+               ? kv_py_shape(found.ndim, found.shape)
+               : NULL;
 }
 
 static KV_PY_METHOD(store_dtype)
 {
-    PyObject *key = only_argument("dtype", "key", args, num_args, names);
-    if (key == NULL)
-        return NULL;
-    description_t description;
-    if (!describe(as_store(self), key, "dtype", &description))
-        return NULL;
-    return kv_numpy_dtype_object(as_store(self)->state, description.dtype);
+    description_t found;
+    return describe(as_store(self), "dtype", args, num_args, names, &found)
+               ? kv_numpy_dtype_object(as_store(self)->state, found.dtype)
+               : NULL;
 }
 
 static KV_PY_METHOD(store_stype)
 {
-    PyObject *key = only_argument("stype", "key", args, num_args, names);
-    if (key == NULL)
-        return NULL;
-    description_t description;
-    if (!describe(as_store(self), key, "stype", &description))
-        return NULL;
-    return PyUnicode_FromString("default");
+    description_t found;
+    return describe(as_store(self), "stype", args, num_args, names, &found)
+               ? PyUnicode_FromString("default")
+               : NULL;
 }
 
 /* -------------------------------------------------------- cluster calls, in one process */

@@ -60,19 +60,6 @@ static void tell_updated_keys(const kv_args_t *args)
     PyErr_Restore(class, error, trace);
 }
 
-/* The exception in flight as an object, taken away. */
-static PyObject *take_exception(void)
-{
-    PyObject *class, *error, *trace;
-    PyErr_Fetch(&class, &error, &trace);
-    PyErr_NormalizeException(&class, &error, &trace);
-    if (trace != NULL)
-        PyException_SetTraceback(error, trace);
-    Py_XDECREF(class);
-    Py_XDECREF(trace);
-    return error;
-}
-
 /* What a call returns that was to be asynchronous: errors of the checks come out at once, errors of
  * the work through the handle. */
 static PyObject *async_result(kv_py_store_t *self, const kv_args_t *args, kv_status_t status,
@@ -85,7 +72,7 @@ static PyObject *async_result(kv_py_store_t *self, const kv_args_t *args, kv_sta
     kv_py_raise(self->state, status);
     if (!args->call.checked || status == KV_INTERRUPTED)
         return NULL;
-    return kv_handle_finished(self->state, take_exception());
+    return kv_handle_finished(self->state, kv_py_take_exception());
 }
 
 static PyObject *run_request(kv_py_store_t *self, const request_t *request)
