@@ -129,3 +129,37 @@ def test_torch_shares_an_ndarrays_memory(torch):
     b += 2
     del b
     assert torch.from_dlpack(a).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_updater_gets_tensors_where_the_pushed_value_is_one(kv, dtype, torch):
+    element = getattr(torch, dtype)
+    kv.init("w", torch.zeros(3, dtype=element))
+    seen = []
+
+    def add(key, recv, stored):
+        seen.append((type(recv), type(stored), recv.dtype, stored.dtype))
+        stored.add_(recv)
+
+    kv.set_updater(add)
+    gradient = torch.ones(3, dtype=element)
+    kv.push("w", [gradient, gradient])
+    kv.push("w", gradient)
+    assert seen == [(torch.Tensor, torch.Tensor, element, element)] * 2
+    assert gradient.tolist() == [1, 1, 1]
+    out = torch.zeros(3, dtype=element)
+    kv.pull("w", out=out)
+    assert out.tolist() == [3, 3, 3]
+    kv.set_updater(None)
+
+
+def test_an_updater_gets_what_each_push_is_of(kv, torch):
+    kv.init("w", numpy.zeros(2))
+    seen = []
+    kv.set_updater(lambda key, recv, stored: seen.append((type(recv), type(stored))))
+    kv.push("w", numpy.ones(2))
+    kv.push("w", torch.ones(2, dtype=torch.float64))
+    kv.push("w", kvstore.ones(2, "float64"))
+    arrays, tensors = (numpy.ndarray,) * 2, (torch.Tensor,) * 2
+    assert seen == [arrays, tensors, arrays]
+    kv.set_updater(None)
