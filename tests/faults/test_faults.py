@@ -11,10 +11,11 @@ works.
 import contextlib
 import gc
 import re
+import time
 
 import numpy as np
 import pytest
-from helpers import Worker, assert_clean, contents, held, pulled, run_script, same
+from helpers import LONG, Worker, assert_clean, contents, held, pulled, run_script, same
 
 import kvstore
 from kvstore import _core
@@ -316,8 +317,10 @@ def queue(kv, call):
     _core.fault_set("engine.run", 1)
     with held(kv, "a"):
         result = call()
+    end = time.monotonic() + LONG
     while _core.counters()["tasks"] > 0:
-        pass
+        assert time.monotonic() < end, "the operation does not end"
+        time.sleep(0.001)
     assert _core.fault_set("engine.run", 0) >= 1
     return result
 
