@@ -191,7 +191,7 @@ def sanitized(flavour, tests):
     options = f"allocator_may_return_null=1:print_stacktrace=1:log_path={reports}/report"
     env = {
         "ASAN_OPTIONS": f"{options}:detect_leaks=0",
-        "TSAN_OPTIONS": f"{options}:die_after_fork=0",
+        "TSAN_OPTIONS": f"{options}:die_after_fork=0:suppressions={TESTS / 'tsan.supp'}",
         "UBSAN_OPTIONS": options,
         "PYTHONMALLOC": "malloc",
         "PYTHONPATH": str(install_flavour(flavour)),
