@@ -4,6 +4,13 @@
 
 /* ---------------------------------------------------------------------------------- keys */
 
+/* NumPy 1's bool has an __index__, and warns of it. */
+static bool is_bool(PyObject *key)
+{
+    return PyBool_Check(key) || strcmp(Py_TYPE(key)->tp_name, "numpy.bool_") == 0 ||
+           strcmp(Py_TYPE(key)->tp_name, "numpy.bool") == 0;
+}
+
 bool kv_py_name(kv_state_t *state, PyObject *key, kv_name_t *name)
 {
     if (PyUnicode_Check(key)) {
@@ -23,7 +30,7 @@ bool kv_py_name(kv_state_t *state, PyObject *key, kv_name_t *name)
         *name = (kv_name_t){.text = text, .bytes = (size_t)bytes};
         return true;
     }
-    if (PyBool_Check(key) || !PyIndex_Check(key)) {
+    if (is_bool(key) || !PyIndex_Check(key)) {
         kv_py_fail(state, KV_BAD_TYPE, "a key must be a str or an integer, not %.100s",
                    Py_TYPE(key)->tp_name);
         return false;
