@@ -1,7 +1,7 @@
 """A Python dict with np.copyto: what one writes without a store."""
 
 import numpy as np
-from worker import serve
+from worker import repeated, serve
 
 KIB = 1024
 
@@ -13,11 +13,12 @@ def ones(nbytes):
 def push_pull_1KiB():
     store, grad, out = {"w": ones(KIB)}, ones(KIB), ones(KIB)
 
-    def call():
-        np.copyto(store["w"], grad)
-        np.copyto(out, store["w"])
+    def run(times):
+        for _ in range(times):
+            np.copyto(store["w"], grad)
+            np.copyto(out, store["w"])
 
-    return call, 1
+    return run, 1
 
 
 def list_1000x4KiB():
@@ -31,7 +32,7 @@ def list_1000x4KiB():
         for key, out in zip(keys, outs, strict=True):
             np.copyto(out, store[key])
 
-    return call, 1000
+    return repeated(call), 1000
 
 
 def updater_1KiB():
@@ -40,7 +41,11 @@ def updater_1KiB():
     def add(key, recv, stored):
         stored += recv
 
-    return lambda: add("w", grad, store["w"]), 1
+    def run(times):
+        for _ in range(times):
+            add("w", grad, store["w"])
+
+    return run, 1
 
 
 if __name__ == "__main__":

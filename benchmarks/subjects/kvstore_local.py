@@ -3,7 +3,7 @@
 import threading
 
 import numpy as np
-from worker import serve
+from worker import repeated, serve
 
 import kvstore
 
@@ -18,17 +18,23 @@ def push_pull_1KiB():
     kv, grad, out = kvstore.create("local"), ones(KIB), ones(KIB)
     kv.init("w", grad)
 
-    def call():
-        kv.push("w", grad)
-        kv.pull("w", out)
+    def run(times):
+        for _ in range(times):
+            kv.push("w", grad)
+            kv.pull("w", out)
 
-    return call, 1
+    return run, 1
 
 
 def pushpull_1KiB():
     kv, grad, out = kvstore.create("local"), ones(KIB), ones(KIB)
     kv.init("w", grad)
-    return lambda: kv.pushpull("w", grad, out), 1
+
+    def run(times):
+        for _ in range(times):
+            kv.pushpull("w", grad, out)
+
+    return run, 1
 
 
 def list_1000x4KiB():
@@ -41,7 +47,7 @@ def list_1000x4KiB():
         kv.push(keys, grads)
         kv.pull(keys, outs)
 
-    return call, 1000
+    return repeated(call), 1000
 
 
 def updater_1KiB():
@@ -52,7 +58,12 @@ def updater_1KiB():
 
     kv.init("w", grad)
     kv.set_updater(add)
-    return lambda: kv.push("w", grad), 1
+
+    def run(times):
+        for _ in range(times):
+            kv.push("w", grad)
+
+    return run, 1
 
 
 def large(nbytes, dtype, num_values):
@@ -64,27 +75,27 @@ def large(nbytes, dtype, num_values):
 
 def sum_4x64MiB():
     kv, grads, _ = large(64 * MIB, "float32", 4)
-    return lambda: kv.push("w", grads), 1
+    return repeated(lambda: kv.push("w", grads)), 1
 
 
 def sum_4x64MiB_2dst():
     kv, grads, out = large(64 * MIB, "float32", 4)
-    return lambda: kv.pushpull("w", grads, out), 1
+    return repeated(lambda: kv.pushpull("w", grads, out)), 1
 
 
 def sum_fp16_4x32MiB():
     kv, grads, _ = large(32 * MIB, "float16", 4)
-    return lambda: kv.push("w", grads), 1
+    return repeated(lambda: kv.push("w", grads)), 1
 
 
 def push_64MiB():
     kv, grads, _ = large(64 * MIB, "float32", 1)
-    return lambda: kv.push("w", grads[0]), 1
+    return repeated(lambda: kv.push("w", grads[0])), 1
 
 
 def pull_64MiB():
     kv, _, out = large(64 * MIB, "float32", 1)
-    return lambda: kv.pull("w", out), 1
+    return repeated(lambda: kv.pull("w", out)), 1
 
 
 def threads(num_threads, calls=20000):
@@ -104,7 +115,7 @@ def threads(num_threads, calls=20000):
         for worker in workers:
             worker.join()
 
-    return call, calls * num_threads
+    return repeated(call), calls * num_threads
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ result, as the store's own calls do."""
 
 import mxnet as mx
 import numpy as np
-from worker import serve
+from worker import repeated, serve
 
 KIB, MIB = 1024, 1024 * 1024
 
@@ -16,23 +16,25 @@ def push_pull_1KiB():
     kv, grad, out = mx.kv.create("local"), ones(KIB), ones(KIB)
     kv.init("w", grad)
 
-    def call():
-        kv.push("w", grad)
-        kv.pull("w", out)
-        out.wait_to_read()
+    def run(times):
+        for _ in range(times):
+            kv.push("w", grad)
+            kv.pull("w", out)
+            out.wait_to_read()
 
-    return call, 1
+    return run, 1
 
 
 def pushpull_1KiB():
     kv, grad, out = mx.kv.create("local"), ones(KIB), ones(KIB)
     kv.init("w", grad)
 
-    def call():
-        kv.pushpull("w", grad, out)
-        out.wait_to_read()
+    def run(times):
+        for _ in range(times):
+            kv.pushpull("w", grad, out)
+            out.wait_to_read()
 
-    return call, 1
+    return run, 1
 
 
 def list_1000x4KiB():
@@ -46,7 +48,7 @@ def list_1000x4KiB():
         kv.pull(keys, outs)
         mx.nd.waitall()
 
-    return call, 1000
+    return repeated(call), 1000
 
 
 def updater_1KiB():
@@ -58,11 +60,12 @@ def updater_1KiB():
     kv.init("w", grad)
     kv._set_updater(add)
 
-    def call():
-        kv.push("w", grad)
-        mx.nd.waitall()
+    def run(times):
+        for _ in range(times):
+            kv.push("w", grad)
+            mx.nd.waitall()
 
-    return call, 1
+    return run, 1
 
 
 def large(nbytes, dtype, num_values, call_of):
@@ -76,7 +79,7 @@ def large(nbytes, dtype, num_values, call_of):
             call_of(kv, grads, out)
             mx.nd.waitall()
 
-        return call, 1
+        return repeated(call), 1
 
     return make
 
