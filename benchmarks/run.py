@@ -229,8 +229,6 @@ def plot(times, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    jobs = [job for job in JOBS if len([t for t in times[job].values() if t]) > 1]
-    figure, axes = pyplot.subplots(figsize=(9, 0.75 * len(jobs) + 1.6), layout="constrained")
     marks = {
         "limit": ("|", "black"),
         "dict": ("s", "#7f7f7f"),
@@ -238,6 +236,8 @@ def plot(times, path):
         "compiled": ("D", "#8c2d19"),
         "mxnet": ("^", "#1f77b4"),
     }
+    jobs = [job for job in JOBS if any(times[job].get(other) for other in marks)]
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(jobs) + 1.4), layout="constrained")
     for other, (mark, colour) in marks.items():
         points = [(ratio(times, job, other), row) for row, job in enumerate(jobs)]
         points = [(1 / x, y) for x, y in points if x is not None]
@@ -251,7 +251,7 @@ def plot(times, path):
     axes.invert_yaxis()
     axes.set_xlabel("speed relative to kvstore (left: slower)")
     axes.grid(axis="x", which="both", alpha=0.25)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.12), ncols=6, frameon=False)
+    figure.legend(loc="outside upper center", ncols=6, frameon=False)
     figure.savefig(path, dpi=120)
 
 
