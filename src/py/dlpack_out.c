@@ -48,10 +48,10 @@ static void capsule_free(PyObject *capsule)
         delete_legacy(PyCapsule_GetPointer(capsule, KV_DL_CAPSULE));
 }
 
-PyObject *kv_dlpack_export(kv_state_t *state, kv_dtype_t dtype, int ndim, const int64_t *shape,
-                           kv_array_t *array, PyObject *owner, bool versioned)
+PyObject *kv_dlpack_export(const kv_array_t *array, PyObject *owner, bool versioned)
 {
-    (void)state;
+    const int64_t *shape = array->shape;
+    int ndim = array->ndim;
     export_t *export = kv_alloc(sizeof *export + 2 * (size_t)ndim * sizeof(int64_t));
     if (export == NULL)
         return PyErr_NoMemory();
@@ -62,7 +62,7 @@ PyObject *kv_dlpack_export(kv_state_t *state, kv_dtype_t dtype, int ndim, const 
         next *= shape[i] > 0 ? shape[i] : 1;
     }
     unsigned code, bits;
-    kv_dtype_to_dlpack(dtype, &code, &bits);
+    kv_dtype_to_dlpack(array->dtype, &code, &bits);
     kv_dl_tensor_t tensor = {
         .data = array->count > 0 ? array->buffer->data : NULL,
         .device = {.type = KV_DL_CPU},

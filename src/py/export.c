@@ -404,8 +404,7 @@ PyObject *kv_ndarray_to_dlpack(PyObject *object, PyObject *const *args, Py_ssize
     if (owner == NULL)
         kv_py_raise(state, status);
     else
-        result = kv_dlpack_export(state, array->dtype, array->ndim, array->shape, array, owner,
-                                  major >= 1);
+        result = kv_dlpack_export(array, owner, major >= 1);
     Py_XDECREF(owner);
     Py_DECREF(source);
     return result;

@@ -148,8 +148,7 @@ int kv_dlpack_array_in(kv_state_t *state, PyObject *object, bool for_out, kv_vie
 /* dlpack_out.c. A capsule with `array` as a DLPack tensor. It holds `owner`, which keeps the array
  * alive and is counted in its `exports`, until the consumer has let go and the release list has
  * been emptied. */
-PyObject *kv_dlpack_export(kv_state_t *state, kv_dtype_t dtype, int ndim, const int64_t *shape,
-                           kv_array_t *array, PyObject *owner, bool versioned);
+PyObject *kv_dlpack_export(const kv_array_t *array, PyObject *owner, bool versioned);
 
 /* The exception that is set, taken away: a new reference to the instance. */
 static inline PyObject *kv_py_take_exception(void)
