@@ -268,9 +268,7 @@ def asan(options):
 
 
 def tsan(options):
-    # The exit of an interpreter with daemon threads at work once outlasted that test's limit here.
-    exits = f"--ignore={TESTS / 'contract' / 'test_exit.py'}"
-    sanitized("tsan", [*suites("unit", "contract", "golden", "fuzz"), exits])
+    sanitized("tsan", suites("unit", "contract", "golden", "fuzz"))
 
 
 # -------------------------------------------------------------------------------- other habits

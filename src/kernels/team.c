@@ -82,8 +82,9 @@ static void *helper(void *argument)
         kv_mutex_unlock(&team->mutex);
         work(team, team->num_chunks, team->body, team->context);
         kv_mutex_lock(&team->mutex);
+        /* To all: the job's caller waits for it, and at the same time kv_team_stop may. */
         if (--team->taken == 0)
-            kv_cond_signal(&team->ended);
+            kv_cond_broadcast(&team->ended);
         kv_mutex_unlock(&team->mutex);
     }
     kv_mutex_unlock(&team->mutex);
