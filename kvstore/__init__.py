@@ -4,6 +4,7 @@
 values and updates the key, ``kv.pull`` copies it out.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import errors
@@ -20,7 +21,18 @@ from .errors import (
 )
 
 try:
-    from ._core import Handle, KVStore, NDArray, array, empty, full, ones, wait_all, zeros
+    from ._core import (
+        Handle,
+        KVStore,
+        NDArray,
+        RowSparse,
+        array,
+        empty,
+        full,
+        ones,
+        wait_all,
+        zeros,
+    )
 except ImportError as error:
     from ._about import why_no_core
 
@@ -29,6 +41,7 @@ except ImportError as error:
 from .base import KVStoreBase, create
 
 if TYPE_CHECKING:
+    from . import compression, lr_scheduler, optimizer
     from .server import KVStoreServer, serve
 
 __version__ = "0.1.0"
@@ -49,14 +62,18 @@ __all__ = [
     "NDArray",
     "NotBuiltError",
     "PeerLostError",
+    "RowSparse",
     "TimeoutError",
     "__version__",
     "array",
+    "compression",
     "create",
     "empty",
     "errors",
     "full",
+    "lr_scheduler",
     "ones",
+    "optimizer",
     "register",
     "serve",
     "wait_all",
@@ -65,7 +82,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded when asked for: `python -m kvstore.server` must find its module not yet imported.
+    # Loaded when asked for: an import costs no more than what is used of it, and
+    # `python -m kvstore.server` must find its module not yet imported.
+    if name in ("compression", "lr_scheduler", "optimizer"):
+        return importlib.import_module(f".{name}", __name__)
     if name in ("KVStoreServer", "serve"):
         from . import server
 

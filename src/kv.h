@@ -12,10 +12,13 @@
 #define KV_KV_H
 
 #include "array/array.h"
+#include "array/sparse.h"
 #include "base/caller.h"
 #include "base/status.h"
 #include "comm/host.h"
+#include "compress/codec.h"
 #include "engine/engine.h"
+#include "optim/optim.h"
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -105,12 +108,19 @@ struct kv_hold {
     void (*release)(kv_hold_t *hold);
 };
 
+/* Sorted, distinct row ids; shared by counting its buffer. */
+typedef struct kv_row_ids {
+    kv_buffer_t *ids; /* int64[count] */
+    int64_t count;
+} kv_row_ids_t;
+
 typedef struct kv_call {
     const kv_item_t *items;
     int64_t num_items;
     /* All views of the call; the items' `values` and `outs` point into these, in order. */
     const kv_view_t *values, *outs;
     int64_t num_values, num_outs;
+    const kv_row_ids_t *row_ids; /* [num_outs], of row_sparse_pull; else NULL */
     int32_t priority;
     /* False: the call returns when the values have been read and the outs written. True: it may
      * return before; all foreign memory then stays valid until `hold` is released (`hold` may be
@@ -122,6 +132,8 @@ typedef struct kv_call {
     bool checked;         /* out: all checks passed, so an error comes from the work itself */
     int64_t num_done;     /* out: how many keys, in the order of their first appearance, the call
                              had dealt with when it ended */
+    char not_finite[96];  /* out, "" if there is none: the name of a key whose compression residual
+                             has been seen to hold a NaN or an infinity (told once a key) */
 } kv_call_t;
 
 /* Each item has one value. KV_INVALID when a key is known already or stands twice. With outs
@@ -134,6 +146,11 @@ KV_MUST_CHECK kv_status_t kv_store_push(kv_store_t *store, kv_call_t *call, kv_c
 
 /* Each out becomes the stored value. */
 KV_MUST_CHECK kv_status_t kv_store_pull(kv_store_t *store, kv_call_t *call, kv_caller_t *caller);
+
+/* Each out, a row-sparse array, becomes the rows call->row_ids of the stored value; rows that a
+ * row-sparse value has not are zeros. KV_INVALID for an id outside the shape. */
+KV_MUST_CHECK kv_status_t kv_store_row_sparse_pull(kv_store_t *store, kv_call_t *call,
+                                                   kv_caller_t *caller);
 
 /* The quick way for one key with one value (push), one out (pull), or both (pushpull), each
  * foreign, contiguous, `out` writable. *done = false: nothing has happened; the key is busy, too
@@ -153,13 +170,16 @@ typedef struct kv_cache {
 } kv_cache_t;
 
 /* What an updater sees. `recv` is memory of the store, never the caller's; both buffers may be kept
- * by holding them, their contents are unspecified once the updater has returned. */
+ * by holding them, their contents are unspecified once the updater has returned. What is row-sparse
+ * stands in the row set instead, and its buffer is NULL; `stored_rows` may be replaced. */
 typedef struct kv_update {
     const kv_name_t *name;
     kv_dtype_t dtype;
     int ndim;
     const int64_t *shape;
     kv_buffer_t *recv, *stored;
+    const kv_rowset_t *recv_rows;
+    kv_rowset_t *stored_rows;
     const kv_view_t *first; /* the first pushed value: tells the array library */
     kv_cache_t *cache;
 } kv_update_t;
@@ -179,6 +199,82 @@ struct kv_updater {
  * it began with. On failure the share is still the caller's. */
 KV_MUST_CHECK kv_status_t kv_store_set_updater(kv_store_t *store, kv_updater_t *updater);
 
+/* ----------------------------------------------------------------------------- optimizer */
+
+/* What tells the learning rate. Called attached, in the pushing thread, no lock held. */
+typedef struct kv_schedule kv_schedule_t;
+struct kv_schedule {
+    kv_status_t (*rate)(kv_schedule_t *schedule, int64_t num_update, double *rate);
+    void (*free)(kv_schedule_t *schedule); /* any thread, no lock held */
+};
+
+/* What one key has of its own. */
+typedef struct kv_multiplier {
+    kv_name_t name;
+    double lr, wd;
+    bool plain_rate; /* kv_step_t */
+} kv_multiplier_t;
+
+/* A built-in optimizer with its numbers: never changed, shared by counting. */
+typedef struct kv_optimizer kv_optimizer_t;
+
+/* Gives one share. Checks the numbers; copies the multipliers; takes `schedule` (may be NULL), also
+ * on failure. */
+KV_MUST_CHECK kv_status_t kv_optimizer_new(const kv_optim_class_t *optim,
+                                           const kv_optim_numbers_t *numbers,
+                                           int64_t begin_num_update, kv_schedule_t *schedule,
+                                           const kv_multiplier_t *multipliers,
+                                           int64_t num_multipliers, kv_optimizer_t **out);
+void kv_optimizer_rele(kv_optimizer_t *optimizer); /* NULL is allowed */
+
+/* From now on pushes update the stored values by this optimizer. One of the same class as before
+ * goes on with counts and state; another one, or an updater, begins anew. Takes one share, on
+ * failure it is still the caller's. */
+KV_MUST_CHECK kv_status_t kv_store_set_optimizer(kv_store_t *store, kv_optimizer_t *optimizer);
+
+/* ---------------------------------------------------------------------------- compression */
+
+/* How the values of later pushes travel. Residuals are kept while the type is the same. */
+KV_MUST_CHECK kv_status_t kv_store_set_compression(kv_store_t *store, const kv_codec_t *codec);
+
+/* --------------------------------------------------------------------------------- states */
+
+/* A part of a key's training state: `slot` "m", "master", "residual.0", …, with an element type of
+ * its own. */
+typedef struct kv_state_part {
+    char slot[32];
+    kv_dtype_t dtype;
+    int ndim; /* 1: one number a row or the like; else that of the value */
+    const int64_t *shape;
+    kv_buffer_t *data; /* one share */
+} kv_state_part_t;
+
+/* What a store has learned of one key besides its value. */
+typedef struct kv_key_state {
+    kv_name_t name;
+    int64_t count; /* pushes counted; -1: none, there are only residuals */
+    int num_parts;
+    kv_state_part_t *parts;
+} kv_key_state_t;
+
+typedef struct kv_states {
+    kv_optim_state_t whole;
+    kv_codec_t codec;
+    int64_t num_keys;
+    kv_key_state_t *keys;
+} kv_states_t;
+
+/* Gives a copy of everything that training has left, each key between two of its operations. The
+ * state of a row-sparse key has its full shape. Waits as a pull does. */
+KV_MUST_CHECK kv_status_t kv_store_export_states(kv_store_t *store, kv_states_t *out,
+                                                 kv_caller_t *caller);
+/* Replaces it for the keys that are in `states`; all keys are known. Checks everything first:
+ * KV_INVALID names key and slot. Needs the optimizer to be set.
+ * `keep_whole`: states->whole is not looked at. */
+KV_MUST_CHECK kv_status_t kv_store_import_states(kv_store_t *store, const kv_states_t *states,
+                                                 bool keep_whole, kv_caller_t *caller);
+void kv_states_fini(kv_states_t *states);
+
 /* ---------------------------------------------------------------------------------- keys */
 
 /* Drops the keys of a call's items, all or none; a name that stands twice is dropped once. Does not
@@ -190,10 +286,14 @@ KV_MUST_CHECK kv_status_t kv_store_delete(kv_store_t *store, const kv_call_t *ca
 KV_MUST_CHECK kv_status_t kv_store_check_keys(kv_store_t *store, const kv_call_t *call,
                                               const char *verb);
 
-/* What init fixed. `shape` (may be NULL) gets up to KV_MAX_DIMS extents; `verb` is for messages. */
+/* True the first time it is asked for this key: a pull that skips row-sparse outs warns once. */
+bool kv_store_first_skip(kv_store_t *store, const kv_name_t *name);
+
+/* What init fixed. `sparse` (may be NULL): the value is row-sparse. `shape` (may be NULL) gets up
+ * to KV_MAX_DIMS extents; `verb` is for messages. */
 KV_MUST_CHECK kv_status_t kv_store_describe(kv_store_t *store, const kv_name_t *name,
-                                            const char *verb, kv_dtype_t *dtype, int *ndim,
-                                            int64_t *shape);
+                                            const char *verb, kv_dtype_t *dtype, bool *sparse,
+                                            int *ndim, int64_t *shape);
 bool kv_store_contains(kv_store_t *store, const kv_name_t *name);
 
 /* Gives the names of all keys in the order of their init, in one block to be freed with kv_free. */

@@ -32,6 +32,13 @@ kv_status_t kv_buffer_new(size_t bytes, kv_buffer_t **out)
     return KV_OK;
 }
 
+kv_status_t kv_buffer_new_zero(size_t bytes, kv_buffer_t **out)
+{
+    KV_TRY(kv_buffer_new(bytes, out));
+    memset((*out)->data, 0, bytes);
+    return KV_OK;
+}
+
 kv_buffer_t *kv_buffer_hold(kv_buffer_t *buffer)
 {
     atomic_fetch_add(&buffer->refs, 1);

@@ -28,6 +28,8 @@ struct kv_buffer {
 
 /* Gives a buffer of `bytes` with one hold, contents unspecified. */
 KV_MUST_CHECK kv_status_t kv_buffer_new(size_t bytes, kv_buffer_t **out);
+/* The same, all bytes zero. */
+KV_MUST_CHECK kv_status_t kv_buffer_new_zero(size_t bytes, kv_buffer_t **out);
 kv_buffer_t *kv_buffer_hold(kv_buffer_t *buffer);
 void kv_buffer_rele(kv_buffer_t *buffer); /* NULL is allowed */
 
@@ -60,6 +62,8 @@ KV_MUST_CHECK kv_status_t kv_array_from_buffer(kv_dtype_t dtype, int ndim, const
 /* The owner's last word. Never blocks: pending operations keep the memory until they are done. */
 void kv_array_retire(kv_array_t *array); /* NULL is allowed */
 
+typedef struct kv_sparse kv_sparse_t; /* sparse.h */
+
 enum {
     KV_VIEW_READONLY = 1,
     KV_VIEW_DEVICE = 2, /* memory that the processor cannot read */
@@ -77,8 +81,10 @@ typedef struct kv_view {
     int32_t ndim;
     uint8_t dtype; /* kv_dtype_t; KV_DTYPE_NONE for one we cannot hold */
     uint8_t flags;
-    kv_array_t *array; /* NULL for foreign memory */
-    void *owner;       /* the binding's object for this array, opaque to the core */
+    kv_array_t *array;   /* NULL for foreign memory */
+    kv_sparse_t *sparse; /* a row-sparse array, always one of ours; then `data` is the array itself
+                            and only compared, `count` 1, `shape` its own; NULL: dense */
+    void *owner;         /* the binding's object for this array, opaque to the core */
     const char
         *type_name; /* for messages, when dtype is KV_DTYPE_NONE: what its library calls it */
 } kv_view_t;

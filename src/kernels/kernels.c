@@ -8,6 +8,7 @@
 #include "kernels/kernels.h"
 
 #include "base/config.h"
+#include "kernels/codec.h"
 #include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
@@ -25,6 +26,12 @@
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 4")
+#endif
+/* The iterations of the next loop do not depend on each other. */
+#if defined(__clang__)
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
 #endif
 #define INLINE static inline __attribute__((always_inline))
 #define PASTE_(a, b) a##_##b

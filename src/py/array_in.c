@@ -207,6 +207,12 @@ bool kv_py_array_in(kv_state_t *state, PyObject *object, bool for_out, kv_view_t
     int known = kv_numpy_array_in(state, object, view, lease);
     if (KV_LIKELY(known > 0))
         return true;
+    if (kv_rowsparse_check(state, object)) {
+        kv_view_of_sparse(kv_rowsparse_array(object), view);
+        view->owner = object;
+        *lease = (kv_lease_t){.owner = Py_NewRef(object)};
+        return true;
+    }
     if (known == 0)
         known = kv_dlpack_array_in(state, object, for_out, view, lease);
     if (known == 0)

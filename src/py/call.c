@@ -175,7 +175,7 @@ static bool look_again(kv_args_t *args, kv_views_t *views)
 {
     for (int64_t i = 0; i < views->count; i++) {
         kv_lease_t *lease = &views->leases[i], fresh;
-        if (lease->data != NULL || views->views[i].array != NULL)
+        if (lease->data != NULL || views->views[i].array != NULL || views->views[i].sparse != NULL)
             continue;
         int known = kv_numpy_array_in(args->state, lease->owner, &views->views[i], &fresh);
         if (known < 0)
@@ -294,6 +294,7 @@ bool kv_args_init(kv_args_t *args, kv_state_t *state, const char *verb, PyObject
     args->state = state;
     args->verb = verb;
     args->python_ran = false;
+    args->row_ids = NULL;
     views_init(&args->values);
     views_init(&args->outs);
     if (!take_keys(args, key) ||
@@ -330,8 +331,101 @@ error:
     return false;
 }
 
+/* --------------------------------------------------------------------------------- row ids */
+
+/* Whether the object is row ids, and not a list of such for several outs: a list of integers is. */
+static bool is_ids(PyObject *object)
+{
+    if (!is_list(object) || list_length(object) == 0)
+        return true;
+    PyObject *first = list_item(object, 0);
+    bool number = first != NULL && !PySequence_Check(first);
+    Py_XDECREF(first);
+    return number;
+}
+
+/* The ids of outs [begin, end), all the same. */
+static bool add_ids(kv_args_t *args, PyObject *ids, int64_t begin, int64_t end)
+{
+    kv_row_ids_t found;
+    if (begin == end)
+        return true;
+    if (!kv_py_row_ids(args->state, ids, &found.ids, &found.count))
+        return false;
+    for (int64_t i = begin; i < end; i++) {
+        args->row_ids[i] = found;
+        kv_buffer_hold(found.ids);
+    }
+    kv_buffer_rele(found.ids);
+    return true;
+}
+
+static bool refuse_ids(kv_args_t *args, Py_ssize_t given, int64_t due, const char *what)
+{
+    kv_py_fail(args->state, KV_INVALID, "%s got a list of %zd row_ids for %lld %s", args->verb,
+               given, (long long)due, what);
+    return false;
+}
+
+/* The ids of one key's outs. */
+static bool add_key_ids(kv_args_t *args, PyObject *ids, int64_t begin, int64_t end)
+{
+    if (is_ids(ids))
+        return add_ids(args, ids, begin, end);
+    if (list_length(ids) != end - begin)
+        return refuse_ids(args, list_length(ids), end - begin, "outs");
+    for (int64_t i = begin; i < end; i++) {
+        PyObject *one = list_item(ids, (Py_ssize_t)(i - begin));
+        if (one == NULL)
+            return refuse_ids(args, list_length(ids), end - begin, "outs");
+        bool added = add_ids(args, one, i, i + 1);
+        Py_DECREF(one);
+        if (!added)
+            return false;
+    }
+    return true;
+}
+
+static bool add_list_ids(kv_args_t *args, PyObject *ids)
+{
+    int64_t begin = 0;
+    if (list_length(ids) != args->num_items)
+        return refuse_ids(args, list_length(ids), args->num_items, "keys");
+    for (int64_t i = 0; i < args->num_items; i++) {
+        int64_t end = begin + args->items[i].num_outs;
+        PyObject *one = list_item(ids, (Py_ssize_t)i);
+        if (one == NULL)
+            return refuse_ids(args, list_length(ids), args->num_items, "keys");
+        bool added = add_key_ids(args, one, begin, end);
+        Py_DECREF(one);
+        if (!added)
+            return false;
+        begin = end;
+    }
+    return true;
+}
+
+bool kv_args_row_ids(kv_args_t *args, PyObject *row_ids)
+{
+    args->row_ids = kv_calloc((size_t)args->outs.count, sizeof *args->row_ids);
+    if (args->row_ids == NULL) {
+        PyErr_NoMemory();
+        return false;
+    }
+    bool added = is_ids(row_ids) ? add_ids(args, row_ids, 0, args->outs.count)
+                 : args->listed  ? add_list_ids(args, row_ids)
+                                 : add_key_ids(args, row_ids, 0, args->outs.count);
+    args->call.row_ids = args->row_ids;
+    /* Arrays of the user's may have run Python code, or let another thread. */
+    return added && look_again(args, &args->outs);
+}
+
 void kv_args_fini(kv_args_t *args)
 {
+    for (int64_t i = 0; args->row_ids != NULL && i < args->outs.count; i++)
+        kv_buffer_rele(args->row_ids[i].ids);
+    kv_free(args->row_ids);
+    args->row_ids = NULL;
     views_fini(&args->values);
     views_fini(&args->outs);
     for (int64_t i = 0; i < args->num_items; i++)
@@ -381,8 +475,9 @@ void kv_args_drop(kv_args_t *args)
 static bool views_all_ours(const kv_views_t *views)
 {
     for (int64_t i = 0; i < views->count; i++) {
-        const kv_array_t *array = views->views[i].array;
-        if (array == NULL || atomic_load(&array->exports) != 0)
+        const kv_view_t *view = &views->views[i];
+        if (view->sparse != NULL ? atomic_load(&view->sparse->exports) != 0
+                                 : view->array == NULL || atomic_load(&view->array->exports) != 0)
             return false;
     }
     return true;

@@ -30,6 +30,7 @@ typedef struct kv_args {
     bool listed;     /* the key was a list */
     bool python_ran; /* a producer or a key may have run Python code between two conversions */
     kv_views_t values, outs;
+    kv_row_ids_t *row_ids; /* [outs.count] of row_sparse_pull, each with a share; else NULL */
     kv_item_t local_items[KV_LOCAL_ITEMS];
     PyObject *local_keys[KV_LOCAL_ITEMS];
     kv_hold_t hold; /* heap only */
@@ -40,6 +41,9 @@ typedef struct kv_args {
  * `out_is_value` the values are the outs too. False with an exception, nothing to undo. */
 bool kv_args_init(kv_args_t *args, kv_state_t *state, const char *verb, PyObject *key,
                   PyObject *value, PyObject *out, bool single, bool out_is_value);
+/* Adds the row ids: an array for all outs, or a list with one for each, nested for a list of keys.
+ * False with an exception; the call must still be ended. */
+bool kv_args_row_ids(kv_args_t *args, PyObject *row_ids);
 /* Leaves an empty call; may be called again. */
 void kv_args_fini(kv_args_t *args);
 

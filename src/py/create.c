@@ -35,8 +35,7 @@ static PyObject *complain(kv_state_t *state)
     return NULL;
 }
 
-/* numpy.<function>(value). */
-static PyObject *call_numpy(kv_state_t *state, const char *function, PyObject *value)
+PyObject *kv_numpy_call(kv_state_t *state, const char *function, PyObject *value)
 {
     PyObject *callable = kv_numpy_function(function);
     PyObject *result = callable != NULL ? PyObject_CallOneArg(callable, value) : NULL;
@@ -62,8 +61,7 @@ static bool parse_extent(kv_state_t *state, PyObject *object, int64_t *out)
     return number != NULL && overflow == 0;
 }
 
-/* Gives the number of dimensions, -1 with an exception. */
-static int parse_shape(kv_state_t *state, PyObject *object, int64_t *shape)
+int kv_py_extents(kv_state_t *state, PyObject *object, int64_t *shape)
 {
     if (!PyTuple_Check(object) && !PyList_Check(object))
         return parse_extent(state, object, shape) ? 1 : -1;
@@ -156,7 +154,7 @@ static PyObject *make_filled(kv_state_t *state, PyObject *shape, PyObject *like,
     kv_dtype_t dtype;
     char element[8];
     kv_array_t *array;
-    int ndim = parse_shape(state, shape, extents);
+    int ndim = kv_py_extents(state, shape, extents);
     if (ndim < 0 || !parse_dtype(state, like, KV_FLOAT32, &dtype) ||
         (value != NULL && !make_element(state, dtype, value, element)))
         return NULL;
@@ -229,6 +227,21 @@ static PyObject *create_full(PyObject *module, PyObject *const *args, Py_ssize_t
 
 /* ------------------------------------------------------------------------ arrays of others */
 
+bool kv_view_copy_out(kv_state_t *state, const kv_view_t *view, void *data)
+{
+    if (view->array != NULL)
+        return kv_array_copy_out(state, view->array, view->array->dtype, data);
+    size_t bytes = (size_t)view->count * kv_dtype_bytes((kv_dtype_t)view->dtype);
+    PyThreadState *thread = bytes >= KV_DETACH_BYTES ? PyEval_SaveThread() : NULL;
+    if (view->strides != NULL)
+        kv_view_gather(view, data);
+    else if (bytes > 0)
+        memcpy(data, view->data, bytes);
+    if (thread != NULL)
+        PyEval_RestoreThread(thread);
+    return true;
+}
+
 /* A new array with the elements of a view. */
 static PyObject *copy_view(kv_state_t *state, const kv_view_t *view)
 {
@@ -236,20 +249,9 @@ static PyObject *copy_view(kv_state_t *state, const kv_view_t *view)
     kv_status_t status = kv_array_new((kv_dtype_t)view->dtype, view->ndim, view->shape, &array);
     if (status != KV_OK)
         return kv_py_raise(state, status);
-    void *data = array->buffer->data;
-    if (view->array != NULL) {
-        if (!kv_array_copy_out(state, view->array, array->dtype, data)) {
-            kv_array_retire(array);
-            return NULL;
-        }
-    } else {
-        PyThreadState *thread = array->bytes >= KV_DETACH_BYTES ? PyEval_SaveThread() : NULL;
-        if (view->strides != NULL)
-            kv_view_gather(view, data);
-        else if (array->bytes > 0)
-            memcpy(data, view->data, array->bytes);
-        if (thread != NULL)
-            PyEval_RestoreThread(thread);
+    if (!kv_view_copy_out(state, view, array->buffer->data)) {
+        kv_array_retire(array);
+        return NULL;
     }
     return kv_ndarray_wrap(state, array);
 }
@@ -281,7 +283,7 @@ static PyObject *copy_converted(kv_state_t *state, PyObject *source, const kv_vi
         if (own != NULL)
             numbers = kv_array_numpy(state, kv_ndarray_array(state, own), KV_FLOAT32);
     } else {
-        numbers = call_numpy(state, "asarray", source);
+        numbers = kv_numpy_call(state, "asarray", source);
     }
     type = kv_numpy_dtype_object(state, target == KV_BFLOAT16 ? KV_FLOAT32 : target);
     if (numbers == NULL || type == NULL)
@@ -320,7 +322,9 @@ static PyObject *create_array(PyObject *module, PyObject *const *args, Py_ssize_
         return NULL;
     if (PyList_Check(values[0]) || PyTuple_Check(values[0]) || PyLong_Check(values[0]) ||
         PyFloat_Check(values[0]))
-        source = call_numpy(state, "asarray", values[0]);
+        source = kv_numpy_call(state, "asarray", values[0]);
+    else if (kv_rowsparse_check(state, values[0]))
+        source = kv_sparse_numpy(state, kv_rowsparse_array(values[0]));
     else
         source = Py_NewRef(values[0]);
     if (source == NULL)

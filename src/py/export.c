@@ -19,26 +19,17 @@
 
 /* --------------------------------------------------------------------------------- turns */
 
-/* An operation on one array, run by this thread. */
-typedef struct turn {
-    kv_engine_t *engine;
-    const kv_kernels_t *kernels;
-    kv_dep_t dep;
-    kv_op_t op;
-    kv_py_caller_t caller;
-} turn_t;
-
-kv_status_t kv_turn_begin(kv_turn_t *turn, kv_state_t *state, kv_array_t *array, kv_access_t access,
-                          int64_t timeout_ns)
+kv_status_t kv_turn_begin(kv_turn_t *turn, kv_state_t *state, kv_var_t *var, uint64_t generation,
+                          kv_access_t access, int64_t timeout_ns)
 {
-    if (array->generation != kv_fork_generation())
+    if (generation != kv_fork_generation())
         return kv_fail(KV_CLOSED, "the array belongs to the parent of this forked process");
     kv_runtime_t *runtime = kv_py_runtime(state);
     if (runtime == NULL)
         return KV_CALLBACK;
     turn->engine = runtime->engine;
     turn->kernels = runtime->kernels;
-    turn->dep = (kv_dep_t){.var = &array->var, .access = access};
+    turn->dep = (kv_dep_t){.var = var, .access = access};
     kv_op_init(&turn->op, &turn->dep, 1, 0);
     kv_py_caller_init(&turn->caller, timeout_ns);
     return kv_engine_enter(turn->engine, &turn->op, &turn->caller.base);
@@ -52,7 +43,8 @@ void kv_turn_end(kv_turn_t *turn)
 bool kv_array_copy_out(kv_state_t *state, kv_array_t *array, kv_dtype_t dtype, void *data)
 {
     kv_turn_t turn;
-    kv_status_t status = kv_turn_begin(&turn, state, array, KV_READ, KV_PY_DEFAULT_TIMEOUT_NS);
+    kv_status_t status = kv_turn_begin(&turn, state, &array->var, array->generation, KV_READ,
+                                       KV_PY_DEFAULT_TIMEOUT_NS);
     if (status != KV_OK) {
         kv_py_raise(state, status);
         return false;
@@ -83,7 +75,8 @@ PyObject *kv_array_numpy(kv_state_t *state, kv_array_t *array, kv_dtype_t dtype)
 static kv_status_t export_begin(kv_py_ndarray_t *self, kv_access_t access, int64_t timeout_ns)
 {
     kv_turn_t turn;
-    KV_TRY(kv_turn_begin(&turn, self->state, self->array, access, timeout_ns));
+    KV_TRY(kv_turn_begin(&turn, self->state, &self->array->var, self->array->generation, access,
+                         timeout_ns));
     atomic_fetch_add(&self->array->exports, 1);
     kv_turn_end(&turn);
     return KV_OK;

@@ -1,6 +1,7 @@
 /* kvstore._core: the module, its state, and the functions that belong to no object. */
 #include "base/config.h"
 #include "py/py.h"
+#include "py/store.h"
 
 #ifndef KV_FLAVOUR
 #define KV_FLAVOUR "unknown"
@@ -209,6 +210,14 @@ static PyMethodDef FUNCTIONS[] = {
      "first."},
     {"build_info", build_info, METH_NOARGS,
      "build_info($module, /)\n--\n\nHow the core was built and what it chose on this machine."},
+    {"optimizer_classes", kv_py_optimizer_classes, METH_NOARGS,
+     "optimizer_classes($module, /)\n--\n\nThe built-in optimizers: name -> title, rate, "
+     "parameters."},
+    {"optimizer_common", kv_py_optimizer_common, METH_NOARGS,
+     "optimizer_common($module, /)\n--\n\nThe parameters that all optimizers have."},
+    {"optimizer_check", kv_py_optimizer_check, METH_VARARGS,
+     "optimizer_check($module, name, numbers, /)\n--\n\nRaise InvalidArgumentError for a number "
+     "out of its range."},
     {"_shut_down", shut_down, METH_NOARGS,
      "_shut_down($module, /)\n--\n\nThe exit hook. Returns how many references are left to leak."},
     {NULL, NULL, 0, NULL},
@@ -270,8 +279,8 @@ static int module_exec(PyObject *module)
         intern(&state->str_max_version, "max_version") < 0 ||
         intern(&state->str_stream, "stream") < 0 || (state->exchange_cache = PyDict_New()) == NULL)
         return -1;
-    if (kv_ndarray_setup(module, state) < 0 || kv_handle_setup(module, state) < 0 ||
-        kv_store_setup(module, state) < 0)
+    if (kv_ndarray_setup(module, state) < 0 || kv_rowsparse_setup(module, state) < 0 ||
+        kv_handle_setup(module, state) < 0 || kv_store_setup(module, state) < 0)
         return -1;
     return register_exit_hook(module);
 }
@@ -283,6 +292,7 @@ static int module_exec(PyObject *module)
         X((state)->store_type);                                                                    \
         X((state)->ndarray_type);                                                                  \
         X((state)->handle_type);                                                                   \
+        X((state)->rowsparse_type);                                                                \
         X((state)->numpy_bfloat16);                                                                \
         X((state)->exchange_cache);                                                                \
         X((state)->str_dlpack);                                                                    \

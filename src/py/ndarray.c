@@ -143,26 +143,34 @@ static PyObject *ndarray_repr(PyObject *self)
 
 /* --------------------------------------------------------------------------------- waits */
 
-static PyObject *wait_turn(PyObject *object, const char *function, kv_access_t access,
-                           PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
+PyObject *kv_turn_wait(kv_state_t *state, kv_var_t *var, uint64_t generation, const char *function,
+                       kv_access_t access, PyObject *const *args, Py_ssize_t num_args,
+                       PyObject *keyword_names)
 {
     static const kv_param_t params[] = {{"timeout", false}};
     const kv_signature_t signature = {function, 1, 1, params};
-    kv_py_ndarray_t *self = kv_as_ndarray(object);
     PyObject *timeout;
     int64_t timeout_ns;
     kv_py_release_now();
-    kv_ndarray_forget_dropped(self);
     if (!kv_py_parse(&signature, args, num_args, keyword_names, &timeout) ||
-        !kv_py_timeout(self->state, timeout != NULL ? timeout : Py_None, KV_PY_DEFAULT_TIMEOUT_NS,
+        !kv_py_timeout(state, timeout != NULL ? timeout : Py_None, KV_PY_DEFAULT_TIMEOUT_NS,
                        &timeout_ns))
         return NULL;
     kv_turn_t turn;
-    kv_status_t status = kv_turn_begin(&turn, self->state, self->array, access, timeout_ns);
+    kv_status_t status = kv_turn_begin(&turn, state, var, generation, access, timeout_ns);
     if (status != KV_OK)
-        return kv_py_raise(self->state, status);
+        return kv_py_raise(state, status);
     kv_turn_end(&turn);
     Py_RETURN_NONE;
+}
+
+static PyObject *wait_turn(PyObject *object, const char *function, kv_access_t access,
+                           PyObject *const *args, Py_ssize_t num_args, PyObject *keyword_names)
+{
+    kv_py_ndarray_t *self = kv_as_ndarray(object);
+    kv_ndarray_forget_dropped(self);
+    return kv_turn_wait(self->state, &self->array->var, self->array->generation, function, access,
+                        args, num_args, keyword_names);
 }
 
 static PyObject *ndarray_wait_to_read(PyObject *self, PyObject *const *args, Py_ssize_t num_args,

@@ -10,7 +10,7 @@ static inline kv_py_ndarray_t *kv_as_ndarray(PyObject *object)
     return (kv_py_ndarray_t *)object;
 }
 
-/* An operation on one array, run by this thread. */
+/* An operation on one array, dense or row-sparse, run by this thread. */
 typedef struct kv_turn {
     kv_engine_t *engine;
     const kv_kernels_t *kernels;
@@ -19,10 +19,16 @@ typedef struct kv_turn {
     kv_py_caller_t caller;
 } kv_turn_t;
 
-/* Waits for the turn. KV_CALLBACK: the exception is set. No Python code may run until its end. */
-KV_MUST_CHECK kv_status_t kv_turn_begin(kv_turn_t *turn, kv_state_t *state, kv_array_t *array,
-                                        kv_access_t access, int64_t timeout_ns);
+/* Waits for the turn on an array's variable; `generation` is the array's. KV_CALLBACK: the exception
+ * is set. No Python code may run until its end. */
+KV_MUST_CHECK kv_status_t kv_turn_begin(kv_turn_t *turn, kv_state_t *state, kv_var_t *var,
+                                        uint64_t generation, kv_access_t access,
+                                        int64_t timeout_ns);
 void kv_turn_end(kv_turn_t *turn);
+/* wait_to_read and wait_to_write, by their name. */
+PyObject *kv_turn_wait(kv_state_t *state, kv_var_t *var, uint64_t generation, const char *function,
+                       kv_access_t access, PyObject *const *args, Py_ssize_t num_args,
+                       PyObject *keyword_names);
 
 /* A NumPy array over the memory, taken in a turn with this access. NULL with a status; the
  * exception is set only if that is KV_CALLBACK. */

@@ -16,7 +16,7 @@
 
 typedef struct kv_state {
     PyObject *errors[KV_STATUS_COUNT]; /* exception classes by code, NULL where none belongs */
-    PyTypeObject *store_type, *ndarray_type, *handle_type;
+    PyTypeObject *store_type, *ndarray_type, *handle_type, *rowsparse_type;
     PyObject *numpy_bfloat16; /* ml_dtypes' dtype object, NULL until first needed */
     int numpy_bfloat16_num;   /* its NumPy type number, -1 until known */
     PyObject *exchange_cache; /* dict: type -> what dlpack.c knows of it */
@@ -193,8 +193,38 @@ kv_array_t *kv_ndarray_array(kv_state_t *state, PyObject *object);
 bool kv_array_copy_out(kv_state_t *state, kv_array_t *array, kv_dtype_t dtype, void *data);
 /* The same into a new NumPy array. */
 PyObject *kv_array_numpy(kv_state_t *state, kv_array_t *array, kv_dtype_t dtype);
+/* The elements of a dense view in host memory, one after the other. False with an exception. */
+bool kv_view_copy_out(kv_state_t *state, const kv_view_t *view, void *data);
 /* numpy.<function>, a new reference. */
 PyObject *kv_numpy_function(const char *function);
+/* numpy.<function>(value), with our exceptions for what NumPy says about the value. */
+PyObject *kv_numpy_call(kv_state_t *state, const char *function, PyObject *value);
+/* An extent or a sequence of at most KV_MAX_DIMS: fills `shape` and gives the number of dimensions,
+ * -1 with an exception. */
+int kv_py_extents(kv_state_t *state, PyObject *object, int64_t *shape);
+
+/* ------------------------------------------------------- rowsparse.c, rowsparse_make.c: RowSparse
+ */
+
+int kv_rowsparse_setup(PyObject *module, kv_state_t *state);
+/* Takes the array, also on failure. */
+PyObject *kv_rowsparse_wrap(kv_state_t *state, kv_sparse_t *sparse);
+bool kv_rowsparse_check(kv_state_t *state, PyObject *object);
+/* Of a RowSparse. */
+kv_sparse_t *kv_rowsparse_array(PyObject *object);
+/* A new dense NumPy array, once all writes before are done. */
+PyObject *kv_sparse_numpy(kv_state_t *state, kv_sparse_t *sparse);
+
+/* ------------------------------------------------------------------------------- row_ids.c */
+
+/* Gives the integers of an array of any integer type and shape, or of a list, one after the other
+ * as int64 in a new buffer. `what` is for messages. False with ArrayTypeError for what are no
+ * integers, InvalidArgumentError for one above 2^63-1. Waits for pending writes. `ndim` may be
+ * NULL. */
+bool kv_py_integers(kv_state_t *state, PyObject *object, const char *what, kv_buffer_t **out,
+                    int64_t *count, int *ndim);
+/* The same for the argument `row_ids`, sorted and without repetitions. */
+bool kv_py_row_ids(kv_state_t *state, PyObject *object, kv_buffer_t **ids, int64_t *count);
 
 /* --------------------------------------------------------------------------------- handle.c */
 

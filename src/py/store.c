@@ -3,6 +3,7 @@
  */
 #include "py/store.h"
 #include "py/store_doc.h"
+#include "py/training_doc.h"
 #include "py/call.h"
 
 #include <structmember.h>
@@ -76,6 +77,8 @@ static int store_traverse(PyObject *object, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(object));
     if (self->updater != NULL)
         Py_VISIT(kv_py_updater_function(self->updater));
+    Py_VISIT(self->owner);
+    Py_VISIT(self->pending);
     return 0;
 }
 
@@ -88,6 +91,8 @@ static int store_clear(PyObject *object)
         (void)status; /* it can only say that the store is closed */
         kv_py_release_now();
     }
+    Py_CLEAR(self->owner);
+    Py_CLEAR(self->pending);
     return 0;
 }
 
@@ -101,6 +106,8 @@ static void store_dealloc(PyObject *object)
     /* In a forked child the lock may have been held by a thread that is not there any more. */
     if (self->store != NULL && kv_store_generation(self->store) == kv_fork_generation())
         kv_store_free(self->store);
+    Py_XDECREF(self->owner);
+    Py_XDECREF(self->pending);
     kv_py_release_now();
     type->tp_free(object);
     Py_DECREF(type);
@@ -124,26 +131,34 @@ static KV_PY_METHOD(store_set_updater)
     PyObject *function = only_argument("set_updater", "updater", args, num_args, names);
     if (function == NULL)
         return NULL;
-    kv_py_store_t *store = as_store(self);
-    if (!kv_py_store_check_open(store))
+    if (!kv_py_store_check_open(as_store(self)) ||
+        !kv_py_store_use_updater(as_store(self), function))
         return NULL;
-    if (function != Py_None && !PyCallable_Check(function))
-        return kv_py_fail(store->state, KV_BAD_TYPE,
-                          "an updater must be callable as updater(key, recv, stored), or None; "
-                          "got %.100s",
-                          Py_TYPE(function)->tp_name);
+    Py_RETURN_NONE;
+}
+
+bool kv_py_store_use_updater(kv_py_store_t *self, PyObject *function)
+{
+    if (function != Py_None && !PyCallable_Check(function)) {
+        kv_py_fail(self->state, KV_BAD_TYPE,
+                   "an updater must be callable as updater(key, recv, stored), or None; got %.100s",
+                   Py_TYPE(function)->tp_name);
+        return false;
+    }
     kv_updater_t *updater = NULL;
-    if (function != Py_None && (updater = kv_py_updater_new(store->state, function)) == NULL)
-        return NULL;
-    kv_status_t status = kv_store_set_updater(store->store, updater);
+    if (function != Py_None && (updater = kv_py_updater_new(self->state, function)) == NULL)
+        return false;
+    kv_status_t status = kv_store_set_updater(self->store, updater);
     if (status != KV_OK) {
         if (updater != NULL)
             updater->free(updater);
-        return kv_py_raise(store->state, status);
+        kv_py_raise(self->state, status);
+        return false;
     }
-    store->updater = updater;
+    self->updater = updater;
+    Py_CLEAR(self->owner);
     kv_py_release_now();
-    Py_RETURN_NONE;
+    return true;
 }
 
 /* ----------------------------------------------------------------------------------- keys */
@@ -209,6 +224,7 @@ static KV_PY_METHOD(store_delete)
 /* What init fixed of one key. */
 typedef struct description {
     kv_dtype_t dtype;
+    bool sparse;
     int ndim;
     int64_t shape[KV_MAX_DIMS];
 } description_t;
@@ -221,8 +237,8 @@ static bool describe(kv_py_store_t *self, const char *verb, PyObject *const *arg
     PyObject *key = only_argument(verb, "key", args, num_args, names);
     if (key == NULL || !kv_py_store_check_open(self) || !kv_py_name(self->state, key, &name))
         return false;
-    kv_status_t status =
-        kv_store_describe(self->store, &name, verb, &out->dtype, &out->ndim, out->shape);
+    kv_status_t status = kv_store_describe(self->store, &name, verb, &out->dtype, &out->sparse,
+                                           &out->ndim, out->shape);
     if (status != KV_OK)
         kv_py_raise(self->state, status);
     return status == KV_OK;
@@ -248,7 +264,7 @@ static KV_PY_METHOD(store_stype)
 {
     description_t found;
     return describe(as_store(self), "stype", args, num_args, names, &found)
-               ? PyUnicode_FromString("default")
+               ? PyUnicode_FromString(found.sparse ? "row_sparse" : "default")
                : NULL;
 }
 
@@ -355,30 +371,30 @@ static KV_PY_METHOD(store_is_capable)
         return kv_py_fail(as_store(self)->state, KV_BAD_TYPE,
                           "a capability is named by a str, not %.100s",
                           Py_TYPE(capability)->tp_name);
-    Py_RETURN_FALSE;
+    return PyBool_FromLong(PyUnicode_CompareWithASCIIString(capability, "optimizer") == 0);
 }
 
-/* Calls of the interface that this version does not have yet. */
-static PyObject *later(PyObject *object, const char *what)
-{
-    if (!kv_py_store_check_open(as_store(object)))
-        return NULL;
-    return kv_py_fail(as_store(object)->state, KV_NOT_BUILT,
-                      "this version of kvstore has no %s yet; %s", what,
-                      "set_updater runs any update written in Python");
-}
-
-#define LATER(name, what)                                                                          \
-    static PyObject *name(PyObject *object, PyObject *args, PyObject *keywords)                    \
+/* Calls that take long anyway and are written in Python. */
+#define IN_PYTHON(name)                                                                            \
+    static PyObject *store_##name(PyObject *object, PyObject *args, PyObject *keywords)            \
     {                                                                                              \
-        (void)args;                                                                                \
-        (void)keywords;                                                                            \
-        return later(object, what);                                                                \
+        return kv_py_training(object, #name, args, keywords);                                      \
     }
 
-LATER(later_sparse, "row-sparse values")
-LATER(later_optimizer, "built-in optimizers")
-LATER(later_compression, "gradient compression")
+IN_PYTHON(set_optimizer)
+IN_PYTHON(set_optimizer_params)
+IN_PYTHON(save_optimizer_states)
+IN_PYTHON(load_optimizer_states)
+IN_PYTHON(set_gradient_compression)
+
+static PyObject *store_optimizer(PyObject *object, void *unused)
+{
+    (void)unused;
+    PyObject *none = PyTuple_New(0);
+    PyObject *result = none != NULL ? kv_py_training(object, "optimizer", none, NULL) : NULL;
+    Py_XDECREF(none);
+    return result;
+}
 
 /* ----------------------------------------------------------------------------------- type */
 
@@ -450,12 +466,20 @@ static PyMethodDef METHODS[] = {
     VECTORCALL("_send_command_to_servers", store_send_command, COMMAND_DOC),
     VECTORCALL("num_dead_node", store_num_dead_node, DEAD_DOC),
     VECTORCALL("get_num_dead_node", store_num_dead_node, DEAD_DOC),
-    KEYWORDS("row_sparse_pull", later_sparse, LATER_DOC),
-    KEYWORDS("set_optimizer", later_optimizer, LATER_DOC),
-    KEYWORDS("set_optimizer_params", later_optimizer, LATER_DOC),
-    KEYWORDS("save_optimizer_states", later_optimizer, LATER_DOC),
-    KEYWORDS("load_optimizer_states", later_optimizer, LATER_DOC),
-    KEYWORDS("set_gradient_compression", later_compression, LATER_DOC),
+    VECTORCALL("row_sparse_pull", kv_py_store_row_sparse_pull, ROW_SPARSE_PULL_DOC),
+    KEYWORDS("set_optimizer", store_set_optimizer, SET_OPTIMIZER_DOC),
+    KEYWORDS("set_optimizer_params", store_set_optimizer_params, SET_OPTIMIZER_PARAMS_DOC),
+    KEYWORDS("save_optimizer_states", store_save_optimizer_states, SAVE_STATES_DOC),
+    KEYWORDS("load_optimizer_states", store_load_optimizer_states, LOAD_STATES_DOC),
+    KEYWORDS("set_gradient_compression", store_set_gradient_compression, COMPRESSION_DOC),
+    {"_optimizer_set", kv_py_store_optimizer_set, METH_VARARGS, NULL},
+    {"_optimizer_owner", kv_py_store_optimizer_owner, METH_NOARGS, NULL},
+    {"_updater_set", kv_py_store_updater_set, METH_VARARGS, NULL},
+    {"_compression_set", kv_py_store_compression_set, METH_VARARGS, NULL},
+    {"_states_export", kv_py_store_states_export, METH_NOARGS, NULL},
+    {"_states_import", kv_py_store_states_import, METH_O, NULL},
+    {"_states_put", kv_py_store_states_put, METH_VARARGS, NULL},
+    {"_states_later", kv_py_store_states_later, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -463,6 +487,7 @@ static PyGetSetDef PROPERTIES[] = {
     {"type", store_type_name, NULL, "The kind, as it was asked for, in lower case.", NULL},
     {"rank", store_rank, NULL, "This worker's number: 0 in one process.", NULL},
     {"num_workers", store_num_workers, NULL, "How many workers there are: 1 in one process.", NULL},
+    {"optimizer", store_optimizer, NULL, OPTIMIZER_DOC, NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -10,6 +10,8 @@ typedef struct kv_py_store {
     kv_state_t *state;
     kv_store_t *store;
     kv_updater_t *updater; /* the store's own, borrowed: for the garbage collector */
+    PyObject *owner;       /* the optimizer as it was given, NULL if there is none */
+    PyObject *pending;     /* dict: states that wait for the init of their keys, or NULL */
     int64_t timeout_ns;
     PyObject *weakrefs;
 } kv_py_store_t;
@@ -40,5 +42,27 @@ KV_PY_METHOD(kv_py_store_push);
 KV_PY_METHOD(kv_py_store_pull);
 KV_PY_METHOD(kv_py_store_pushpull);
 KV_PY_METHOD(kv_py_store_broadcast);
+KV_PY_METHOD(kv_py_store_row_sparse_pull);
+
+/* store.c: set_updater's work; `function` may be None. */
+bool kv_py_store_use_updater(kv_py_store_t *self, PyObject *function);
+
+/* optimizer.c, states.c: private methods, and functions of the module. */
+PyObject *kv_py_optimizer_common(PyObject *module, PyObject *unused);
+PyObject *kv_py_optimizer_classes(PyObject *module, PyObject *unused);
+PyObject *kv_py_optimizer_check(PyObject *module, PyObject *args);
+PyObject *kv_py_store_optimizer_set(PyObject *self, PyObject *args);
+PyObject *kv_py_store_optimizer_owner(PyObject *self, PyObject *unused);
+PyObject *kv_py_store_updater_set(PyObject *self, PyObject *args);
+PyObject *kv_py_store_compression_set(PyObject *self, PyObject *args);
+PyObject *kv_py_store_states_export(PyObject *self, PyObject *unused);
+PyObject *kv_py_store_states_import(PyObject *self, PyObject *states);
+PyObject *kv_py_store_states_put(PyObject *self, PyObject *args);
+PyObject *kv_py_store_states_later(PyObject *self, PyObject *entries);
+
+/* kvstore._training.<function>(self, *args, **keywords). */
+PyObject *kv_py_training(PyObject *self, const char *function, PyObject *args, PyObject *keywords);
+/* Gives keys that were just initialised the states that wait for them. False with an exception. */
+bool kv_py_store_arrive(kv_py_store_t *self, PyObject *key);
 
 #endif

@@ -36,6 +36,8 @@ typedef struct request {
     PyObject *key, *value, *out, *priority, *async_op;
     bool single;       /* exactly one value a key */
     bool out_is_value; /* pushpull without out */
+    bool skip_sparse;  /* pull leaves out row-sparse outs, with a warning */
+    PyObject *row_ids; /* row_sparse_pull */
 } request_t;
 
 /* Tells an exception that an updater raised which keys had been updated: none by a call with one
@@ -75,6 +77,52 @@ static PyObject *async_result(kv_py_store_t *self, const kv_args_t *args, kv_sta
     return kv_handle_finished(self->state, kv_py_take_exception());
 }
 
+/* Leaves the row-sparse outs out, and warns of them once for a key. */
+static bool skip_sparse_outs(kv_py_store_t *self, kv_args_t *args)
+{
+    kv_view_t *next = args->outs.views;
+    kv_lease_t *leases = args->outs.leases;
+    int64_t at = 0, kept = 0;
+    bool good = true;
+    for (int64_t i = 0; i < args->num_items; i++) {
+        kv_item_t *item = &args->items[i];
+        int32_t left = 0;
+        bool skipped = false;
+        for (int32_t j = 0; j < item->num_outs; j++, at++) {
+            if (next[at].sparse != NULL) {
+                skipped = true;
+                continue;
+            }
+            /* The lease of one that is left out takes the free place, so that all are dropped. */
+            kv_lease_t lease = leases[kept];
+            next[kept] = next[at];
+            leases[kept] = leases[at];
+            leases[at] = lease;
+            kept++;
+            left++;
+        }
+        item->outs = next + kept - left;
+        item->num_outs = left;
+        if (good && skipped && kv_store_first_skip(self->store, &item->name))
+            good = PyErr_WarnFormat(PyExc_UserWarning, 1,
+                                    "pull of key %R leaves its row-sparse out as it is; use "
+                                    "row_sparse_pull, or pull(..., ignore_sparse=False)",
+                                    args->keys[i]) == 0;
+    }
+    args->call.num_outs = kept;
+    return good;
+}
+
+/* Tells of compression that has met a NaN or an infinity. */
+static bool warn_not_finite(const kv_args_t *args)
+{
+    return args->call.not_finite[0] == '\0' ||
+           PyErr_WarnFormat(PyExc_RuntimeWarning, 1,
+                            "the compression of key %s has met a NaN or an infinity: the elements "
+                            "concerned stay wrong until set_gradient_compression({'type': 'none'})",
+                            args->call.not_finite) == 0;
+}
+
 static PyObject *run_request(kv_py_store_t *self, const request_t *request)
 {
     kv_args_t local, *args = &local;
@@ -97,6 +145,12 @@ static PyObject *run_request(kv_py_store_t *self, const request_t *request)
                       request->single, request->out_is_value))
         goto done;
     args->call.priority = priority;
+    if ((request->skip_sparse && args->outs.count > 0 && !skip_sparse_outs(self, args)) ||
+        (request->row_ids != NULL && !kv_args_row_ids(args, request->row_ids))) {
+        if (args == &local)
+            kv_args_fini(args);
+        goto done;
+    }
     if (wants_handle) {
         args->call.async = true;
         args->call.hold = &args->hold;
@@ -112,6 +166,17 @@ static PyObject *run_request(kv_py_store_t *self, const request_t *request)
         result = async_result(self, args, status, handle);
     else
         result = status == KV_OK ? Py_NewRef(Py_None) : kv_py_raise(self->state, status);
+    if (result != NULL && !warn_not_finite(args))
+        Py_CLEAR(result);
+    if (result != NULL && KV_UNLIKELY(self->pending != NULL) && request->call == kv_store_init &&
+        !kv_py_store_arrive(self, request->key)) {
+        PyObject *cause = kv_py_take_exception();
+        kv_status_t undone = kv_store_delete(self->store, &args->call);
+        (void)undone; /* the keys are there: this call made them */
+        PyErr_SetObject((PyObject *)Py_TYPE(cause), cause);
+        Py_DECREF(cause);
+        Py_CLEAR(result);
+    }
     if (args == &local)
         kv_args_fini(args);
 done:
@@ -252,40 +317,71 @@ PyObject *kv_py_store_broadcast(PyObject *self, PyObject *const *args, Py_ssize_
     return run_request(as_store(self), &request);
 }
 
-static PyObject *make_out(kv_py_store_t *self, const kv_name_t *name)
+static PyObject *make_out(kv_py_store_t *self, const kv_name_t *name, bool rows)
 {
     kv_dtype_t dtype;
+    bool sparse;
     int ndim;
     int64_t shape[KV_MAX_DIMS];
-    kv_array_t *array;
-    kv_status_t status = kv_store_describe(self->store, name, "pull", &dtype, &ndim, shape);
+    kv_array_t *array = NULL;
+    kv_sparse_t *set = NULL;
+    kv_status_t status =
+        kv_store_describe(self->store, name, "pull", &dtype, &sparse, &ndim, shape);
     if (status == KV_OK)
-        status = kv_array_new(dtype, ndim, shape, &array);
-    return status == KV_OK ? kv_ndarray_wrap(self->state, array) : kv_py_raise(self->state, status);
+        status = rows || sparse ? kv_sparse_new(dtype, ndim, shape, &set)
+                                : kv_array_new(dtype, ndim, shape, &array);
+    if (status != KV_OK)
+        return kv_py_raise(self->state, status);
+    return set != NULL ? kv_rowsparse_wrap(self->state, set) : kv_ndarray_wrap(self->state, array);
 }
 
 /* New arrays of the keys' shapes and types: one for a key, a list for a list of keys. */
-static PyObject *make_outs(kv_py_store_t *self, PyObject *key)
+static PyObject *make_outs(kv_py_store_t *self, const char *verb, PyObject *key, bool rows)
 {
     kv_args_t args;
-    if (!kv_args_init(&args, self->state, "pull", key, NULL, NULL, false, false))
+    if (!kv_args_init(&args, self->state, verb, key, NULL, NULL, false, false))
         return NULL;
-    kv_status_t status = kv_store_check_keys(self->store, &args.call, "pull");
+    kv_status_t status = kv_store_check_keys(self->store, &args.call, verb);
     PyObject *outs = NULL;
     if (status != KV_OK)
         kv_py_raise(self->state, status);
     else if (!args.listed)
-        outs = make_out(self, &args.items[0].name);
+        outs = make_out(self, &args.items[0].name, rows);
     else
         outs = PyList_New(0);
     for (int64_t i = 0; args.listed && outs != NULL && i < args.num_items; i++) {
-        PyObject *out = make_out(self, &args.items[i].name);
+        PyObject *out = make_out(self, &args.items[i].name, rows);
         if (out == NULL || PyList_Append(outs, out) < 0)
             Py_CLEAR(outs);
         Py_XDECREF(out);
     }
     kv_args_fini(&args);
     return outs;
+}
+
+/* Runs a request whose out may be missing: then the new arrays are the result. */
+static PyObject *run_pull(kv_py_store_t *self, request_t *request, bool rows)
+{
+    PyObject *made = NULL;
+    if (request->out == NULL) {
+        if (request->async_op != NULL && request->async_op != Py_False)
+            return kv_py_fail(self->state, KV_INVALID,
+                              "%s with async_op=True needs an out; without one it returns arrays "
+                              "that wait for their values when they are read",
+                              request->verb);
+        if (!kv_py_store_check_open(self) ||
+            (made = make_outs(self, request->verb, request->key, rows)) == NULL)
+            return NULL;
+        request->out = made;
+        request->skip_sparse = false;
+    }
+    PyObject *result = run_request(self, request);
+    if (made == NULL || result == NULL || result != Py_None) {
+        Py_XDECREF(made);
+        return result;
+    }
+    Py_DECREF(result);
+    return made;
 }
 
 static const kv_param_t PULL_PARAMS[] = {{"key", true},
@@ -298,7 +394,7 @@ static const kv_signature_t PULL = {"pull", 5, 4, PULL_PARAMS};
 PyObject *kv_py_store_pull(PyObject *self, PyObject *const *args, Py_ssize_t num_args,
                            PyObject *names)
 {
-    PyObject *v[5], *made = NULL;
+    PyObject *v[5];
     if (num_args == 2 && names == NULL) {
         int done = try_small(as_store(self), args[0], NULL, args[1]);
         if (KV_LIKELY(done != 0))
@@ -306,27 +402,38 @@ PyObject *kv_py_store_pull(PyObject *self, PyObject *const *args, Py_ssize_t num
     }
     if (!kv_py_parse(&PULL, args, num_args, names, v))
         return NULL;
+    int ignore = v[3] != NULL ? PyObject_IsTrue(v[3]) : 1;
+    if (ignore < 0)
+        return NULL;
     request_t request = {.verb = "pull",
                          .call = kv_store_pull,
                          .key = v[0],
                          .out = none_as_null(v[1]),
                          .priority = v[2],
-                         .async_op = v[4]};
-    if (request.out == NULL) {
-        if (v[4] != NULL && v[4] != Py_False)
-            return kv_py_fail(as_store(self)->state, KV_INVALID,
-                              "pull with async_op=True needs an out; without one it returns arrays "
-                              "that wait for their values when they are read");
-        if (!kv_py_store_check_open(as_store(self)) ||
-            (made = make_outs(as_store(self), v[0])) == NULL)
-            return NULL;
-        request.out = made;
-    }
-    PyObject *result = run_request(as_store(self), &request);
-    if (made == NULL || result == NULL || result != Py_None) {
-        Py_XDECREF(made);
-        return result;
-    }
-    Py_DECREF(result);
-    return made;
+                         .async_op = v[4],
+                         .skip_sparse = ignore > 0};
+    return run_pull(as_store(self), &request, false);
+}
+
+static const kv_param_t ROW_SPARSE_PULL_PARAMS[] = {
+    {"key", true}, {"out", false}, {"priority", false}, {"row_ids", false}, {"async_op", false}};
+static const kv_signature_t ROW_SPARSE_PULL = {"row_sparse_pull", 5, 4, ROW_SPARSE_PULL_PARAMS};
+
+PyObject *kv_py_store_row_sparse_pull(PyObject *self, PyObject *const *args, Py_ssize_t num_args,
+                                      PyObject *names)
+{
+    PyObject *v[5];
+    if (!kv_py_parse(&ROW_SPARSE_PULL, args, num_args, names, v))
+        return NULL;
+    if (v[3] == NULL || v[3] == Py_None)
+        return kv_py_fail(as_store(self)->state, KV_INVALID,
+                          "row_sparse_pull needs row_ids, an integer array of rows");
+    request_t request = {.verb = "row_sparse_pull",
+                         .call = kv_store_row_sparse_pull,
+                         .key = v[0],
+                         .out = none_as_null(v[1]),
+                         .priority = v[2],
+                         .async_op = v[4],
+                         .row_ids = v[3]};
+    return run_pull(as_store(self), &request, true);
 }

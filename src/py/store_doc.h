@@ -349,13 +349,13 @@
     "Parameters\n"                                                                                 \
     "----------\n"                                                                                 \
     "capability : str\n"                                                                           \
-    "    'optimizer': it runs optimizers itself. False in this version.\n"                         \
+    "    'optimizer': it runs optimizers itself; all built-in kinds do.\n"                         \
     "\n"                                                                                           \
     "Examples\n"                                                                                   \
     "--------\n"                                                                                   \
     ">>> import kvstore\n"                                                                         \
     ">>> kvstore.create('local').is_capable('optimizer')\n"                                        \
-    "False\n"
+    "True\n"
 
 #define BARRIER_DOC                                                                                \
     "barrier($self, /)\n"                                                                          \
@@ -408,7 +408,5 @@
     ">>> import kvstore\n"                                                                         \
     ">>> kvstore.create('local').num_dead_node('worker')\n"                                        \
     "0\n"
-
-#define LATER_DOC "Not in this version: raises NotBuiltError.\n"
 
 #endif

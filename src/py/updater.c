@@ -96,7 +96,7 @@ static PyObject *library_view(kv_state_t *state, const kv_update_t *update, kv_b
 static PyObject *library_of(const kv_update_t *update)
 {
     PyObject *value = update->first->owner;
-    if (update->first->array != NULL)
+    if (update->first->array != NULL || update->first->sparse != NULL)
         return NULL;
     PyObject *module = PyObject_GetAttrString((PyObject *)Py_TYPE(value), "__module__");
     PyObject *library = NULL;
@@ -130,26 +130,74 @@ static void look_at_type(const kv_update_t *update, arguments_t *arguments, PyOb
     Py_XSETREF(arguments->pushed, (PyTypeObject *)Py_NewRef((PyObject *)pushed));
 }
 
+/* A RowSparse over rows of the store. Its own to replace: the store looks at it afterwards. */
+static PyObject *rows_view(kv_state_t *state, const kv_update_t *update, const kv_rowset_t *rows)
+{
+    kv_sparse_t *sparse;
+    kv_status_t status = kv_sparse_new(update->dtype, update->ndim, update->shape, &sparse);
+    if (status != KV_OK)
+        return kv_py_raise(state, status);
+    if (rows->num_rows > 0)
+        sparse->rows = (kv_rowset_t){rows->num_rows, kv_buffer_hold(rows->indices),
+                                     kv_buffer_hold(rows->data)};
+    return kv_rowsparse_wrap(state, sparse);
+}
+
 /* Fills in the views that are not there yet. */
 static bool make_views(kv_state_t *state, const kv_update_t *update, arguments_t *arguments)
 {
     PyObject *library = NULL;
     look_at_type(update, arguments, &library);
-    if (arguments->recv == NULL)
+    if (arguments->recv == NULL && update->recv_rows != NULL)
+        arguments->recv = rows_view(state, update, update->recv_rows);
+    else if (arguments->recv == NULL)
         arguments->recv = library == NULL ? numpy_view(state, update, update->recv)
                                           : library_view(state, update, update->recv, library);
-    if (arguments->recv != NULL && arguments->stored == NULL)
+    if (arguments->recv != NULL && arguments->stored == NULL && update->stored_rows != NULL)
+        arguments->stored = rows_view(state, update, update->stored_rows);
+    else if (arguments->recv != NULL && arguments->stored == NULL)
         arguments->stored = library == NULL ? numpy_view(state, update, update->stored)
                                             : library_view(state, update, update->stored, library);
     Py_XDECREF(library);
     return arguments->recv != NULL && arguments->stored != NULL;
 }
 
+/* The stored rows become those that the function has left in its RowSparse. */
+static kv_status_t take_rows(kv_state_t *state, const kv_update_t *update, PyObject *view)
+{
+    kv_sparse_t *sparse = kv_rowsparse_array(view);
+    kv_dep_t dep = {.var = &sparse->var, .access = KV_READ};
+    if (!kv_engine_try_enter_one(state->runtime->engine, &dep))
+        return kv_fail(KV_INVALID, "the updater left its `stored` to another call, which has not "
+                                   "come to an end");
+    kv_rowset_t before = *update->stored_rows, after = {0};
+    if (sparse->rows.num_rows > 0)
+        after = (kv_rowset_t){sparse->rows.num_rows, kv_buffer_hold(sparse->rows.indices),
+                              kv_buffer_hold(sparse->rows.data)};
+    kv_engine_leave_one(state->runtime->engine, &dep);
+    *update->stored_rows = after;
+    kv_rowset_fini(&before);
+    return KV_OK;
+}
+
 static bool reusable(const kv_update_t *update, const arguments_t *arguments, PyObject *view,
                      const kv_buffer_t *buffer)
 {
-    return view != NULL && arguments->numpy &&
+    return view != NULL && buffer != NULL && arguments->numpy &&
            kv_numpy_view_intact(view, update->dtype, update->ndim, update->shape, buffer->data);
+}
+
+/* Also after a failure: what a failing updater has written stays. */
+static kv_status_t keep_rows(kv_state_t *state, const kv_update_t *update, PyObject *view,
+                             kv_status_t status)
+{
+    PyObject *exception = status == KV_OK ? NULL : kv_py_take_exception();
+    kv_status_t taken = take_rows(state, update, view);
+    if (exception == NULL)
+        return taken;
+    PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);
+    Py_DECREF(exception);
+    return status;
 }
 
 /* ------------------------------------------------------------------------------- updater */
@@ -168,7 +216,10 @@ static kv_status_t run(kv_updater_t *base, const kv_update_t *update, kv_caller_
         if (result != NULL)
             status = KV_OK;
         Py_XDECREF(result);
+        if (update->stored_rows != NULL)
+            status = keep_rows(updater->state, update, arguments->stored, status);
     }
+    /* Row sets are other ones with each push. */
     if (!reusable(update, arguments, arguments->recv, update->recv))
         Py_CLEAR(arguments->recv);
     if (!reusable(update, arguments, arguments->stored, update->stored))

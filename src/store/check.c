@@ -69,6 +69,50 @@ static kv_status_t check_type(const kv_group_t *group, const kv_view_t *view, bo
     return KV_OK;
 }
 
+/* Whether a view of this form goes into, or comes from, this key by this call. */
+static bool form_fits(const kv_group_t *group, const kv_view_t *view, bool out)
+{
+    if (out)
+        return group->row_ids == NULL || view->sparse != NULL;
+    bool sparse = view->sparse != NULL;
+    return sparse == (group->values[0].sparse != NULL) && (sparse || !group->entry->sparse);
+}
+
+static kv_status_t check_form(const kv_group_t *group, const kv_view_t *view, bool out, int32_t i)
+{
+    if (KV_LIKELY(form_fits(group, view, out)))
+        return KV_OK;
+    char where[NAME_BYTES + 32];
+    position(group, out, i, where, sizeof where);
+    if (out)
+        return kv_fail(KV_BAD_TYPE, "%s is dense; row_sparse_pull writes into a kvstore.RowSparse",
+                       where);
+    if (view->sparse == NULL && group->entry->sparse)
+        return kv_fail(KV_BAD_TYPE,
+                       "%s is dense, but the key is row-sparse: push a "
+                       "kvstore.RowSparse",
+                       where);
+    return kv_fail(KV_BAD_TYPE,
+                   "%s is %s, but the values before it are %s; all values of a key "
+                   "have one form",
+                   where, view->sparse != NULL ? "row-sparse" : "dense",
+                   view->sparse != NULL ? "dense" : "row-sparse");
+}
+
+static kv_status_t check_ids(const kv_group_t *group, const kv_view_t *view, bool out, int32_t i)
+{
+    (void)view;
+    if (!out || group->row_ids == NULL || group->row_ids[i].count == 0)
+        return KV_OK;
+    const int64_t *ids = group->row_ids[i].ids->data;
+    int64_t last = ids[group->row_ids[i].count - 1], limit = group->entry->shape[0];
+    if (ids[0] >= 0 && last < limit)
+        return KV_OK;
+    char where[NAME_BYTES + 32];
+    return kv_fail(KV_INVALID, "row id %" PRId64 " for %s is outside its %" PRId64 " rows",
+                   ids[0] < 0 ? ids[0] : last, position(group, out, i, where, sizeof where), limit);
+}
+
 static kv_status_t check_shape(const kv_group_t *group, const kv_view_t *view, bool out, int32_t i)
 {
     const kv_entry_t *entry = group->entry;
@@ -112,10 +156,12 @@ static bool acceptable(const kv_group_t *groups, int64_t num_groups)
     for (int64_t g = 0; g < num_groups; g++) {
         const kv_group_t *group = &groups[g];
         for (int32_t i = 0; i < group->num_values; i++)
-            if (!kv_entry_accepts(group->entry, &group->values[i]))
+            if (!kv_entry_accepts(group->entry, &group->values[i]) ||
+                !form_fits(group, &group->values[i], false))
                 return false;
         for (int32_t i = 0; i < group->num_outs; i++)
             if (!kv_entry_accepts(group->entry, &group->outs[i]) ||
+                !form_fits(group, &group->outs[i], true) ||
                 (group->outs[i].flags & KV_VIEW_READONLY))
                 return false;
     }
@@ -169,16 +215,49 @@ static kv_status_t check_apart(const kv_group_t *groups, int64_t num_groups, int
     return status;
 }
 
+static bool overlaps(const kv_view_t *out, const kv_buffer_t *buffer, size_t bytes)
+{
+    const char *low, *high, *data = buffer->data;
+    kv_view_extent(out, &low, &high);
+    return low < data + bytes && data < high;
+}
+
+/* A row-sparse value may lie in memory of the user's; a dense out may not be a part of it. Such a
+ * value is not written by anybody else (sparse.h), so it can be looked at here. */
+static kv_status_t check_borrowed(const kv_group_t *groups, int64_t num_groups)
+{
+    for (int64_t g = 0; g < num_groups; g++) {
+        for (int32_t i = 0; i < groups[g].num_values; i++) {
+            const kv_sparse_t *value = groups[g].values[i].sparse;
+            if (value == NULL || atomic_load(&value->exports) == 0 || value->rows.num_rows == 0)
+                continue;
+            size_t bytes = (size_t)value->rows.num_rows * value->row_bytes;
+            for (int32_t j = 0; j < groups[g].num_outs; j++) {
+                char where[NAME_BYTES + 32];
+                if (groups[g].outs[j].sparse == NULL &&
+                    overlaps(&groups[g].outs[j], value->rows.data, bytes))
+                    return kv_fail(KV_INVALID, "%s shares memory with a row-sparse value",
+                                   position(&groups[g], true, j, where, sizeof where));
+            }
+        }
+    }
+    return KV_OK;
+}
+
 kv_status_t kv_groups_check(const kv_group_t *groups, int64_t num_groups, const kv_call_t *call,
                             const char *verb)
 {
     if (KV_UNLIKELY(!acceptable(groups, num_groups))) {
+        KV_TRY(check_each(groups, num_groups, check_form));
         KV_TRY(check_each(groups, num_groups, check_type));
         KV_TRY(check_each(groups, num_groups, check_shape));
         KV_TRY(check_each(groups, num_groups, check_memory));
     }
     if (call->num_outs == 0)
         return KV_OK;
+    if (call->row_ids != NULL)
+        KV_TRY(check_each(groups, num_groups, check_ids));
+    KV_TRY(check_borrowed(groups, num_groups));
     kv_status_t status = kv_outs_check_disjoint(call->outs, call->num_outs);
     if (status == KV_OK && call->num_values > 0)
         status = kv_outs_check_values(call->outs, call->num_outs, call->values, call->num_values);
@@ -197,6 +276,11 @@ kv_status_t kv_groups_check(const kv_group_t *groups, int64_t num_groups, const 
 }
 
 /* ------------------------------------------------------------------------------ the keys */
+
+static const kv_row_ids_t *row_ids_of(const kv_call_t *call, int64_t item)
+{
+    return call->row_ids != NULL ? call->row_ids + (call->items[item].outs - call->outs) : NULL;
+}
 
 /* Finds and pins the entry of every distinct key; group_of[i] tells the group of item i. */
 static kv_status_t resolve_locked(kv_store_t *store, const kv_call_t *call, const char *verb,
@@ -223,7 +307,8 @@ static kv_status_t resolve_locked(kv_store_t *store, const kv_call_t *call, cons
                                                       .num_values = call->items[i].num_values,
                                                       .num_outs = call->items[i].num_outs,
                                                       .values = call->items[i].values,
-                                                      .outs = call->items[i].outs};
+                                                      .outs = call->items[i].outs,
+                                                      .row_ids = row_ids_of(call, i)};
         }
         group_of[i] = entry->group;
     }
@@ -236,6 +321,11 @@ static kv_status_t regroup(const kv_call_t *call, const int64_t *group_of, kv_pl
     kv_view_t *next = kv_alloc((size_t)(call->num_values + call->num_outs) * sizeof(kv_view_t));
     KV_TRY_ALLOC(next, "the values of a key that stands twice");
     plan->regrouped = next;
+    kv_row_ids_t *ids = NULL;
+    if (call->row_ids != NULL) {
+        ids = plan->same_ids = kv_alloc((size_t)call->num_outs * sizeof *ids);
+        KV_TRY_ALLOC(ids, "the row ids of a key that stands twice");
+    }
     for (int64_t g = 0; g < plan->num_groups; g++)
         plan->groups[g] = (kv_group_t){.entry = plan->groups[g].entry};
     for (int64_t i = 0; i < call->num_items; i++) {
@@ -247,6 +337,8 @@ static kv_status_t regroup(const kv_call_t *call, const int64_t *group_of, kv_pl
         next += plan->groups[g].num_values;
         plan->groups[g].outs = next;
         next += plan->groups[g].num_outs;
+        plan->groups[g].row_ids = ids;
+        ids = ids != NULL ? ids + plan->groups[g].num_outs : NULL;
         plan->groups[g].num_values = plan->groups[g].num_outs = 0;
     }
     for (int64_t i = 0; i < call->num_items; i++) {
@@ -255,6 +347,9 @@ static kv_status_t regroup(const kv_call_t *call, const int64_t *group_of, kv_pl
         if (item->num_values > 0)
             memcpy((kv_view_t *)group->values + group->num_values, item->values,
                    (size_t)item->num_values * sizeof(kv_view_t));
+        if (group->row_ids != NULL && item->num_outs > 0)
+            memcpy((kv_row_ids_t *)group->row_ids + group->num_outs, row_ids_of(call, i),
+                   (size_t)item->num_outs * sizeof(kv_row_ids_t));
         if (item->num_outs > 0)
             memcpy((kv_view_t *)group->outs + group->num_outs, item->outs,
                    (size_t)item->num_outs * sizeof(kv_view_t));
@@ -286,7 +381,12 @@ kv_status_t kv_plan_init(kv_store_t *store, const kv_call_t *call, const char *v
     int64_t one, *group_of = &one;
     plan->groups = &plan->one;
     plan->updater = NULL;
+    plan->optimizer = NULL;
+    plan->codec.type = KV_CODEC_NONE;
     plan->regrouped = NULL;
+    plan->same_ids = NULL;
+    plan->steps = &plan->one_step;
+    plan->counted = 0;
     plan->num_groups = 0;
     if (KV_UNLIKELY(call->num_items > 1)) {
         size_t bytes = (size_t)call->num_items * (sizeof(kv_group_t) + sizeof(int64_t));
@@ -296,9 +396,15 @@ kv_status_t kv_plan_init(kv_store_t *store, const kv_call_t *call, const char *v
     }
     kv_mutex_lock(&store->lock);
     kv_status_t status = resolve_locked(store, call, verb, plan, group_of);
-    if (status == KV_OK && store->updater != NULL && call->num_values > 0) {
+    if (status == KV_OK && call->num_values > 0) {
+        plan->codec = store->codec;
+        plan->codec_epoch = store->codec_epoch;
         plan->updater = store->updater;
-        atomic_fetch_add(&plan->updater->refs, 1);
+        plan->optimizer = store->optimizer;
+        if (plan->updater != NULL)
+            atomic_fetch_add(&plan->updater->refs, 1);
+        if (plan->optimizer != NULL)
+            atomic_fetch_add(&plan->optimizer->refs, 1);
     }
     kv_mutex_unlock(&store->lock);
     if (status != KV_OK)
@@ -316,11 +422,17 @@ kv_status_t kv_plan_init(kv_store_t *store, const kv_call_t *call, const char *v
 
 void kv_plan_fini(kv_plan_t *plan)
 {
-    for (int64_t g = 0; g < plan->num_groups; g++)
+    for (int64_t g = 0; g < plan->num_groups; g++) {
+        kv_slots_rele(plan->groups[g].slots);
         kv_var_unpin(&plan->groups[g].entry->var);
+    }
     if (plan->groups != &plan->one)
         kv_free(plan->groups);
+    if (plan->steps != &plan->one_step)
+        kv_free(plan->steps);
     kv_free(plan->regrouped);
+    kv_free(plan->same_ids);
+    kv_optimizer_rele(plan->optimizer);
     if (plan->updater != NULL && atomic_fetch_sub(&plan->updater->refs, 1) == 1)
         plan->updater->free(plan->updater);
 }

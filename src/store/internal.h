@@ -9,7 +9,26 @@
 #define KV_STORE_INTERNAL_H
 
 #include "base/thread.h"
+#include "comm/update.h"
 #include "kv.h"
+
+/* What an optimizer keeps with a key. Shared by counting: the entry has one share, every push under
+ * way another. The buffers belong to whoever has entered the key's variable; they are made by the
+ * push that first needs them. For a row-sparse key the rows of every buffer are those of the stored
+ * value, in its order. */
+typedef struct kv_slots {
+    _Atomic int64_t refs;
+    const kv_optim_class_t *optim;
+    kv_buffer_t *master; /* float32, of a 16-bit weight under multi_precision */
+    kv_buffer_t *slot[KV_MAX_SLOTS];
+} kv_slots_t;
+
+/* What compression has kept back, one residual for each position of a value list. */
+typedef struct kv_residuals {
+    uint64_t epoch; /* of the store's codec when they were begun */
+    int32_t count;
+    kv_buffer_t **buffers; /* [count], NULL where there is none yet */
+} kv_residuals_t;
 
 typedef struct kv_entry kv_entry_t;
 struct kv_entry {
@@ -20,12 +39,25 @@ struct kv_entry {
     uint64_t stamp;          /* store lock: the last call that named this key … */
     int64_t group;           /* … and its place among that call's keys */
     kv_dtype_t dtype;
+    bool sparse; /* the value is row-sparse: `rows`, not `stored` */
     int ndim;
-    int64_t count;
-    size_t bytes;
-    kv_buffer_t *stored;
-    kv_buffer_t *merged; /* what an updater gets as `recv`, NULL until there was one */
+    int64_t count;     /* elements */
+    size_t bytes;      /* of a dense value of the shape */
+    int64_t row_count; /* elements of a row */
+    size_t row_bytes;
+    kv_buffer_t *stored;     /* NULL: row-sparse */
+    kv_rowset_t rows;        /* row-sparse */
+    kv_buffer_t *merged;     /* what an updater gets as `recv`, NULL until there was one */
+    kv_rowset_t merged_rows; /* the same for a row-sparse push */
+    kv_residuals_t residuals;
     kv_cache_t cache;
+    bool skipped;       /* store lock: a pull has left out a row-sparse out */
+    int64_t updates;    /* store lock: pushes counted by the optimizer, -1: none yet */
+    kv_slots_t *slots;  /* store lock: the pointer */
+    uint64_t optimizer; /* store lock: the number of the optimizer for which … */
+    const kv_multiplier_t *multiplier; /* … this is the key's own, NULL: none */
+    /* 0: all residuals are finite as far as is known, 1: they are not, 2: that has been told. */
+    atomic_int not_finite;
     int64_t shape[]; /* [ndim] */
 };
 
@@ -49,16 +81,33 @@ struct kv_store {
     kv_key_type_t key_type;
     kv_table_t table;
     kv_updater_t *updater;
+    kv_optimizer_t *optimizer;
+    kv_optim_state_t state; /* of the optimizer … */
+    uint64_t counted;       /* … and how often it has moved */
+    kv_codec_t codec;
+    uint64_t codec_epoch; /* moves with every change of the codec's type */
     uint64_t stamp;
 };
 
-/* ---------------------------------------------------------------------- table.c and entry.c */
+/* See kv.h. */
+struct kv_optimizer {
+    _Atomic int64_t refs;
+    uint64_t number; /* no other optimizer of this process has it */
+    const kv_optim_class_t *optim;
+    kv_optim_numbers_t numbers;
+    int64_t begin_num_update;
+    kv_schedule_t *schedule;
+    int64_t num_multipliers;
+    struct hashed *multipliers; /* sorted by the hash of their names */
+};
+
+/* ------------------------------------------------------------------------------- table.c */
 
 uint64_t kv_name_hash(const kv_name_t *name);
 
 /* Gives an entry for a value like this one, its memory not yet filled. */
-KV_MUST_CHECK kv_status_t kv_entry_new(const kv_name_t *name, kv_dtype_t dtype, int ndim,
-                                       const int64_t *shape, kv_entry_t **out);
+KV_MUST_CHECK kv_status_t kv_entry_new(const kv_name_t *name, const kv_view_t *value,
+                                       kv_entry_t **out);
 
 kv_entry_t *kv_table_find(const kv_table_t *table, const kv_name_t *name, uint64_t hash);
 /* Makes room so that `extra` insertions cannot fail. */
@@ -74,15 +123,26 @@ typedef struct kv_group {
     kv_entry_t *entry;
     int32_t num_values, num_outs;
     const kv_view_t *values, *outs;
+    const kv_row_ids_t *row_ids; /* [num_outs] of row_sparse_pull, else NULL */
+    kv_step_t *step;             /* the optimizer's numbers, NULL: no optimizer … */
+    kv_slots_t *slots;           /* … and its state, one share */
 } kv_group_t;
 
 /* A call whose keys have been resolved. */
 typedef struct kv_plan {
     kv_group_t *groups;
     int64_t num_groups;
-    kv_updater_t *updater; /* one share, or NULL */
-    kv_group_t one;        /* the groups of a call with one item */
-    kv_view_t *regrouped;  /* copies of the views, when a key stood in several items */
+    kv_updater_t *updater;     /* one share, or NULL */
+    kv_optimizer_t *optimizer; /* one share, or NULL */
+    kv_codec_t codec;          /* for the dense floating values of a push */
+    uint64_t codec_epoch;
+    kv_group_t one;         /* the groups of a call with one item */
+    kv_view_t *regrouped;   /* copies of the views, when a key stood in several items … */
+    kv_row_ids_t *same_ids; /* … and of the row ids; they share the buffers of the call */
+    kv_step_t *steps;
+    kv_step_t one_step;
+    kv_optim_state_t before; /* the optimizer's state when the call was counted … */
+    uint64_t counted;        /* … and store->counted after it, 0: it was not */
 } kv_plan_t;
 
 /* Resolves and checks push, pull and pushpull. After an error nothing is left to undo. */
@@ -98,7 +158,8 @@ KV_MUST_CHECK kv_status_t kv_groups_check(const kv_group_t *groups, int64_t num_
 KV_MUST_CHECK kv_status_t kv_names_check_locked(const kv_store_t *store, const kv_item_t *items,
                                                 int64_t num_items) KV_REQUIRES(&store->lock);
 
-/* True when the view can go into, or come from, the entry: type, shape, memory. */
+/* True when type and shape of the view are the entry's and its memory can be reached. Says nothing
+ * of the form, dense or row-sparse. */
 static inline bool kv_entry_accepts(const kv_entry_t *entry, const kv_view_t *view)
 {
     if (KV_UNLIKELY((kv_dtype_t)view->dtype != entry->dtype || view->ndim != entry->ndim ||
@@ -110,7 +171,90 @@ static inline bool kv_entry_accepts(const kv_entry_t *entry, const kv_view_t *vi
     return true;
 }
 
+/* --------------------------------------------------------------------------- optimizer.c */
+
+/* Counts the pushes of a checked call and gives each group its step and its slots, or leaves
+ * everything as it was. Asks the schedule. */
+KV_MUST_CHECK kv_status_t kv_plan_count(kv_store_t *store, kv_plan_t *plan);
+/* Takes the counts back, unless others have counted since: nothing of the call has happened. */
+void kv_plan_uncount(kv_store_t *store, const kv_plan_t *plan);
+void kv_slots_rele(kv_slots_t *slots); /* NULL is allowed */
+
+/* The quick way's: whether a push of the key can be counted here, without a schedule or memory to
+ * be made, and the counting. */
+bool kv_entry_can_count_locked(const kv_store_t *store, const kv_entry_t *entry)
+    KV_REQUIRES(&store->lock);
+void kv_entry_count_locked(kv_store_t *store, kv_entry_t *entry, kv_step_t *step)
+    KV_REQUIRES(&store->lock);
+
+/* Forgets counts and slots of all keys. */
+void kv_store_forget_training_locked(kv_store_t *store) KV_REQUIRES(&store->lock);
+
+/* The first counts of an optimizer that begins. */
+void kv_optim_state_begin(kv_optim_state_t *state, int64_t begin_num_update);
+
+/* ------------------------------------------------------------------------------- apply.c */
+
+/* One key's share of a call, with all variables of it held. */
+typedef struct kv_work {
+    const kv_host_t *host;
+    kv_group_t group;
+    bool push;
+    kv_codec_t codec; /* KV_CODEC_NONE unless the values pass through it */
+    uint64_t codec_epoch;
+    const void *stored;      /* what pulls read: the entry's value … */
+    const kv_rowset_t *rows; /* … or its rows */
+    const void **pointers;   /* [kv_work_pointers]: sources, then destinations */
+    char *staging;           /* kv_work_staging bytes for the strided values, one after the other */
+} kv_work_t;
+
+size_t kv_work_staging(const kv_group_t *group);
+int32_t kv_work_pointers(const kv_group_t *group);
+
+kv_work_t kv_work_of(const kv_host_t *host, const kv_plan_t *plan, const kv_group_t *group,
+                     bool push, const void **pointers, char *staging);
+
+/* Places for at least `count` residuals, the new ones NULL. */
+KV_MUST_CHECK kv_status_t kv_residuals_grow(kv_residuals_t *residuals, int32_t count);
+void kv_residuals_fini(kv_residuals_t *residuals);
+
+/* Does it. KV_NO_MEMORY: the stored value is as it was; outs of a pull are unspecified. */
+KV_MUST_CHECK kv_status_t kv_work_run(const kv_work_t *work);
+
+/* The sum of the values for an updater: entry->merged, or entry->merged_rows. */
+KV_MUST_CHECK kv_status_t kv_work_merge(const kv_work_t *work);
+
+/* The weight of a key for the optimizer, its state made where it is missing. */
+KV_MUST_CHECK kv_status_t kv_work_weight(const kv_work_t *work, kv_weight_t *out);
+
+int64_t kv_entry_num_rows(const kv_entry_t *entry); /* stored ones */
+int64_t kv_slot_count(const kv_entry_t *entry, const kv_slot_t *slot, int64_t num_rows);
+
+/* Every out becomes the stored value, or the rows asked for. */
+KV_MUST_CHECK kv_status_t kv_work_copy_out(const kv_work_t *work);
+
+/* ------------------------------------------------------------------------------ sparse.c */
+
+/* A push of row-sparse values, but for its outs. */
+KV_MUST_CHECK kv_status_t kv_work_push_rows(const kv_work_t *work);
+KV_MUST_CHECK kv_status_t kv_work_merge_rows(const kv_work_t *work);
+/* The outs that are row-sparse, and all outs of a row-sparse key. */
+KV_MUST_CHECK kv_status_t kv_work_pull_rows(const kv_work_t *work);
+
+/* -------------------------------------------------------------------------------- task.c */
+
+/* Carries out a checked call as one task a key, without waiting. */
+KV_MUST_CHECK kv_status_t kv_plan_submit(kv_store_t *store, const kv_plan_t *plan, kv_call_t *call,
+                                         bool push);
+
 /* -------------------------------------------------------------------------------- work.c */
+
+/* Variables of the operation: the key and those of our own arrays. */
+int32_t kv_group_num_deps(const kv_group_t *group);
+int32_t kv_group_deps(const kv_group_t *group, bool push, bool with_outs, kv_dep_t *deps);
+
+/* Memory that the work on one key moves, as far as it can be known before. */
+size_t kv_group_bytes(const kv_group_t *group);
 
 /* Carries out a checked call: key after key in this thread, or as one task a key. `push`: the
  * values go into the keys first. */

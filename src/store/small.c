@@ -18,7 +18,8 @@ static bool overlap_in_part(const kv_view_t *a, const kv_view_t *b, size_t bytes
 
 static bool acceptable(const kv_entry_t *entry, const kv_view_t *value, const kv_view_t *out)
 {
-    return entry->bytes < SMALL_BYTES && (value == NULL || kv_entry_accepts(entry, value)) &&
+    return entry->bytes < SMALL_BYTES && !entry->sparse &&
+           (value == NULL || kv_entry_accepts(entry, value)) &&
            (out == NULL || kv_entry_accepts(entry, out)) &&
            (value == NULL || out == NULL || !overlap_in_part(value, out, entry->bytes));
 }
@@ -38,11 +39,32 @@ static kv_status_t update(kv_store_t *store, kv_entry_t *entry, kv_updater_t *up
         KV_TRY(kv_buffer_new(entry->bytes, &entry->merged));
     copy(entry, entry->merged->data, value->data);
     kv_engine_begin_callback(store->runtime->engine, op);
-    kv_update_t seen = {&entry->name,  entry->dtype,  entry->ndim, entry->shape,
-                        entry->merged, entry->stored, value,       &entry->cache};
+    kv_update_t seen = {.name = &entry->name,
+                        .dtype = entry->dtype,
+                        .ndim = entry->ndim,
+                        .shape = entry->shape,
+                        .recv = entry->merged,
+                        .stored = entry->stored,
+                        .first = value,
+                        .cache = &entry->cache};
     KV_TRY(updater->run(updater, &seen, caller));
     if (out != NULL)
         copy(entry, out->data, entry->stored->data);
+    return KV_OK;
+}
+
+/* A step of the optimizer. */
+static kv_status_t step_on(kv_store_t *store, kv_entry_t *entry, kv_slots_t *slots, kv_step_t *step,
+                           const kv_view_t *value, const kv_view_t *out)
+{
+    kv_work_t work = {.host = &store->host,
+                      .group = {.entry = entry, .step = step, .slots = slots}};
+    kv_weight_t weight;
+    const void *source = value->data;
+    void *destination = out != NULL ? out->data : NULL;
+    kv_gradients_t gradients = {.num_src = 1, .src = &source};
+    KV_TRY(kv_work_weight(&work, &weight));
+    kv_host_update(&store->host, step, &weight, &gradients, out != NULL, &destination);
     return KV_OK;
 }
 
@@ -56,15 +78,24 @@ kv_status_t kv_store_try_small(kv_store_t *store, const kv_name_t *name, const k
     uint64_t hash = kv_name_hash(name);
     kv_dep_t dep;
     kv_updater_t *updater = NULL;
+    kv_slots_t *slots = NULL;
+    kv_step_t step;
     kv_mutex_lock(&store->lock);
     kv_entry_t *entry = kv_table_find(&store->table, name, hash);
-    if (KV_LIKELY(entry != NULL && acceptable(entry, value, out))) {
+    if (KV_LIKELY(entry != NULL && acceptable(entry, value, out) &&
+                  (value == NULL || store->codec.type == KV_CODEC_NONE) &&
+                  (value == NULL || store->optimizer == NULL ||
+                   kv_entry_can_count_locked(store, entry)))) {
         dep.var = &entry->var;
         dep.access = value != NULL ? KV_WRITE : KV_READ;
         *done = kv_engine_try_enter_one(engine, &dep);
         if (*done && value != NULL && store->updater != NULL) {
             updater = store->updater;
             atomic_fetch_add_explicit(&updater->refs, 1, memory_order_relaxed);
+        } else if (*done && value != NULL && store->optimizer != NULL) {
+            kv_entry_count_locked(store, entry, &step);
+            slots = entry->slots;
+            atomic_fetch_add_explicit(&slots->refs, 1, memory_order_relaxed);
         }
     }
     kv_mutex_unlock(&store->lock);
@@ -72,6 +103,12 @@ kv_status_t kv_store_try_small(kv_store_t *store, const kv_name_t *name, const k
         return KV_OK;
 
     void *stored = entry->stored->data;
+    if (slots != NULL) {
+        kv_status_t status = step_on(store, entry, slots, &step, value, out);
+        kv_engine_leave_one(engine, &dep);
+        kv_slots_rele(slots);
+        return status;
+    }
     if (updater == NULL) {
         if (value != NULL)
             copy(entry, stored, value->data);

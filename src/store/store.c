@@ -60,7 +60,9 @@ void kv_store_close(kv_store_t *store)
     kv_table_t table = store->table;
     store->table = (kv_table_t){0};
     kv_updater_t *updater = store->updater;
+    kv_optimizer_t *optimizer = store->optimizer;
     store->updater = NULL;
+    store->optimizer = NULL;
     kv_mutex_unlock(&store->lock);
 
     for (kv_entry_t *entry = table.first, *next; entry != NULL; entry = next) {
@@ -68,6 +70,7 @@ void kv_store_close(kv_store_t *store)
         kv_var_retire(&entry->var);
     }
     kv_table_fini(&table);
+    kv_optimizer_rele(optimizer);
     if (updater != NULL && atomic_fetch_sub(&updater->refs, 1) == 1)
         updater->free(updater);
 }
@@ -105,8 +108,13 @@ kv_status_t kv_store_set_updater(kv_store_t *store, kv_updater_t *updater)
     KV_TRY(kv_store_check_open(store));
     kv_mutex_lock(&store->lock);
     kv_updater_t *before = store->updater;
+    kv_optimizer_t *optimizer = store->optimizer;
+    if (optimizer != NULL)
+        kv_store_forget_training_locked(store);
     store->updater = updater;
+    store->optimizer = NULL;
     kv_mutex_unlock(&store->lock);
+    kv_optimizer_rele(optimizer);
     if (before != NULL && atomic_fetch_sub(&before->refs, 1) == 1)
         before->free(before);
     return KV_OK;
@@ -132,10 +140,13 @@ static kv_status_t make_entries(const kv_call_t *call, const char *verb, kv_tabl
                            "int64)",
                            name, value->type_name != NULL ? value->type_name : "unknown");
         kv_entry_t *entry;
-        KV_TRY(
-            kv_entry_new(&item->name, (kv_dtype_t)value->dtype, value->ndim, value->shape, &entry));
+        KV_TRY(kv_entry_new(&item->name, value, &entry));
         kv_table_insert(fresh, entry);
-        groups[i] = (kv_group_t){entry, item->num_values, item->num_outs, item->values, item->outs};
+        groups[i] = (kv_group_t){.entry = entry,
+                                 .num_values = item->num_values,
+                                 .num_outs = item->num_outs,
+                                 .values = item->values,
+                                 .outs = item->outs};
         *made = i + 1;
     }
     return KV_OK;
@@ -189,7 +200,8 @@ kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *calle
 
     kv_table_t fresh = {0};
     int64_t made = 0;
-    kv_plan_t plan = {.groups = kv_alloc((size_t)call->num_items * sizeof(kv_group_t))};
+    kv_plan_t plan = {.steps = &plan.one_step,
+                      .groups = kv_alloc((size_t)call->num_items * sizeof(kv_group_t))};
     KV_TRY_ALLOC(plan.groups, "the keys of a call");
     status = kv_table_reserve(&fresh, call->num_items);
     if (status == KV_OK)
@@ -219,6 +231,18 @@ kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *calle
 
 /* ----------------------------------------------------------------------------- push, pull */
 
+/* The first key of the call that compression has just been found to do no good any more. */
+static void tell_not_finite(const kv_plan_t *plan, kv_call_t *call)
+{
+    for (int64_t g = 0; g < plan->num_groups && call->not_finite[0] == '\0'; g++) {
+        int seen = 1;
+        kv_entry_t *entry = plan->groups[g].entry;
+        if (atomic_load(&entry->not_finite) == 1 &&
+            atomic_compare_exchange_strong(&entry->not_finite, &seen, 2))
+            kv_name_format(&entry->name, call->not_finite, sizeof call->not_finite);
+    }
+}
+
 static kv_status_t plan_and_run(kv_store_t *store, kv_call_t *call, const char *verb, bool push,
                                 kv_caller_t *caller)
 {
@@ -227,8 +251,15 @@ static kv_status_t plan_and_run(kv_store_t *store, kv_call_t *call, const char *
     call->num_done = 0;
     KV_TRY(kv_store_check_open(store));
     KV_TRY(kv_plan_init(store, call, verb, &plan));
-    call->checked = true;
-    kv_status_t status = kv_plan_run(store, &plan, call, push, caller);
+    kv_status_t status = plan.optimizer != NULL ? kv_plan_count(store, &plan) : KV_OK;
+    if (status == KV_OK) {
+        call->checked = true;
+        status = kv_plan_run(store, &plan, call, push, caller);
+        if (status != KV_OK && call->num_done == 0)
+            kv_plan_uncount(store, &plan);
+    }
+    if (plan.codec.type != KV_CODEC_NONE)
+        tell_not_finite(&plan, call);
     kv_plan_fini(&plan);
     return status;
 }
@@ -241,6 +272,11 @@ kv_status_t kv_store_push(kv_store_t *store, kv_call_t *call, kv_caller_t *calle
 kv_status_t kv_store_pull(kv_store_t *store, kv_call_t *call, kv_caller_t *caller)
 {
     return plan_and_run(store, call, "pull", false, caller);
+}
+
+kv_status_t kv_store_row_sparse_pull(kv_store_t *store, kv_call_t *call, kv_caller_t *caller)
+{
+    return plan_and_run(store, call, "row_sparse_pull", false, caller);
 }
 
 /* ---------------------------------------------------------------------------------- keys */
@@ -289,7 +325,7 @@ kv_status_t kv_store_delete(kv_store_t *store, const kv_call_t *call)
 }
 
 kv_status_t kv_store_describe(kv_store_t *store, const kv_name_t *name, const char *verb,
-                              kv_dtype_t *dtype, int *ndim, int64_t *shape)
+                              kv_dtype_t *dtype, bool *sparse, int *ndim, int64_t *shape)
 {
     kv_entry_t *entry = NULL;
     KV_TRY(kv_store_check_open(store));
@@ -298,11 +334,24 @@ kv_status_t kv_store_describe(kv_store_t *store, const kv_name_t *name, const ch
     if (status == KV_OK) {
         *dtype = entry->dtype;
         *ndim = entry->ndim;
+        if (sparse != NULL)
+            *sparse = entry->sparse;
         if (shape != NULL && entry->ndim > 0)
             memcpy(shape, entry->shape, (size_t)entry->ndim * sizeof *shape);
     }
     kv_mutex_unlock(&store->lock);
     return status;
+}
+
+bool kv_store_first_skip(kv_store_t *store, const kv_name_t *name)
+{
+    kv_mutex_lock(&store->lock);
+    kv_entry_t *entry = kv_table_find(&store->table, name, kv_name_hash(name));
+    bool first = entry != NULL && !entry->skipped;
+    if (first)
+        entry->skipped = true;
+    kv_mutex_unlock(&store->lock);
+    return first;
 }
 
 bool kv_store_contains(kv_store_t *store, const kv_name_t *name)

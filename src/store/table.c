@@ -62,21 +62,28 @@ static void entry_free(void *context)
         entry->cache.drop(entry->cache.data);
     kv_buffer_rele(entry->stored);
     kv_buffer_rele(entry->merged);
+    kv_rowset_fini(&entry->rows);
+    kv_rowset_fini(&entry->merged_rows);
+    kv_residuals_fini(&entry->residuals);
+    kv_slots_rele(entry->slots);
     kv_free(entry);
     kv_count(KV_COUNT_KEYS, -1);
 }
 
-kv_status_t kv_entry_new(const kv_name_t *name, kv_dtype_t dtype, int ndim, const int64_t *shape,
-                         kv_entry_t **out)
+kv_status_t kv_entry_new(const kv_name_t *name, const kv_view_t *value, kv_entry_t **out)
 {
-    int64_t count;
-    size_t bytes;
-    KV_TRY(kv_shape_size(dtype, ndim, shape, &count, &bytes));
-    size_t extents = (size_t)ndim * sizeof *shape;
+    int64_t count, row_count = 1;
+    size_t bytes, row_bytes = kv_dtype_bytes((kv_dtype_t)value->dtype);
+    KV_TRY(kv_shape_size((kv_dtype_t)value->dtype, value->ndim, value->shape, &count, &bytes));
+    if (value->ndim > 1)
+        KV_TRY(kv_shape_size((kv_dtype_t)value->dtype, value->ndim - 1, value->shape + 1,
+                             &row_count, &row_bytes));
+    size_t extents = (size_t)value->ndim * sizeof *value->shape;
     kv_entry_t *entry =
         kv_calloc(1, sizeof *entry + extents + (name->text != NULL ? name->bytes : 0));
     KV_TRY_ALLOC(entry, "a key");
-    kv_status_t status = kv_buffer_new(bytes, &entry->stored);
+    entry->sparse = value->sparse != NULL;
+    kv_status_t status = entry->sparse ? KV_OK : kv_buffer_new(bytes, &entry->stored);
     if (status != KV_OK) {
         kv_free(entry);
         return status;
@@ -89,12 +96,15 @@ kv_status_t kv_entry_new(const kv_name_t *name, kv_dtype_t dtype, int ndim, cons
         entry->name.text = text;
     }
     entry->hash = kv_name_hash(name);
-    entry->dtype = dtype;
-    entry->ndim = ndim;
+    entry->dtype = (kv_dtype_t)value->dtype;
+    entry->ndim = value->ndim;
     entry->count = count;
     entry->bytes = bytes;
-    if (ndim > 0)
-        memcpy(entry->shape, shape, extents);
+    entry->row_count = row_count;
+    entry->row_bytes = row_bytes;
+    entry->updates = -1;
+    if (value->ndim > 0)
+        memcpy(entry->shape, value->shape, extents);
     kv_count(KV_COUNT_KEYS, 1);
     *out = entry;
     return KV_OK;

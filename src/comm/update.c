@@ -1,0 +1,514 @@
+/* A step on one value: sums, steps and copies in blocks that stay in the first-level cache, split
+ * over the team in chunks when the value is large. Whatever does not depend on the element, the
+ * norms included, is ready before the pass, so that the order of the chunks does not matter.
+ */
+#include "comm/update_internal.h"
+
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+/* As for sums (host.c): traffic that one thread does alone, traffic from which destinations are
+ * written past the caches, and chunks. */
+#define ALONE_BYTES (INT64_C(2) << 20)
+#define STREAM_BYTES (INT64_C(32) << 20)
+#define CHUNK_BYTES_MIN (INT64_C(256) << 10)
+#define CHUNK_BYTES_MAX (INT64_C(4) << 20)
+#define CHUNKS_PER_THREAD 4
+#define CHUNK_UNIT 4096
+
+/* The most chunks of a pass that makes norms: each leaves its sums on the caller's stack. */
+#define NORM_PARTS 256
+
+#define ALIGN 64
+
+static int64_t smaller(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+static int64_t wide_bytes(bool is_double)
+{
+    return is_double ? 8 : 4;
+}
+
+static char *at_element(void *array, int64_t i, int64_t bytes)
+{
+    return (char *)array + i * bytes;
+}
+
+/* ------------------------------------------------------------------------ dense gradients */
+
+typedef struct dense_source {
+    kv_source_t base;
+    const kv_host_t *host;
+    kv_dtype_t dtype;
+    const kv_gradients_t *gradients;
+} dense_source_t;
+
+/* One gradient of the wide type is its own sum. */
+static const void *read_plain(const kv_source_t *source, int64_t begin, int64_t end, bool last,
+                              void *block, int64_t *unfinite)
+{
+    (void)end, (void)last, (void)block, (void)unfinite;
+    const dense_source_t *dense = (const dense_source_t *)source;
+    int64_t bytes = (int64_t)kv_dtype_bytes(dense->dtype);
+    return (const char *)dense->gradients->src[0] + begin * bytes;
+}
+
+static const void *read_sum(const kv_source_t *source, int64_t begin, int64_t end, bool last,
+                            void *block, int64_t *unfinite)
+{
+    (void)last, (void)unfinite;
+    const dense_source_t *dense = (const dense_source_t *)source;
+    const kv_gradients_t *gradients = dense->gradients;
+    dense->host->kernels->sum_wide[dense->dtype](begin, end, gradients->num_src, gradients->src,
+                                                 block);
+    return block;
+}
+
+/* Before the last time the codec works on copies of the residuals. */
+static const void *read_compressed(const kv_source_t *source, int64_t begin, int64_t end, bool last,
+                                   void *block, int64_t *unfinite)
+{
+    const dense_source_t *dense = (const dense_source_t *)source;
+    const kv_gradients_t *gradients = dense->gradients;
+    int64_t bytes = (int64_t)kv_dtype_bytes(dense->dtype);
+    int64_t wide = wide_bytes(dense->dtype == KV_FLOAT64);
+    _Alignas(ALIGN) char copy[KV_UPDATE_BLOCK * 8];
+    for (int i = 0; i < gradients->num_src; i++) {
+        char *residual = at_element(gradients->residuals[i], begin, wide);
+        if (!last)
+            residual = memcpy(copy, residual, (size_t)((end - begin) * wide));
+        int64_t bad = kv_codec_apply(dense->host->kernels, &gradients->codec, dense->dtype, 0,
+                                     end - begin, (const char *)gradients->src[i] + begin * bytes,
+                                     residual, i == 0, block);
+        if (last)
+            *unfinite += bad;
+    }
+    return block;
+}
+
+static void dense_init(dense_source_t *dense, const kv_host_t *host, kv_dtype_t dtype,
+                       const kv_gradients_t *gradients)
+{
+    int64_t bytes = (int64_t)kv_dtype_bytes(dtype);
+    bool is_wide = dtype == KV_FLOAT64 || dtype == KV_FLOAT32;
+    dense->host = host;
+    dense->dtype = dtype;
+    dense->gradients = gradients;
+    dense->base.bytes = gradients->num_src * bytes;
+    if (gradients->codec.type != KV_CODEC_NONE) {
+        dense->base.read = read_compressed;
+        dense->base.bytes += 2 * gradients->num_src * wide_bytes(dtype == KV_FLOAT64);
+    } else if (gradients->num_src == 1 && is_wide &&
+               (uintptr_t)gradients->src[0] % (uintptr_t)bytes == 0) {
+        dense->base.read = read_plain;
+    } else {
+        dense->base.read = read_sum;
+    }
+}
+
+/* ----------------------------------------------------------------------------- one span */
+
+/* The weight of [begin, end) in the wide type: where it lies, or widened into `block`. */
+static void *read_weight(const kv_update_t *update, int64_t begin, int64_t end, void *block)
+{
+    const kv_weight_t *weight = update->weight;
+    if (weight->dtype == KV_FLOAT64 || weight->dtype == KV_FLOAT32)
+        return at_element(weight->data, begin, wide_bytes(update->is_double));
+    if (weight->master != NULL)
+        return weight->master + begin;
+    update->host->kernels->float32_from[weight->dtype](end - begin,
+                                                       at_element(weight->data, begin, 2), block);
+    return block;
+}
+
+/* The changed weight back into the array of 16 bits, and into every destination. */
+static void write_weight(const kv_update_t *update, int64_t begin, int64_t end, const void *wide)
+{
+    const kv_weight_t *weight = update->weight;
+    const kv_kernels_t *kernels = update->host->kernels;
+    if (weight->dtype == KV_FLOAT16 || weight->dtype == KV_BFLOAT16)
+        kernels->float32_to[weight->dtype](end - begin, wide, at_element(weight->data, begin, 2));
+    if (update->num_dst > 0) {
+        const void *from = weight->data;
+        kernels->sum[weight->dtype](begin, end, 1, &from, update->num_dst, update->dst,
+                                    update->stream);
+    }
+}
+
+static void slots_at(const kv_update_t *update, int64_t begin, void **slots)
+{
+    int64_t bytes = wide_bytes(update->is_double);
+    for (int i = 0; i < KV_MAX_SLOTS; i++)
+        slots[i] = update->weight->slots[i] == NULL
+                       ? NULL
+                       : at_element(update->weight->slots[i], begin, bytes);
+}
+
+/* One row of GroupAdaGrad, any length. */
+#define GROUP_ROW(name, real, root)                                                                \
+    static void group_row_##name(const kv_update_t *update, int64_t row, int64_t *unfinite)        \
+    {                                                                                              \
+        _Alignas(ALIGN) real block[KV_UPDATE_BLOCK], room[KV_UPDATE_BLOCK];                        \
+        const kv_weight_t *weight = update->weight;                                                \
+        kv_factors_t_##name factors = *(const kv_factors_t_##name *)update->factors;               \
+        int64_t begin = row * weight->row_count, end = begin + weight->row_count;                  \
+        kv_squares_t squares;                                                                      \
+        kv_squares_start(&squares);                                                                \
+        for (int64_t at = begin; at < end; at += KV_UPDATE_BLOCK) {                                \
+            int64_t count = smaller(end - at, KV_UPDATE_BLOCK);                                    \
+            const real *g =                                                                        \
+                update->source->read(update->source, at, at + count, false, block, unfinite);      \
+            for (int64_t i = 0; i < count; i++)                                                    \
+                room[i] = kv_scaled_##name(&factors, factors.clip, g[i]);                          \
+            kv_squares_add(&squares, update->host->kernels, update->is_double, KV_FLOAT32, count,  \
+                           room);                                                                  \
+        }                                                                                          \
+        real *history = (real *)weight->slots[0] + row;                                            \
+        *history += (real)(kv_squares_sum(&squares) / (double)weight->row_count);                  \
+        factors.p = root(*history + factors.eps);                                                  \
+        for (int64_t at = begin; at < end; at += KV_UPDATE_BLOCK) {                                \
+            int64_t to = at + smaller(end - at, KV_UPDATE_BLOCK);                                  \
+            const void *g = update->source->read(update->source, at, to, true, block, unfinite);   \
+            void *w = read_weight(update, at, to, room);                                           \
+            update->kernel(at, to - at, &factors, g, w, NULL);                                     \
+            write_weight(update, at, to, w);                                                       \
+        }                                                                                          \
+    }
+
+GROUP_ROW(float, float, sqrtf)
+GROUP_ROW(double, double, sqrt)
+
+void kv_update_part(const kv_update_t *update, int64_t begin, int64_t end, int64_t *unfinite)
+{
+    const kv_weight_t *weight = update->weight;
+    if (update->pass.kind == KV_STEP_group_adagrad) {
+        for (int64_t row = begin / weight->row_count; row < end / weight->row_count; row++)
+            if (update->is_double)
+                group_row_double(update, row, unfinite);
+            else
+                group_row_float(update, row, unfinite);
+        return;
+    }
+    _Alignas(ALIGN) char gradient[KV_UPDATE_BLOCK * 8];
+    _Alignas(ALIGN) float wide[KV_UPDATE_BLOCK];
+    /* LAMB has used up its gradient in the first pass. */
+    bool reads = update->pass.norms != KV_NORMS_DIRECTION;
+    while (begin < end) {
+        int64_t to = begin + smaller(end - begin, KV_UPDATE_BLOCK);
+        void *slots[KV_MAX_SLOTS];
+        slots_at(update, begin, slots);
+        void *w = read_weight(update, begin, to, wide);
+        const void *g =
+            reads ? update->source->read(update->source, begin, to, true, gradient, unfinite) : w;
+        update->kernel(begin, to - begin, update->factors, g, w, slots);
+        write_weight(update, begin, to, w);
+        begin = to;
+    }
+}
+
+/* ---------------------------------------------------------------------------- the norms */
+
+typedef struct norm_job {
+    const kv_update_t *update;
+    int64_t chunk;     /* elements */
+    kv_dtype_t narrow; /* of the weight's squares, and of the gradient's */
+    double weight[NORM_PARTS], other[NORM_PARTS];
+    atomic_llong unfinite;
+} norm_job_t;
+
+/* The mean that LBSGD will step with. */
+static void mean_of(const kv_update_t *update, int64_t begin, int64_t count, double batch,
+                    const void *gradient, void *mean)
+{
+    const kv_weight_t *weight = update->weight;
+    void *sum = weight->slots[weight->slots[1] != NULL ? 1 : 0];
+    for (int64_t i = 0; i < count; i++)
+        if (update->is_double)
+            ((double *)mean)[i] =
+                (((double *)sum)[begin + i] + ((const double *)gradient)[i]) / batch;
+        else
+            ((float *)mean)[i] =
+                (((float *)sum)[begin + i] + ((const float *)gradient)[i]) / (float)batch;
+}
+
+static void norm_chunk(void *context, int64_t chunk)
+{
+    norm_job_t *job = context;
+    const kv_update_t *update = job->update;
+    const kv_weight_t *weight = update->weight;
+    const kv_kernels_t *kernels = update->host->kernels;
+    bool is_double = update->is_double, is_first = update->pass.norms == KV_NORMS_DIRECTION;
+    double batch = kv_pass_batch(update->step);
+    _Alignas(ALIGN) char gradient[KV_UPDATE_BLOCK * 8], room[KV_UPDATE_BLOCK * 8];
+    _Alignas(ALIGN) float wide[KV_UPDATE_BLOCK];
+    kv_squares_t of_weight, of_other;
+    kv_squares_start(&of_weight);
+    kv_squares_start(&of_other);
+    int64_t unfinite = 0;
+    int64_t end = smaller(weight->count, (chunk + 1) * job->chunk);
+    for (int64_t at = chunk * job->chunk; at < end; at += KV_UPDATE_BLOCK) {
+        int64_t count = smaller(end - at, KV_UPDATE_BLOCK);
+        void *w = read_weight(update, at, at + count, wide);
+        const void *g =
+            update->source->read(update->source, at, at + count, is_first, gradient, &unfinite);
+        const void *other = g;
+        if (is_first) {
+            void *slots[KV_MAX_SLOTS];
+            slots_at(update, at, slots);
+            slots[2] = room;
+            update->kernel(at, count, update->factors, g, w, slots);
+            other = room;
+        } else if (batch > 1) {
+            mean_of(update, at, count, batch, g, room);
+            other = room;
+        }
+        kv_squares_add(&of_other, kernels, is_double, is_first ? KV_FLOAT32 : job->narrow, count,
+                       other);
+        if (weight->master != NULL) {
+            kernels->float32_from[weight->dtype](count, at_element(weight->data, at, 2), wide);
+            w = wide;
+        }
+        kv_squares_add(&of_weight, kernels, is_double, job->narrow, count, w);
+    }
+    job->weight[chunk] = kv_squares_sum(&of_weight);
+    job->other[chunk] = kv_squares_sum(&of_other);
+    if (unfinite != 0)
+        atomic_fetch_add(&job->unfinite, unfinite);
+}
+
+/* A function of its own, so that small steps do not carry its stack. */
+static __attribute__((noinline)) void take_norms(kv_update_t *update, int64_t *unfinite)
+{
+    const kv_weight_t *weight = update->weight;
+    const kv_host_t *host = update->host;
+    norm_job_t job;
+    job.update = update;
+    job.narrow = KV_FLOAT32;
+    /* What the reference does with the 16-bit weight itself. */
+    if (weight->master != NULL && !update->pass.rows && update->step->optim->id != KV_OPTIM_LBSGD)
+        job.narrow = weight->dtype;
+    atomic_init(&job.unfinite, 0);
+    job.chunk = CHUNK_UNIT; /* times a power of two: see kv_squares_t */
+    int64_t traffic = kv_update_traffic(update);
+    while (job.chunk * traffic < CHUNK_BYTES_MIN || weight->count > job.chunk * NORM_PARTS)
+        job.chunk *= 2;
+    int64_t chunks = (weight->count + job.chunk - 1) / job.chunk;
+    int threads = weight->count * traffic < ALONE_BYTES ? 1 : host->num_threads;
+    kv_team_run(host->team, threads, chunks, norm_chunk, &job);
+    kv_squares_t of_weight, of_other;
+    kv_squares_start(&of_weight);
+    kv_squares_start(&of_other);
+    for (int64_t i = 0; i < chunks; i++) {
+        kv_squares_leaf(&of_weight, job.weight[i]);
+        kv_squares_leaf(&of_other, job.other[i]);
+    }
+    *unfinite += atomic_load(&job.unfinite);
+    kv_pass_set_norms(&update->pass, update->step, update->is_double, kv_squares_sum(&of_weight),
+                      kv_squares_sum(&of_other));
+}
+
+/* ------------------------------------------------------------------------- the whole value */
+
+static kv_step_kernel_t *kernel_of(const kv_update_t *update)
+{
+    const kv_kernels_t *kernels = update->host->kernels;
+    return update->is_double ? kernels->step_double[update->pass.kind]
+                             : kernels->step_float[update->pass.kind];
+}
+
+bool kv_update_begin(kv_update_t *update, const kv_host_t *host, const kv_step_t *step,
+                     const kv_weight_t *weight, const kv_source_t *source, unsigned how,
+                     int64_t *unfinite)
+{
+    update->host = host;
+    update->step = step;
+    update->weight = weight;
+    update->source = source;
+    update->is_double = weight->dtype == KV_FLOAT64;
+    update->num_dst = 0;
+    update->dst = NULL;
+    update->stream = false;
+    update->factors = &update->pass.factors;
+    *unfinite = 0;
+    kv_pass_init(&update->pass, step, update->is_double, how);
+    if (update->pass.norms == KV_NORMS_DIRECTION)
+        update->kernel = kernel_of(update);
+    if (update->pass.norms != KV_NORMS_NONE)
+        take_norms(update, unfinite);
+    update->kernel = kernel_of(update);
+    return !update->pass.idle;
+}
+
+int64_t kv_update_traffic(const kv_update_t *update)
+{
+    int64_t element = (int64_t)kv_dtype_bytes(update->weight->dtype);
+    int64_t traffic = update->source->bytes + (2 + update->num_dst) * element;
+    if (update->weight->master != NULL)
+        traffic += 2 * 4;
+    for (int i = 0; i < KV_MAX_SLOTS; i++)
+        if (update->weight->slots[i] != NULL)
+            traffic += 2 * wide_bytes(update->is_double);
+    return traffic;
+}
+
+typedef struct update_job {
+    const kv_update_t *update;
+    int64_t chunk;
+    atomic_llong unfinite;
+} update_job_t;
+
+static void update_chunk(void *context, int64_t chunk)
+{
+    update_job_t *job = context;
+    int64_t unfinite = 0;
+    kv_update_part(job->update, chunk * job->chunk,
+                   smaller(job->update->weight->count, (chunk + 1) * job->chunk), &unfinite);
+    if (unfinite != 0)
+        atomic_fetch_add(&job->unfinite, unfinite);
+}
+
+static int64_t chunk_of(const kv_host_t *host, int64_t count, int64_t traffic)
+{
+    int64_t bytes = count * traffic / ((int64_t)host->num_threads * CHUNKS_PER_THREAD);
+    bytes = bytes < CHUNK_BYTES_MIN ? CHUNK_BYTES_MIN : smaller(bytes, CHUNK_BYTES_MAX);
+    return (bytes / traffic / CHUNK_UNIT + 1) * CHUNK_UNIT;
+}
+
+void kv_update_all(const kv_update_t *update, int64_t *unfinite)
+{
+    const kv_weight_t *weight = update->weight;
+    int64_t traffic = kv_update_traffic(update);
+    if (weight->count * traffic < ALONE_BYTES) {
+        kv_update_part(update, 0, weight->count, unfinite);
+        return;
+    }
+    update_job_t job = {.update = update, .chunk = chunk_of(update->host, weight->count, traffic)};
+    if (update->pass.kind == KV_STEP_group_adagrad)
+        job.chunk = (job.chunk + weight->row_count - 1) / weight->row_count * weight->row_count;
+    kv_team_run(update->host->team, update->host->num_threads,
+                (weight->count + job.chunk - 1) / job.chunk, update_chunk, &job);
+    *unfinite += atomic_load(&job.unfinite);
+}
+
+bool kv_update_is_due(const kv_update_t *update, int64_t begin, int64_t end)
+{
+    int sum = update->pass.kind == KV_STEP_large_batch            ? 0
+              : update->pass.kind == KV_STEP_large_batch_momentum ? 1
+                                                                  : -1;
+    if (sum < 0)
+        return false;
+    const void *waiting = update->weight->slots[sum];
+    for (int64_t i = begin; i < end; i++)
+        if (update->is_double ? ((const double *)waiting)[i] != 0
+                              : ((const float *)waiting)[i] != 0)
+            return true;
+    return false;
+}
+
+int64_t kv_host_update(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
+                       const kv_gradients_t *gradients, int num_dst, void *const *dst)
+{
+    dense_source_t source;
+    dense_init(&source, host, weight->dtype, gradients);
+    kv_update_t update;
+    int64_t unfinite;
+    bool moves = kv_update_begin(&update, host, step, weight, &source.base, 0, &unfinite);
+    if (!moves) {
+        const void *from = weight->data;
+        if (num_dst > 0)
+            kv_host_sum(host, weight->dtype, weight->count, 1, &from, num_dst, dst);
+        return unfinite;
+    }
+    update.num_dst = num_dst;
+    update.dst = dst;
+    update.stream = weight->count * kv_update_traffic(&update) >= STREAM_BYTES;
+    kv_update_all(&update, &unfinite);
+    return unfinite;
+}
+
+/* --------------------------------------------------------------------- without an optimizer */
+
+typedef struct plain_job {
+    const dense_source_t *source;
+    int64_t count, chunk;
+    int num_dst;
+    void *const *dst;
+    atomic_llong unfinite;
+} plain_job_t;
+
+static void compressed_chunk(void *context, int64_t chunk)
+{
+    plain_job_t *job = context;
+    kv_dtype_t dtype = job->source->dtype;
+    const kv_kernels_t *kernels = job->source->host->kernels;
+    int64_t bytes = (int64_t)kv_dtype_bytes(dtype);
+    _Alignas(ALIGN) char block[KV_UPDATE_BLOCK * 8], narrow[KV_UPDATE_BLOCK * 2];
+    int64_t unfinite = 0;
+    int64_t end = smaller(job->count, (chunk + 1) * job->chunk);
+    for (int64_t at = chunk * job->chunk; at < end; at += KV_UPDATE_BLOCK) {
+        int64_t count = smaller(end - at, KV_UPDATE_BLOCK);
+        const void *from =
+            read_compressed(&job->source->base, at, at + count, true, block, &unfinite);
+        if (dtype == KV_FLOAT16 || dtype == KV_BFLOAT16) {
+            kernels->float32_to[dtype](count, from, narrow);
+            from = narrow;
+        }
+        for (int i = 0; i < job->num_dst; i++)
+            memcpy(at_element(job->dst[i], at, bytes), from, (size_t)(count * bytes));
+    }
+    if (unfinite != 0)
+        atomic_fetch_add(&job->unfinite, unfinite);
+}
+
+int64_t kv_host_sum_compressed(const kv_host_t *host, kv_dtype_t dtype, int64_t count,
+                               const kv_gradients_t *gradients, int num_dst, void *const *dst)
+{
+    dense_source_t source;
+    dense_init(&source, host, dtype, gradients);
+    int64_t traffic = source.base.bytes + num_dst * (int64_t)kv_dtype_bytes(dtype);
+    plain_job_t job = {
+        .source = &source, .count = count, .chunk = count, .num_dst = num_dst, .dst = dst};
+    if (count * traffic < ALONE_BYTES) {
+        compressed_chunk(&job, 0);
+        return atomic_load(&job.unfinite);
+    }
+    job.chunk = chunk_of(host, count, traffic);
+    kv_team_run(host->team, host->num_threads, (count + job.chunk - 1) / job.chunk,
+                compressed_chunk, &job);
+    return atomic_load(&job.unfinite);
+}
+
+typedef struct widen_job {
+    const kv_host_t *host;
+    kv_dtype_t dtype;
+    int64_t count, chunk;
+    const char *from;
+    float *to;
+} widen_job_t;
+
+static void widen_chunk(void *context, int64_t chunk)
+{
+    const widen_job_t *job = context;
+    int64_t begin = chunk * job->chunk;
+    int64_t end = smaller(job->count, begin + job->chunk);
+    job->host->kernels->float32_from[job->dtype](end - begin, job->from + 2 * begin,
+                                                 job->to + begin);
+}
+
+void kv_host_widen(const kv_host_t *host, kv_dtype_t dtype, int64_t count, const void *from,
+                   float *to)
+{
+    const int64_t traffic = 2 + 4;
+    widen_job_t job = {
+        .host = host, .dtype = dtype, .count = count, .chunk = count, .from = from, .to = to};
+    if (count * traffic < ALONE_BYTES) {
+        widen_chunk(&job, 0);
+        return;
+    }
+    job.chunk = chunk_of(host, count, traffic);
+    kv_team_run(host->team, host->num_threads, (count + job.chunk - 1) / job.chunk, widen_chunk,
+                &job);
+}

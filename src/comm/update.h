@@ -1,0 +1,56 @@
+/* An optimizer's step on one value, fused with the sum of its gradients: one pass over weight,
+ * state and gradients, by the calling thread alone when it is small and with the team when it is
+ * large. Nothing here allocates or fails.
+ *
+ * The arithmetic is in the wide type of the weight: float64 for float64, float32 for the rest; a
+ * 16-bit weight is read, or taken from its float32 master, and rounded once. State is in the wide
+ * type.
+ */
+#ifndef KV_COMM_UPDATE_H
+#define KV_COMM_UPDATE_H
+
+#include "comm/host.h"
+#include "comm/rows.h"
+#include "compress/codec.h"
+#include "optim/optim.h"
+
+/* A weight and its state: `count` elements in rows of `row_count` (a value without dimensions is
+ * one row of one). */
+typedef struct kv_weight {
+    kv_dtype_t dtype;
+    int64_t count, row_count;
+    void *data;
+    float *master; /* of a 16-bit weight under multi_precision, else NULL */
+    void *slots[KV_MAX_SLOTS];
+} kv_weight_t;
+
+/* Dense gradients to be summed: of the weight's type. With a codec each passes through it with a
+ * residual of its own. */
+typedef struct kv_gradients {
+    int num_src;
+    const void *const *src;
+    kv_codec_t codec;
+    void *const *residuals; /* [num_src], NULL with KV_CODEC_NONE */
+} kv_gradients_t;
+
+/* weight = step(weight, sum of the gradients), then every dst = weight. Returns how many residuals
+ * are not finite (0 without a codec). `dst` may be a source. */
+int64_t kv_host_update(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
+                       const kv_gradients_t *gradients, int num_dst, void *const *dst);
+
+/* The same with a row-sparse sum of gradients. Lazy: the rows of the sum only, row i of it being
+ * row where[i] of the weight (`where` NULL: row ids[i]). Not lazy: all rows of the weight, with
+ * gradient 0 for those that the sum has not; `where` increases. */
+void kv_host_update_rows(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
+                         const kv_row_sum_t *sum, const int64_t *where, bool lazy);
+
+/* Without an optimizer: every dst = the sum of the gradients that passed through the codec, rounded
+ * once. Returns how many residuals are not finite. `dst` may be a source. */
+int64_t kv_host_sum_compressed(const kv_host_t *host, kv_dtype_t dtype, int64_t count,
+                               const kv_gradients_t *gradients, int num_dst, void *const *dst);
+
+/* `to` becomes the float32 of a 16-bit array: a master's first value. */
+void kv_host_widen(const kv_host_t *host, kv_dtype_t dtype, int64_t count, const void *from,
+                   float *to);
+
+#endif

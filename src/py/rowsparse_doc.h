@@ -1,0 +1,276 @@
+/* The docstrings of kvstore.RowSparse. */
+#ifndef KV_PY_ROWSPARSE_DOC_H
+#define KV_PY_ROWSPARSE_DOC_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+PyDoc_STRVAR(
+    rowsparse_doc,
+    "RowSparse(data, indices, shape, *, copy=True)\n"
+    "--\n"
+    "\n"
+    "A row-sparse array: of a shape, only the rows that are there; all others are zeros.\n"
+    "\n"
+    "A value of a store, an `out` of its pulls, or what an updater gets. Like an `NDArray`, it is\n"
+    "known to the engine: a call of a store on it may return before the work is done, and "
+    "whatever\n"
+    "looks at it later waits for that.\n"
+    "\n"
+    "Parameters\n"
+    "----------\n"
+    "data : array\n"
+    "    The rows, of the shape (n, *shape[1:]) and one of the element types of a store.\n"
+    "indices : array or list of int\n"
+    "    The number of each row, strictly increasing and below ``shape[0]``.\n"
+    "shape : tuple of int\n"
+    "    That of the whole array.\n"
+    "copy : bool, default True\n"
+    "    False uses the memory of `data`, which must be C-contiguous, in its place (the indices\n"
+    "    are copied all the same). Nothing is ever written there: a pull replaces the rows. Until\n"
+    "    then, calls of a store on this array return only when they are done with it.\n"
+    "\n"
+    "Raises\n"
+    "------\n"
+    "InvalidArgumentError\n"
+    "    Extents that do not fit, or indices out of order or range.\n"
+    "ArrayTypeError\n"
+    "    What is no array, or of another element type.\n"
+    "\n"
+    "Examples\n"
+    "--------\n"
+    ">>> import kvstore, numpy as np\n"
+    ">>> x = kvstore.RowSparse(np.array([[1.0, 2.0], [3.0, 4.0]]), [0, 3], (5, 2))\n"
+    ">>> x\n"
+    "kvstore.RowSparse([[1., 2.],\n"
+    "                   [3., 4.]], indices=[0, 3], shape=(5, 2), dtype=float64, device=cpu)\n"
+    ">>> x.num_rows, x.indices.tolist()\n"
+    "(2, [0, 3])\n"
+    ">>> x[:] = 0\n"
+    ">>> x.num_rows\n"
+    "0\n");
+
+PyDoc_STRVAR(zeros_doc, "zeros($type, /, shape, dtype='float32')\n"
+                        "--\n"
+                        "\n"
+                        "Make an array without rows, for instance as an `out`.\n"
+                        "\n"
+                        "Parameters\n"
+                        "----------\n"
+                        "shape : int or tuple of int\n"
+                        "dtype : dtype-like, optional\n"
+                        "\n"
+                        "Returns\n"
+                        "-------\n"
+                        "RowSparse\n"
+                        "\n"
+                        "Examples\n"
+                        "--------\n"
+                        ">>> kvstore.RowSparse.zeros((1000000, 64)).nbytes\n"
+                        "0\n");
+
+PyDoc_STRVAR(from_dense_doc,
+             "from_dense($type, array, /)\n"
+             "--\n"
+             "\n"
+             "Copy the rows of a dense array in which some element is not zero.\n"
+             "\n"
+             "Parameters\n"
+             "----------\n"
+             "array : array\n"
+             "    A copy is made of a RowSparse.\n"
+             "\n"
+             "Returns\n"
+             "-------\n"
+             "RowSparse\n"
+             "\n"
+             "Examples\n"
+             "--------\n"
+             ">>> x = kvstore.RowSparse.from_dense(np.array([[0, 0], [0, 7], [0, 0]]))\n"
+             ">>> x.indices.tolist(), x.data.tolist()\n"
+             "([1], [[0, 7]])\n");
+
+PyDoc_STRVAR(from_scipy_doc,
+             "from_scipy($type, matrix, /)\n"
+             "--\n"
+             "\n"
+             "Copy the rows of a sparse matrix or array of SciPy in which something is stored.\n"
+             "\n"
+             "Parameters\n"
+             "----------\n"
+             "matrix : scipy sparse array\n"
+             "    Of two dimensions, in any format.\n"
+             "\n"
+             "Returns\n"
+             "-------\n"
+             "RowSparse\n"
+             "\n"
+             "Raises\n"
+             "------\n"
+             "NotBuiltError\n"
+             "    SciPy is not installed.\n");
+
+PyDoc_STRVAR(from_torch_doc,
+             "from_torch($type, tensor, /)\n"
+             "--\n"
+             "\n"
+             "Copy the rows of a sparse COO tensor of PyTorch in which something is stored.\n"
+             "\n"
+             "Parameters\n"
+             "----------\n"
+             "tensor : torch.Tensor\n"
+             "    Of layout ``torch.sparse_coo``, on the CPU; what stands twice is summed.\n"
+             "\n"
+             "Returns\n"
+             "-------\n"
+             "RowSparse\n"
+             "\n"
+             "Raises\n"
+             "------\n"
+             "NotBuiltError\n"
+             "    PyTorch is not installed.\n");
+
+PyDoc_STRVAR(asnumpy_doc, "asnumpy($self, /)\n"
+                          "--\n"
+                          "\n"
+                          "Copy into a new dense NumPy array, once all writes before are done.\n"
+                          "\n"
+                          "Returns\n"
+                          "-------\n"
+                          "numpy.ndarray\n"
+                          "\n"
+                          "Examples\n"
+                          "--------\n"
+                          ">>> kvstore.RowSparse(np.ones((1, 2)), [1], (3, 2)).asnumpy()\n"
+                          "array([[0., 0.],\n"
+                          "       [1., 1.],\n"
+                          "       [0., 0.]])\n");
+
+PyDoc_STRVAR(todense_doc, "todense($self, /)\n"
+                          "--\n"
+                          "\n"
+                          "The same as `asnumpy`.\n"
+                          "\n"
+                          "Examples\n"
+                          "--------\n"
+                          ">>> kvstore.RowSparse.zeros((2, 2)).todense()\n"
+                          "array([[0., 0.],\n"
+                          "       [0., 0.]], dtype=float32)\n");
+
+PyDoc_STRVAR(
+    toscipy_doc,
+    "toscipy($self, /)\n"
+    "--\n"
+    "\n"
+    "Copy into a new `scipy.sparse.csr_array`, without the zeros of the rows that are there.\n"
+    "\n"
+    "Returns\n"
+    "-------\n"
+    "scipy.sparse.csr_array\n"
+    "\n"
+    "Raises\n"
+    "------\n"
+    "NotBuiltError\n"
+    "    SciPy is not installed.\n"
+    "ArrayTypeError\n"
+    "    SciPy has no sparse arrays of this element type.\n"
+    "InvalidArgumentError\n"
+    "    Not two dimensions.\n");
+
+PyDoc_STRVAR(
+    to_torch_doc,
+    "to_torch($self, /)\n"
+    "--\n"
+    "\n"
+    "Copy into a new sparse COO tensor of PyTorch with one sparse dimension, that of the rows.\n"
+    "\n"
+    "Returns\n"
+    "-------\n"
+    "torch.Tensor\n"
+    "\n"
+    "Raises\n"
+    "------\n"
+    "NotBuiltError\n"
+    "    PyTorch is not installed.\n");
+
+PyDoc_STRVAR(copy_doc, "copy($self, /)\n"
+                       "--\n"
+                       "\n"
+                       "Copy into a new array, once all writes before are done.\n"
+                       "\n"
+                       "Returns\n"
+                       "-------\n"
+                       "RowSparse\n"
+                       "\n"
+                       "Examples\n"
+                       "--------\n"
+                       ">>> x = kvstore.RowSparse(np.ones((1, 2)), [1], (3, 2))\n"
+                       ">>> y = x.copy()\n"
+                       ">>> y[:] = 0\n"
+                       ">>> x.num_rows, y.num_rows\n"
+                       "(1, 0)\n");
+
+PyDoc_STRVAR(wait_to_read_doc,
+             "wait_to_read($self, /, timeout=None)\n"
+             "--\n"
+             "\n"
+             "Wait until everything that will write the array by calls made so far has done so.\n"
+             "\n"
+             "Raises the error of such a call if it failed.\n"
+             "\n"
+             "Parameters\n"
+             "----------\n"
+             "timeout : float, optional\n"
+             "    Seconds, 300 by default; then `kvstore.TimeoutError`.\n"
+             "\n"
+             "Examples\n"
+             "--------\n"
+             ">>> kvstore.RowSparse.zeros((2, 2)).wait_to_read()\n");
+
+PyDoc_STRVAR(
+    wait_to_write_doc,
+    "wait_to_write($self, /, timeout=None)\n"
+    "--\n"
+    "\n"
+    "Wait until everything that will read or write the array by calls made so far has done so.\n"
+    "\n"
+    "Raises the error of such a call if it failed.\n"
+    "\n"
+    "Parameters\n"
+    "----------\n"
+    "timeout : float, optional\n"
+    "    Seconds, 300 by default; then `kvstore.TimeoutError`.\n"
+    "\n"
+    "Examples\n"
+    "--------\n"
+    ">>> kvstore.RowSparse.zeros((2, 2)).wait_to_write()\n");
+
+PyDoc_STRVAR(array_doc, "__array__($self, /, dtype=None, copy=None)\n"
+                        "--\n"
+                        "\n"
+                        "Give a dense copy to NumPy.\n"
+                        "\n"
+                        "Parameters\n"
+                        "----------\n"
+                        "dtype : dtype-like, optional\n"
+                        "    Element type of the copy.\n"
+                        "copy : bool, optional\n"
+                        "    False raises: a copy is always needed.\n"
+                        "\n"
+                        "Examples\n"
+                        "--------\n"
+                        ">>> float(np.sum(kvstore.RowSparse(np.ones((1, 2)), [1], (3, 2))))\n"
+                        "2.0\n");
+
+PyDoc_STRVAR(
+    data_doc,
+    "The rows: a writable NumPy view without a copy, after all reads and writes before.\n"
+    "\n"
+    "While it is alive, calls of a store on this array return only when they are done with it. It\n"
+    "goes on showing the same rows when a pull replaces them.");
+
+PyDoc_STRVAR(
+    indices_doc,
+    "The number of each row, increasing: a read-only NumPy view, after all writes before.");
+
+#endif

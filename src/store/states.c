@@ -1,0 +1,445 @@
+/* Saving and restoring what training has left: the optimizer's counts and state, and the residuals
+ * of compression.
+ *
+ * An export looks at one key after the other, each between two of its operations. An import makes
+ * everything that it needs, checks it against the keys, enters all keys at once and only then
+ * changes something.
+ */
+#include "base/memory.h"
+#include "store/internal.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { NAME_BYTES = 96, SHAPE_BYTES = 160 };
+
+static kv_dtype_t wide_type(kv_dtype_t dtype)
+{
+    return dtype == KV_FLOAT64 ? KV_FLOAT64 : KV_FLOAT32;
+}
+
+void kv_states_fini(kv_states_t *states)
+{
+    for (int64_t k = 0; k < states->num_keys; k++) {
+        for (int i = 0; i < states->keys[k].num_parts; i++)
+            kv_buffer_rele(states->keys[k].parts[i].data);
+        kv_free(states->keys[k].parts);
+    }
+    kv_free(states->keys);
+    *states = (kv_states_t){0};
+}
+
+/* All entries, in the order of init, pinned. */
+static kv_status_t pin_entries(kv_store_t *store, kv_entry_t ***out, int64_t *count)
+{
+    kv_mutex_lock(&store->lock);
+    int64_t n = 0;
+    kv_entry_t **entries = kv_alloc((size_t)store->table.num_entries * sizeof *entries);
+    for (kv_entry_t *entry = store->table.first; entries != NULL && entry; entry = entry->next) {
+        kv_var_pin(&entry->var);
+        entries[n++] = entry;
+    }
+    kv_mutex_unlock(&store->lock);
+    KV_TRY_ALLOC(entries, "the list of keys");
+    *out = entries;
+    *count = n;
+    return KV_OK;
+}
+
+static void unpin_entries(kv_entry_t **entries, int64_t count)
+{
+    for (int64_t i = 0; i < count; i++)
+        kv_var_unpin(&entries[i]->var);
+    kv_free(entries);
+}
+
+/* ---------------------------------------------------------------------------------- export */
+
+/* A part as it lies in memory: how large one of its rows is, and its shape in a file. */
+typedef struct layout {
+    size_t row_bytes;
+    int ndim;
+} layout_t;
+
+static layout_t layout_of(const kv_entry_t *entry, bool per_row)
+{
+    size_t wide = kv_dtype_bytes(wide_type(entry->dtype));
+    return per_row ? (layout_t){wide, 1} : (layout_t){wide * (size_t)entry->row_count, entry->ndim};
+}
+
+/* A copy of one buffer, with its full shape if the key is row-sparse. */
+static kv_status_t copy_part(const kv_entry_t *entry, const kv_buffer_t *buffer, bool per_row,
+                             bool rows_only, kv_state_part_t *part)
+{
+    layout_t layout = layout_of(entry, per_row);
+    bool spread = entry->sparse && rows_only;
+    int64_t stored = kv_entry_num_rows(entry);
+    int64_t full = entry->ndim > 0 ? entry->shape[0] : 1;
+    part->dtype = wide_type(entry->dtype);
+    part->ndim = layout.ndim;
+    part->shape = entry->shape;
+    if (!spread) {
+        KV_TRY(kv_buffer_new((size_t)full * layout.row_bytes, &part->data));
+        memcpy(part->data->data, buffer->data, (size_t)full * layout.row_bytes);
+        return KV_OK;
+    }
+    KV_TRY(kv_buffer_new_zero((size_t)full * layout.row_bytes, &part->data));
+    const int64_t *ids = kv_rowset_ids(&entry->rows);
+    for (int64_t i = 0; i < stored; i++)
+        memcpy((char *)part->data->data + (size_t)ids[i] * layout.row_bytes,
+               (const char *)buffer->data + (size_t)i * layout.row_bytes, layout.row_bytes);
+    return KV_OK;
+}
+
+static kv_status_t add_part(const kv_entry_t *entry, const kv_buffer_t *buffer, bool per_row,
+                            bool rows_only, const char *slot, kv_key_state_t *state)
+{
+    kv_state_part_t *part = &state->parts[state->num_parts];
+    if (buffer == NULL)
+        return KV_OK;
+    snprintf(part->slot, sizeof part->slot, "%s", slot);
+    KV_TRY(copy_part(entry, buffer, per_row, rows_only, part));
+    state->num_parts++;
+    return KV_OK;
+}
+
+/* With the key held. */
+static kv_status_t export_key(const kv_entry_t *entry, const kv_slots_t *slots,
+                              const kv_optim_numbers_t *numbers, uint64_t epoch,
+                              kv_key_state_t *state)
+{
+    const kv_residuals_t *residuals = &entry->residuals;
+    int32_t num_residuals = residuals->epoch == epoch ? residuals->count : 0;
+    state->parts =
+        kv_calloc((size_t)KV_MAX_SLOTS + 1 + (size_t)num_residuals, sizeof *state->parts);
+    KV_TRY_ALLOC(state->parts, "the state of a key");
+    if (slots != NULL) {
+        kv_slot_t described[KV_MAX_SLOTS];
+        int num_slots = slots->optim->slots(numbers, described);
+        for (int i = 0; i < num_slots; i++)
+            KV_TRY(add_part(entry, slots->slot[i], described[i].per_row, true, described[i].name,
+                            state));
+        KV_TRY(add_part(entry, slots->master, false, true, "master", state));
+    }
+    for (int32_t i = 0; i < num_residuals; i++) {
+        char slot[32];
+        snprintf(slot, sizeof slot, "residual.%" PRId32, i);
+        KV_TRY(add_part(entry, residuals->buffers[i], false, false, slot, state));
+    }
+    return KV_OK;
+}
+
+static kv_status_t export_one(kv_store_t *store, kv_entry_t *entry, kv_key_state_t *state,
+                              kv_caller_t *caller)
+{
+    kv_dep_t dep = {.var = &entry->var, .access = KV_READ};
+    kv_op_t op;
+    kv_op_init(&op, &dep, 1, 0);
+    KV_TRY(kv_engine_enter(store->runtime->engine, &op, caller));
+    kv_mutex_lock(&store->lock);
+    kv_optimizer_t *optimizer = store->optimizer;
+    kv_slots_t *slots = optimizer != NULL ? entry->slots : NULL;
+    if (optimizer != NULL)
+        atomic_fetch_add(&optimizer->refs, 1);
+    if (slots != NULL)
+        atomic_fetch_add(&slots->refs, 1);
+    state->name = entry->name;
+    state->count = optimizer != NULL ? entry->updates : -1;
+    uint64_t epoch = store->codec.type != KV_CODEC_NONE ? store->codec_epoch : UINT64_MAX;
+    kv_mutex_unlock(&store->lock);
+    kv_status_t status =
+        export_key(entry, slots, optimizer != NULL ? &optimizer->numbers : NULL, epoch, state);
+    kv_engine_leave(store->runtime->engine, &op);
+    kv_slots_rele(slots);
+    kv_optimizer_rele(optimizer);
+    return status;
+}
+
+/* The shapes and names in the result would die with their keys: copies stand behind the keys. */
+static kv_status_t make_keys(kv_entry_t **entries, int64_t count, kv_states_t *out)
+{
+    size_t bytes = (size_t)count * sizeof(kv_key_state_t);
+    for (int64_t k = 0; k < count; k++)
+        bytes += (size_t)entries[k]->ndim * sizeof(int64_t);
+    for (int64_t k = 0; k < count; k++)
+        bytes += entries[k]->name.text != NULL ? entries[k]->name.bytes : 0;
+    out->keys = kv_calloc(1, bytes);
+    KV_TRY_ALLOC(out->keys, "the states of all keys");
+    out->num_keys = count;
+    return KV_OK;
+}
+
+static void own_names(kv_entry_t **entries, kv_states_t *states)
+{
+    int64_t *shape = (int64_t *)(states->keys + states->num_keys);
+    for (int64_t k = 0; k < states->num_keys; k++) {
+        kv_key_state_t *key = &states->keys[k];
+        if (entries[k]->ndim > 0)
+            memcpy(shape, entries[k]->shape, (size_t)entries[k]->ndim * sizeof *shape);
+        for (int i = 0; i < key->num_parts; i++)
+            key->parts[i].shape = shape;
+        shape += entries[k]->ndim;
+    }
+    char *text = (char *)shape;
+    for (int64_t k = 0; k < states->num_keys; k++) {
+        kv_name_t *name = &states->keys[k].name;
+        if (name->text != NULL) {
+            memcpy(text, name->text, name->bytes);
+            name->text = text;
+            text += name->bytes;
+        }
+    }
+}
+
+kv_status_t kv_store_export_states(kv_store_t *store, kv_states_t *out, kv_caller_t *caller)
+{
+    kv_entry_t **entries = NULL;
+    int64_t count = 0;
+    KV_TRY(kv_store_check_open(store));
+    KV_TRY(pin_entries(store, &entries, &count));
+    kv_states_t states = {0};
+    kv_status_t status = make_keys(entries, count, &states);
+    kv_caller_detach(caller);
+    for (int64_t k = 0; k < count && status == KV_OK; k++)
+        status = export_one(store, entries[k], &states.keys[k], caller);
+    kv_caller_attach(caller);
+    if (status == KV_OK) {
+        own_names(entries, &states);
+        kv_mutex_lock(&store->lock);
+        states.whole = store->state;
+        states.codec = store->codec;
+        kv_mutex_unlock(&store->lock);
+        *out = states;
+    } else {
+        kv_states_fini(&states);
+    }
+    unpin_entries(entries, count);
+    return status;
+}
+
+/* ---------------------------------------------------------------------------------- import */
+
+/* What one key will get. */
+typedef struct arrival {
+    kv_entry_t *entry;
+    kv_slots_t *slots;
+    kv_residuals_t residuals;
+} arrival_t;
+
+static kv_status_t refuse(const kv_entry_t *entry, const kv_state_part_t *part, const char *why)
+{
+    char name[NAME_BYTES], shape[SHAPE_BYTES];
+    kv_name_format(&entry->name, name, sizeof name);
+    kv_shape_format(part->ndim, part->shape, shape, sizeof shape);
+    return kv_fail(KV_INVALID, "state '%s' of key %s (%s %s) %s", part->slot, name,
+                   kv_dtype_name(part->dtype), shape, why);
+}
+
+static kv_status_t check_part(const kv_entry_t *entry, const kv_state_part_t *part, bool per_row)
+{
+    layout_t layout = layout_of(entry, per_row);
+    if (part->dtype != wide_type(entry->dtype))
+        return refuse(entry, part, "has another element type than the optimizer keeps");
+    bool same = part->ndim == layout.ndim;
+    for (int i = 0; same && i < part->ndim; i++)
+        same = part->shape[i] == entry->shape[i];
+    return same ? KV_OK : refuse(entry, part, "has another shape than the key");
+}
+
+/* The place of a part: a slot of the optimizer, KV_MAX_SLOTS for the master, or
+ * KV_MAX_SLOTS + 1 + position for a residual; -1 if there is none. */
+static int64_t place_of(const kv_entry_t *entry, const kv_optimizer_t *optimizer,
+                        const kv_state_part_t *part, bool *per_row)
+{
+    kv_slot_t described[KV_MAX_SLOTS];
+    int num_slots = optimizer->optim->slots(&optimizer->numbers, described);
+    for (int i = 0; i < num_slots; i++) {
+        if (strcmp(part->slot, described[i].name) == 0) {
+            *per_row = described[i].per_row;
+            return i;
+        }
+    }
+    *per_row = false;
+    bool narrow = entry->dtype == KV_FLOAT16 || entry->dtype == KV_BFLOAT16;
+    if (strcmp(part->slot, "master") == 0)
+        return narrow && optimizer->numbers.multi_precision ? KV_MAX_SLOTS : -1;
+    char *end = NULL;
+    if (strncmp(part->slot, "residual.", 9) == 0 && part->slot[9] >= '0' && part->slot[9] <= '9') {
+        long position = strtol(part->slot + 9, &end, 10);
+        if (*end == '\0' && position < INT16_MAX && !entry->sparse)
+            return KV_MAX_SLOTS + 1 + position;
+    }
+    return -1;
+}
+
+/* Of a part with the full shape, the rows that a row-sparse key stores; all others are zero. */
+static kv_status_t take_rows(const kv_entry_t *entry, const kv_state_part_t *part, size_t row_bytes,
+                             kv_buffer_t **out)
+{
+    static const char zeros[64];
+    const int64_t *ids = kv_rowset_ids(&entry->rows);
+    int64_t stored = entry->rows.num_rows;
+    const char *data = part->data->data;
+    KV_TRY(kv_buffer_new((size_t)stored * row_bytes, out));
+    for (int64_t row = 0, i = 0; row < entry->shape[0]; row++) {
+        const char *from = data + (size_t)row * row_bytes;
+        if (i < stored && ids[i] == row) {
+            memcpy((char *)(*out)->data + (size_t)i++ * row_bytes, from, row_bytes);
+            continue;
+        }
+        for (size_t at = 0; at < row_bytes; at += sizeof zeros) {
+            size_t length = row_bytes - at < sizeof zeros ? row_bytes - at : sizeof zeros;
+            if (memcmp(from + at, zeros, length) != 0)
+                return refuse(entry, part, "holds a row that the key's value has not");
+        }
+    }
+    return KV_OK;
+}
+
+/* With the key held. */
+static kv_status_t prepare_part(const kv_optimizer_t *optimizer, const kv_state_part_t *part,
+                                arrival_t *arrival)
+{
+    const kv_entry_t *entry = arrival->entry;
+    bool per_row;
+    int64_t place = place_of(entry, optimizer, part, &per_row);
+    if (place < 0)
+        return refuse(entry, part, "is none that the optimizer keeps for such a key");
+    KV_TRY(check_part(entry, part, per_row));
+    kv_buffer_t **target, *buffer = NULL;
+    if (place <= KV_MAX_SLOTS) {
+        target = place < KV_MAX_SLOTS ? &arrival->slots->slot[place] : &arrival->slots->master;
+    } else {
+        int64_t position = place - KV_MAX_SLOTS - 1;
+        KV_TRY(kv_residuals_grow(&arrival->residuals, (int32_t)position + 1));
+        target = &arrival->residuals.buffers[position];
+    }
+    if (*target != NULL)
+        return refuse(entry, part, "stands there twice");
+    if (entry->sparse) {
+        kv_status_t status = take_rows(entry, part, layout_of(entry, per_row).row_bytes, &buffer);
+        if (status != KV_OK) {
+            kv_buffer_rele(buffer);
+            return status;
+        }
+    } else {
+        KV_TRY(kv_buffer_new(part->data->bytes, &buffer));
+        memcpy(buffer->data, part->data->data, part->data->bytes);
+    }
+    *target = buffer;
+    return KV_OK;
+}
+
+static kv_status_t prepare(const kv_optimizer_t *optimizer, const kv_key_state_t *state,
+                           arrival_t *arrival)
+{
+    arrival->slots = kv_calloc(1, sizeof *arrival->slots);
+    KV_TRY_ALLOC(arrival->slots, "the state of a key");
+    arrival->slots->refs = 1;
+    arrival->slots->optim = optimizer->optim;
+    for (int i = 0; i < state->num_parts; i++)
+        KV_TRY(prepare_part(optimizer, &state->parts[i], arrival));
+    return KV_OK;
+}
+
+/* Everything is there: the keys get it. */
+static void arrive_locked(kv_store_t *store, const kv_states_t *states, bool keep_whole,
+                          arrival_t *arrivals) KV_REQUIRES(&store->lock)
+{
+    for (int64_t k = 0; k < states->num_keys; k++) {
+        kv_entry_t *entry = arrivals[k].entry;
+        kv_slots_t *slots = entry->slots;
+        kv_residuals_t residuals = entry->residuals;
+        entry->updates = states->keys[k].count;
+        entry->slots = entry->updates >= 0 ? arrivals[k].slots : NULL;
+        arrivals[k].slots = entry->slots != NULL ? slots : arrivals[k].slots;
+        if (entry->slots == NULL)
+            kv_slots_rele(slots);
+        arrivals[k].residuals.epoch = store->codec_epoch;
+        entry->residuals = arrivals[k].residuals;
+        arrivals[k].residuals = residuals;
+    }
+    if (!keep_whole)
+        store->state = states->whole;
+    store->counted++;
+}
+
+static kv_status_t import_held(kv_store_t *store, const kv_optimizer_t *optimizer,
+                               const kv_states_t *states, bool keep_whole, arrival_t *arrivals)
+{
+    for (int64_t k = 0; k < states->num_keys; k++)
+        KV_TRY(prepare(optimizer, &states->keys[k], &arrivals[k]));
+    kv_mutex_lock(&store->lock);
+    bool same = store->optimizer == optimizer;
+    if (same)
+        arrive_locked(store, states, keep_whole, arrivals);
+    kv_mutex_unlock(&store->lock);
+    return same ? KV_OK
+                : kv_fail(KV_INVALID, "the optimizer was replaced while states were loaded");
+}
+
+/* Finds and pins the entries. */
+static kv_status_t find_entries(kv_store_t *store, const kv_states_t *states, arrival_t *arrivals,
+                                kv_optimizer_t **optimizer)
+{
+    kv_status_t status = KV_OK;
+    kv_mutex_lock(&store->lock);
+    if (store->optimizer == NULL)
+        status = kv_fail(KV_INVALID, "the store has no optimizer; call set_optimizer first");
+    for (int64_t k = 0; k < states->num_keys && status == KV_OK; k++) {
+        const kv_name_t *name = &states->keys[k].name;
+        kv_entry_t *entry = kv_table_find(&store->table, name, kv_name_hash(name));
+        char text[NAME_BYTES];
+        if (entry == NULL) {
+            status = kv_fail(KV_NO_KEY, "state of key %s, which was not initialised",
+                             kv_name_format(name, text, sizeof text));
+            break;
+        }
+        kv_var_pin(&entry->var);
+        arrivals[k].entry = entry;
+    }
+    if (status == KV_OK) {
+        *optimizer = store->optimizer;
+        atomic_fetch_add(&store->optimizer->refs, 1);
+    }
+    kv_mutex_unlock(&store->lock);
+    return status;
+}
+
+kv_status_t kv_store_import_states(kv_store_t *store, const kv_states_t *states, bool keep_whole,
+                                   kv_caller_t *caller)
+{
+    KV_TRY(kv_store_check_open(store));
+    kv_optimizer_t *optimizer = NULL;
+    size_t count = (size_t)states->num_keys;
+    arrival_t *arrivals = kv_calloc(count, sizeof *arrivals + sizeof(kv_dep_t));
+    KV_TRY_ALLOC(arrivals, "the states of all keys");
+    kv_dep_t *deps = (kv_dep_t *)(arrivals + count);
+    kv_status_t status = find_entries(store, states, arrivals, &optimizer);
+    if (status == KV_OK) {
+        kv_op_t op;
+        for (size_t k = 0; k < count; k++)
+            deps[k] = (kv_dep_t){.var = &arrivals[k].entry->var, .access = KV_WRITE};
+        kv_op_init(&op, deps, (int32_t)count, 0);
+        kv_caller_detach(caller);
+        if (count > 0)
+            status = kv_engine_enter(store->runtime->engine, &op, caller);
+        if (status == KV_OK) {
+            status = import_held(store, optimizer, states, keep_whole, arrivals);
+            if (count > 0)
+                kv_engine_leave(store->runtime->engine, &op);
+        }
+        kv_caller_attach(caller);
+    }
+    for (size_t k = 0; k < count; k++) {
+        kv_slots_rele(arrivals[k].slots);
+        kv_residuals_fini(&arrivals[k].residuals);
+        if (arrivals[k].entry != NULL)
+            kv_var_unpin(&arrivals[k].entry->var);
+    }
+    kv_free(arrivals);
+    kv_optimizer_rele(optimizer);
+    return status;
+}
