@@ -35,7 +35,7 @@ class FTML(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_FTML
+    [0.5 0.5]
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class LAMB(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_LAMB
+    [0.5 0.5]
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Adam(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_Adam
+    [0.4999969 0.4999969]
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class AdamW(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_AdamW
+    [0.4999969 0.4999969]
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class AdaGrad(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_AdaGrad
+    [0.5 0.5]
     """
 
     def __init__(self, *, eps: float = 1e-7, **common: Unpack[Common]) -> None:
@@ -239,10 +239,10 @@ class GroupAdaGrad(BuiltIn):
     --------
     >>> with kvstore.create() as kv:
     ...     kv.set_optimizer(kvstore.optimizer.GroupAdaGrad(learning_rate=0.5))
-    ...     kv.init('w', np.ones(2, 'float32'))
-    ...     kv.push('w', np.ones(2, 'float32'))
+    ...     kv.init('w', np.ones((1, 2), 'float32'))
+    ...     kv.push('w', np.ones((1, 2), 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_GroupAdaGrad
+    [[0.5000025 0.5000025]]
     """
 
     def __init__(self, *, eps: float = 1e-5, **common: Unpack[Common]) -> None:
@@ -280,7 +280,7 @@ class RMSProp(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_RMSProp
+    [-0.5811385 -0.5811385]
     """
 
     def __init__(
@@ -325,7 +325,7 @@ class AdaDelta(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_AdaDelta
+    [0.9900005 0.9900005]
     """
 
     def __init__(
@@ -360,7 +360,7 @@ class Ftrl(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_Ftrl
+    [0.2475 0.2475]
     """
 
     def __init__(
@@ -393,7 +393,7 @@ class Adamax(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_Adamax
+    [0.5 0.5]
     """
 
     def __init__(
@@ -431,7 +431,7 @@ class Nadam(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_Nadam
+    [0.4717741 0.4717741]
     """
 
     def __init__(

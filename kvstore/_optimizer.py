@@ -373,7 +373,9 @@ class Optimizer:
 
     def _replace(self, changes: Mapping[str, Any]) -> Self:
         """A new object of the same schedule with other numbers."""
-        changes = {_ALIASES.get(name, name): value for name, value in changes.items()}
+        given, changes = changes, {_ALIASES.get(n, n): value for n, value in changes.items()}
+        if len(changes) < len(given):
+            raise InvalidArgumentError("lr and learning_rate are the same")
         known = {*self._numbers, "lr_mult", "wd_mult"}
         own = {name: value for name, value in changes.items() if name not in known}
         owner = type(self).__name__
@@ -415,7 +417,7 @@ class Optimizer:
         decayed = not named or self._names.get(key, str(key)).endswith(self._DECAYED)
         return self._mult(self._wd_mult, key, 1.0 if decayed else 0.0)
 
-    def _multipliers(self) -> list[tuple[Key, float, float, bool]]:
+    def _multipliers(self) -> list[tuple[Any, float, float, bool]]:
         """(key, lr_mult, wd_mult, whether LARS leaves its rate alone) of all keys mentioned."""
         keys = dict.fromkeys([*self._lr_mult, *self._wd_mult, *self._names, *self._names.values()])
         return [
@@ -438,7 +440,9 @@ class Optimizer:
                 f"{owner}: a schedule of your own cannot be written to a file: {self._schedule!r}"
             )
         mappings = ("lr_mult", "wd_mult", "names")
-        packed = {name: list(map(list, getattr(self, name).items())) for name in mappings}
+        packed: dict[str, Any] = {
+            name: list(map(list, getattr(self, name).items())) for name in mappings
+        }
         packed |= {"schedule": schedule, "begin": self._begin, "numbers": self._numbers}
         if self._KIND is None:
             args, keywords, later = self._arguments

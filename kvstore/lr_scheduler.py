@@ -308,7 +308,7 @@ class PolyScheduler(_Falling):
 
     >>> schedule = kvstore.lr_scheduler.PolyScheduler(max_update=4, base_lr=0.8, pwr=1)
     >>> [schedule(n) for n in (0, 1, 2, 4, 9)]
-    [0.8, 0.6, 0.4, 0.0, 0.0]
+    [0.8, 0.6000000000000001, 0.4, 0.0, 0.0]
     """
 
     def __init__(

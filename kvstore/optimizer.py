@@ -78,7 +78,7 @@ class SGD(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_SGD
+    [0.5 0.5]
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class NAG(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_NAG
+    [0.05000001 0.05000001]
     """
 
     def __init__(self, *, momentum: float = 0.0, **common: Unpack[Common]) -> None:
@@ -142,7 +142,7 @@ class Signum(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_Signum
+    [0.5 0.5]
     """
 
     def __init__(
@@ -184,7 +184,7 @@ class LARS(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_LARS
+    [0.5 0.5]
     """
 
     _DECAYED = ("_weight",)
@@ -244,7 +244,7 @@ class LBSGD(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_LBSGD
+    [0.5 0.5]
     """
 
     def __init__(
@@ -294,7 +294,7 @@ class DCASGD(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_DCASGD
+    [0.5 0.5]
     """
 
     def __init__(
@@ -319,11 +319,11 @@ class SGLD(BuiltIn):
     Examples
     --------
     >>> with kvstore.create() as kv:
-    ...     kv.set_optimizer(kvstore.optimizer.SGLD(learning_rate=1e-12))
+    ...     kv.set_optimizer(kvstore.optimizer.SGLD(learning_rate=0.01))
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
-    ...     print(kv.pull('w').asnumpy())
-    RESULT_SGLD
+    ...     print(abs(kv.pull('w').asnumpy() - 1) < 1)
+    [ True  True]
     """
 
     def __init__(self, **common: Unpack[Common]) -> None:
@@ -340,7 +340,7 @@ class Test(BuiltIn):
     ...     kv.init('w', np.ones(2, 'float32'))
     ...     kv.push('w', np.ones(2, 'float32'))
     ...     print(kv.pull('w').asnumpy())
-    RESULT_Test
+    [3. 3.]
     """
 
     def __init__(self, **common: Unpack[Common]) -> None:

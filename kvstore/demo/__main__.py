@@ -1,7 +1,7 @@
 """`python -m kvstore.demo`: train, show, judge.
 
-Exit status: 0 when the network has learned the digits, 1 when it has not or a package is missing,
-2 for wrong arguments, 130 after Ctrl-C.
+Exit status: 0 when what was trained has learned, 1 when it has not or a package is missing, 2 for
+wrong arguments, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ENOUGH = 0.95
 PICTURES = (".png", ".pdf", ".svg")
 
 
@@ -27,20 +26,22 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m kvstore.demo",
-        description="Trains a small network on scikit-learn's digits images, data-parallel over "
-        "threads, with the weights in a kvstore.",
+        description="Two trainings with the weights in a kvstore: a small network learns "
+        "scikit-learn's digits images, data-parallel over threads, in three ways; and word vectors "
+        "learn Python's language reference through row-sparse keys.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    parser.add_argument("scene", nargs="?", choices=("digits", "words", "both"), default="both")
     for name, default, low, high, what in (
-        ("--epochs", 40, 1, 10_000, "how often to go through the images"),
-        ("--workers", 4, 1, 64, "threads, each with a shard of every batch"),
+        ("--epochs", 40, 1, 10_000, "how often to go through the images, or the text"),
+        ("--workers", 4, 1, 64, "digits: threads, each with a shard of every batch"),
         ("--seed", 0, 0, 2**32 - 1, "of first weights and batches; same seed, same result"),
     ):
         parser.add_argument(
             name, type=whole_number(low, high), default=default, metavar="N", help=what
         )
     parser.add_argument(
-        "--output", type=Path, default="kvstore_demo.png", metavar="FILE", help="the plot"
+        "--output", type=Path, default="kvstore_demo.png", metavar="FILE", help="digits: the plot"
     )
     options = parser.parse_args(arguments)
     if options.output.suffix.lower() not in PICTURES:
@@ -52,53 +53,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    from kvstore.demo import digits, report
+    from kvstore.demo import scenes
+    from kvstore.demo.words import NoTextError
 
     console = Console()
-    images = digits.load_images()
-    steps: list[digits.Step] = []
-    accuracies: list[float] = []
-    progress = Progress(
-        TextColumn("epoch"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}  test accuracy {task.fields[accuracy]:.1%}"),
-        console=console,
-    )
-    with digits.Training(images, options.workers, options.seed) as training:
-        console.print(
-            f"{len(images.train_labels):,} images to learn, {len(images.test_labels)} to test, "
-            f"{options.workers} worker thread{'s' * (options.workers > 1)}, "
-            f"store of kind '{training.kv.type}'"
+    good = True
+    if options.scene != "words":
+        good = scenes.show_digits(
+            console, options.epochs, options.workers, options.seed, options.output
         )
-        with progress:
-            task = progress.add_task("", total=options.epochs, loss=0.0, accuracy=0.0)
-            for _ in range(options.epochs):
-                steps.extend(training.epoch())
-                accuracies.append(training.test_accuracy())
-                loss = sum(step.loss for step in steps[-training.steps_per_epoch :])
-                progress.update(
-                    task,
-                    advance=1,
-                    loss=loss / training.steps_per_epoch,
-                    accuracy=accuracies[-1],
-                )
-        bytes_per_call = training.bytes_per_call
-
-    console.print(report.table(steps, bytes_per_call, options.workers))
-    try:
-        report.draw(steps, accuracies).savefig(options.output, dpi=150)
-    except OSError as error:
-        console.print(f"The plot could not be saved: {error}", style="red")
-        return 1
-    console.print(f"Plot: {options.output}")
-    good = accuracies[-1] >= ENOUGH
-    console.print(
-        f"Test accuracy {accuracies[-1]:.1%}, {'at least' if good else 'below'} {ENOUGH:.0%}.",
-        style="green" if good else "red",
-    )
+    if options.scene != "digits":
+        try:
+            good &= scenes.show_words(console, options.epochs, options.seed)
+        except NoTextError as error:
+            console.print(f"{error} The scene 'words' is left out.", style="yellow")
+            good &= options.scene != "words"
     return 0 if good else 1
 
 

@@ -1,13 +1,16 @@
-"""A small network learns scikit-learn's digits images, data-parallel over threads.
+"""A small network learns scikit-learn's digits images, data-parallel over threads, in three ways.
 
 A worker is a thread with its own copy of the weights and its own shard of every batch. One step:
 
     gradients  every worker computes the gradients of its shard, all at the same time
-    push       the store sums the workers' gradients and lets the updater change its weights
+    push       the store sums the workers' gradients and changes its weights
     pull       the new weights go from the store into every worker's copy
 
 The gradients are scaled by the whole batch, so their sum over the workers is the gradient of the
-batch: up to rounding, the result does not depend on the number of workers.
+batch: up to rounding, the result does not depend on the number of workers. (In two bits it does:
+every worker rounds on its own, and keeps what it has not sent yet for the next step.)
+
+The three ways differ in what the store is told before the first step, and in nothing else.
 """
 
 from __future__ import annotations
@@ -113,6 +116,28 @@ class Momentum:
 
 
 @dataclass(frozen=True)
+class Way:
+    """What makes new weights of the gradients; without an optimizer it is `Momentum`."""
+
+    name: str
+    kind: str
+    optimizer: kvstore.optimizer.Optimizer | None = None
+    compression: dict[str, Any] | None = None
+
+
+WAYS = (
+    Way("momentum, an updater", "local"),
+    Way("Adam", "local", kvstore.optimizer.Adam(learning_rate=0.005)),
+    Way(
+        "SGD, 2-bit gradients",
+        "device",  # every position of a value list stands for a device, here a worker
+        kvstore.optimizer.SGD(learning_rate=0.5),
+        {"type": "2bit", "threshold": 0.005},
+    ),
+)
+
+
+@dataclass(frozen=True)
 class Step:
     """The loss before a step, and where the step's time went, in seconds."""
 
@@ -130,8 +155,9 @@ class Step:
 class Training:
     """The workers, their weights and the store. Use it in a `with` statement."""
 
-    def __init__(self, images: Images, workers: int = 4, seed: int = 0) -> None:
+    def __init__(self, images: Images, workers: int = 4, seed: int = 0, way: Way = WAYS[0]) -> None:
         self.images = images
+        self.way = way
         self.rng = np.random.default_rng(seed)
         self.updater = Momentum()
         first = first_weights(self.rng)
@@ -140,9 +166,14 @@ class Training:
             # The workers are the parallelism; BLAS threads on top would only get in their way.
             stack.enter_context(threadpool_limits(limits=1))
             self.threads = stack.enter_context(ThreadPoolExecutor(workers))
-            self.kv = stack.enter_context(kvstore.create("local"))
+            self.kv = stack.enter_context(kvstore.create(way.kind))
             self.kv.init(KEYS, [first[key] for key in KEYS])
-            self.kv.set_updater(self.updater)
+            if way.optimizer is None:
+                self.kv.set_updater(self.updater)
+            else:
+                self.kv.set_optimizer(way.optimizer)
+            if way.compression is not None:
+                self.kv.set_gradient_compression(way.compression)
             self._stack = stack.pop_all()
 
     def __enter__(self) -> Training:
@@ -159,6 +190,17 @@ class Training:
     def bytes_per_call(self) -> int:
         """What one push reads and one pull writes: every weight, once a worker."""
         return sum(array.nbytes for weights in self.weights for array in weights.values())
+
+    @property
+    def gradient_bytes(self) -> int:
+        """What the gradients of one worker come to in a step, as the store codes them."""
+        arrays = self.weights[0].values()  # as large as the gradients
+        if self.way.compression is None:
+            return sum(array.nbytes for array in arrays)
+        return sum(
+            kvstore.compression.encode(array, np.zeros_like(array), self.way.compression).nbytes
+            for array in arrays
+        )
 
     def epoch(self) -> Iterator[Step]:
         order = self.rng.permutation(len(self.images.train_labels))

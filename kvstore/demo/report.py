@@ -1,14 +1,16 @@
-"""What the demo shows when a training has ended: a table and a plot."""
+"""What the demo shows when a training has ended: tables and a plot."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from kvstore.demo.digits import Step
+from kvstore.demo import words
+from kvstore.demo.digits import WAYS, Step, Way
 
 BLUE, ORANGE, GREEN, GREY = "#2166ac", "#d6604d", "#1b7837", "#666666"
 
@@ -22,7 +24,7 @@ def size(bytes_: float) -> str:
 
 
 def table(steps: Sequence[Step], bytes_per_call: int, workers: int) -> Table:
-    """Where the time went, and what the store moved."""
+    """Where the time of the first way went, and what the store moved."""
     parts = {
         f"gradients, {workers} thread{'s' * (workers > 1)}": sum(s.gradients for s in steps),
         "updater, inside push": sum(s.updater for s in steps),
@@ -30,7 +32,8 @@ def table(steps: Sequence[Step], bytes_per_call: int, workers: int) -> Table:
         "pull": sum(s.pull for s in steps),
     }
     total = sum(parts.values())
-    result = Table(title="Where the time went", title_justify="left", title_style="bold")
+    title = f"Where the time went: {WAYS[0].name}"
+    result = Table(title=title, title_justify="left", title_style="bold")
     result.add_column("work")
     for name in ("calls", "bytes", "time", "a step", "share"):
         result.add_column(name, justify="right")
@@ -59,17 +62,74 @@ def table(steps: Sequence[Step], bytes_per_call: int, workers: int) -> Table:
     return result
 
 
+class Run(NamedTuple):
+    """One way of learning the digits, for `ways`."""
+
+    way: Way
+    gradient_bytes: int
+    steps: Sequence[Step]
+    accuracies: Sequence[float]
+
+
+def ways(runs: Sequence[Run], enough: float) -> Table:
+    """The ways of learning the digits, side by side."""
+    result = Table(title="The ways side by side", title_justify="left", title_style="bold")
+    result.add_column("way")
+    result.add_column("store")
+    for name in ("gradients", "a step", f"{enough:.0%} after", "at the end"):
+        result.add_column(name, justify="right")
+    for run in runs:
+        seconds = sum(step.store + step.updater for step in run.steps)
+        there = [i for i, accuracy in enumerate(run.accuracies, 1) if accuracy >= enough]
+        result.add_row(
+            run.way.name,
+            run.way.kind,
+            size(run.gradient_bytes),
+            f"{seconds / len(run.steps) * 1e6:.0f} µs",
+            f"epoch {there[0]}" if there else "never",
+            f"{run.accuracies[-1]:.1%}",
+        )
+    result.caption = "gradients: of one worker; a step: push, update and pull"
+    result.caption_justify = "left"
+    return result
+
+
+def neighbours(training: words.Training, shown: Sequence[str]) -> Table:
+    result = Table(title="Nearest neighbours", title_justify="left", title_style="bold")
+    result.add_column("word", style="bold")
+    result.add_column("its neighbours, nearest first")
+    for word in shown:
+        result.add_row(word, ", ".join(training.neighbours(word)))
+    return result
+
+
+def moved(steps: Sequence[words.Step], dense_bytes: int) -> str:
+    """What went through the store against whole tables; `dense_bytes` is that of a step."""
+    pulled, pushed = sum(step.pulled for step in steps), sum(step.pushed for step in steps)
+    dense = dense_bytes * len(steps)
+    return (
+        f"Moved in {len(steps):,} steps: {size(pulled)} of rows pulled and {size(pushed)} pushed, "
+        f"row ids included. Whole tables, pulled and pushed, would have been {size(dense)}, "
+        f"{dense / (pulled + pushed):.1f} times as much."
+    )
+
+
 def draw(
-    steps: Sequence[Step], accuracies: Sequence[float], figure: Figure | None = None
+    steps: Sequence[Step],
+    accuracies: Mapping[str, Sequence[float]],
+    figure: Figure | None = None,
 ) -> Figure:
-    """Loss and time of every step; `accuracies` has one entry an epoch."""
+    """Loss and time of every step of the first way, and the accuracies of all, one an epoch."""
     if figure is None:
         figure = Figure()
-    figure.set_size_inches(9, 7)
+    figure.set_size_inches(9, 10)
     figure.set_layout_engine("constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    upper, lower, ways = figure.subplots(3, 1)
+    upper.sharex(lower)
+    upper.tick_params(labelbottom=False)
     number = np.arange(1, len(steps) + 1)
-    epochs = len(accuracies)
+    first, of_first = next(iter(accuracies.items()))
+    epochs = len(of_first)
     per_epoch = len(steps) // epochs
     epoch_ends = per_epoch * np.arange(1, epochs + 1)
 
@@ -85,7 +145,7 @@ def draw(
     upper.set_yscale("log")
     upper.set_ylabel("training loss")
     upper.set_title(
-        f"Digits: {accuracies[-1]:.1%} of the test images right after {epochs} epochs",
+        f"Digits ({first}): {of_first[-1]:.1%} of the test images right after {epochs} epochs",
         loc="left",
         fontweight="bold",
     )
@@ -109,7 +169,15 @@ def draw(
     low, high = lower.get_ylim()
     lower.set_ylim(low, high * (high / low) ** 0.3)
     lower.legend(frameon=False, loc="upper right")
-    for axes in (upper, lower):
+
+    for color, (name, of_way) in zip((BLUE, ORANGE, GREEN), accuracies.items(), strict=False):
+        label = f"{name}: {of_way[-1]:.1%}"
+        ways.plot(np.arange(1, epochs + 1), of_way, ".-", color=color, label=label)
+    ways.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    ways.set_ylabel("test images right")
+    ways.set_xlabel("epoch")
+    ways.legend(frameon=False, loc="lower right")
+    for axes in (upper, lower, ways):
         axes.grid(True, axis="y", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     return figure

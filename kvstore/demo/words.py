@@ -117,7 +117,8 @@ def make_batch(centres: Array, contexts: Array, noise: Array) -> Batch:
 def gradients(inputs: Array, outputs: Array, batch: Batch) -> tuple[float, Array, Array]:
     """The summed loss of the batch's pairs, and its gradients in the rows of both tables."""
     scores = inputs @ outputs.T
-    softplus = np.logaddexp(0, scores)  # -log of the chance of "far"; of "near" less the score
+    # -log of the chance of "far"; that of "near" is the score more. Never overflows.
+    softplus = np.maximum(scores, 0) + np.log(1 + np.exp(-np.abs(scores)))
     loss = float((batch.near * (softplus - scores) + batch.far * softplus).sum())
     chance_of_near = np.exp(scores - softplus)
     d_scores = chance_of_near * (batch.near + batch.far) - batch.near

@@ -43,6 +43,7 @@ typedef struct dense_source {
     kv_source_t base;
     const kv_host_t *host;
     kv_dtype_t dtype;
+    int64_t element; /* bytes of a gradient's element */
     const kv_gradients_t *gradients;
 } dense_source_t;
 
@@ -52,8 +53,7 @@ static const void *read_plain(const kv_source_t *source, int64_t begin, int64_t 
 {
     (void)end, (void)last, (void)block, (void)unfinite;
     const dense_source_t *dense = (const dense_source_t *)source;
-    int64_t bytes = (int64_t)kv_dtype_bytes(dense->dtype);
-    return (const char *)dense->gradients->src[0] + begin * bytes;
+    return (const char *)dense->gradients->src[0] + begin * dense->element;
 }
 
 static const void *read_sum(const kv_source_t *source, int64_t begin, int64_t end, bool last,
@@ -73,16 +73,15 @@ static const void *read_compressed(const kv_source_t *source, int64_t begin, int
 {
     const dense_source_t *dense = (const dense_source_t *)source;
     const kv_gradients_t *gradients = dense->gradients;
-    int64_t bytes = (int64_t)kv_dtype_bytes(dense->dtype);
     int64_t wide = wide_bytes(dense->dtype == KV_FLOAT64);
     _Alignas(ALIGN) char copy[KV_UPDATE_BLOCK * 8];
     for (int i = 0; i < gradients->num_src; i++) {
         char *residual = at_element(gradients->residuals[i], begin, wide);
         if (!last)
             residual = memcpy(copy, residual, (size_t)((end - begin) * wide));
-        int64_t bad = kv_codec_apply(dense->host->kernels, &gradients->codec, dense->dtype, 0,
-                                     end - begin, (const char *)gradients->src[i] + begin * bytes,
-                                     residual, i == 0, block);
+        int64_t bad = kv_codec_apply(
+            dense->host->kernels, &gradients->codec, dense->dtype, 0, end - begin,
+            (const char *)gradients->src[i] + begin * dense->element, residual, i == 0, block);
         if (last)
             *unfinite += bad;
     }
@@ -96,6 +95,7 @@ static void dense_init(dense_source_t *dense, const kv_host_t *host, kv_dtype_t 
     bool is_wide = dtype == KV_FLOAT64 || dtype == KV_FLOAT32;
     dense->host = host;
     dense->dtype = dtype;
+    dense->element = bytes;
     dense->gradients = gradients;
     dense->base.bytes = gradients->num_src * bytes;
     if (gradients->codec.type != KV_CODEC_NONE) {
@@ -111,11 +111,21 @@ static void dense_init(dense_source_t *dense, const kv_host_t *host, kv_dtype_t 
 
 /* ----------------------------------------------------------------------------- one span */
 
+static bool is_narrow(kv_dtype_t dtype)
+{
+    return dtype == KV_FLOAT16 || dtype == KV_BFLOAT16;
+}
+
+static int64_t weight_bytes(const kv_update_t *update)
+{
+    return update->is_double ? 8 : is_narrow(update->weight->dtype) ? 2 : 4;
+}
+
 /* The weight of [begin, end) in the wide type: where it lies, or widened into `block`. */
 static void *read_weight(const kv_update_t *update, int64_t begin, int64_t end, void *block)
 {
     const kv_weight_t *weight = update->weight;
-    if (weight->dtype == KV_FLOAT64 || weight->dtype == KV_FLOAT32)
+    if (!is_narrow(weight->dtype))
         return at_element(weight->data, begin, wide_bytes(update->is_double));
     if (weight->master != NULL)
         return weight->master + begin;
@@ -129,7 +139,7 @@ static void write_weight(const kv_update_t *update, int64_t begin, int64_t end, 
 {
     const kv_weight_t *weight = update->weight;
     const kv_kernels_t *kernels = update->host->kernels;
-    if (weight->dtype == KV_FLOAT16 || weight->dtype == KV_BFLOAT16)
+    if (is_narrow(weight->dtype))
         kernels->float32_to[weight->dtype](end - begin, wide, at_element(weight->data, begin, 2));
     if (update->num_dst > 0) {
         const void *from = weight->data;
@@ -138,7 +148,7 @@ static void write_weight(const kv_update_t *update, int64_t begin, int64_t end, 
     }
 }
 
-static void slots_at(const kv_update_t *update, int64_t begin, void **slots)
+static inline void slots_at(const kv_update_t *update, int64_t begin, void **slots)
 {
     int64_t bytes = wide_bytes(update->is_double);
     for (int i = 0; i < KV_MAX_SLOTS; i++)
@@ -196,8 +206,11 @@ void kv_update_part(const kv_update_t *update, int64_t begin, int64_t end, int64
     _Alignas(ALIGN) float wide[KV_UPDATE_BLOCK];
     /* LAMB has used up its gradient in the first pass. */
     bool reads = update->pass.norms != KV_NORMS_DIRECTION;
+    /* Nothing comes by way of the cache: the loop over memory runs through. */
+    bool whole = update->source->read == read_plain && update->num_dst == 0;
+    int64_t most = whole ? end - begin : KV_UPDATE_BLOCK;
     while (begin < end) {
-        int64_t to = begin + smaller(end - begin, KV_UPDATE_BLOCK);
+        int64_t to = begin + smaller(end - begin, most);
         void *slots[KV_MAX_SLOTS];
         slots_at(update, begin, slots);
         void *w = read_weight(update, begin, to, wide);
@@ -224,7 +237,7 @@ static void mean_of(const kv_update_t *update, int64_t begin, int64_t count, dou
                     const void *gradient, void *mean)
 {
     const kv_weight_t *weight = update->weight;
-    void *sum = weight->slots[weight->slots[1] != NULL ? 1 : 0];
+    void *sum = weight->slots[0];
     for (int64_t i = 0; i < count; i++)
         if (update->is_double)
             ((double *)mean)[i] =
@@ -292,22 +305,31 @@ static __attribute__((noinline)) void take_norms(kv_update_t *update, int64_t *u
         job.narrow = weight->dtype;
     atomic_init(&job.unfinite, 0);
     job.chunk = CHUNK_UNIT; /* times a power of two: see kv_squares_t */
-    int64_t traffic = kv_update_traffic(update);
+    int64_t traffic = update->traffic;
     while (job.chunk * traffic < CHUNK_BYTES_MIN || weight->count > job.chunk * NORM_PARTS)
         job.chunk *= 2;
     int64_t chunks = (weight->count + job.chunk - 1) / job.chunk;
     int threads = weight->count * traffic < ALONE_BYTES ? 1 : host->num_threads;
-    kv_team_run(host->team, threads, chunks, norm_chunk, &job);
-    kv_squares_t of_weight, of_other;
-    kv_squares_start(&of_weight);
-    kv_squares_start(&of_other);
-    for (int64_t i = 0; i < chunks; i++) {
-        kv_squares_leaf(&of_weight, job.weight[i]);
-        kv_squares_leaf(&of_other, job.other[i]);
+    double weight_sum, other_sum;
+    for (;;) {
+        kv_team_run(host->team, threads, chunks, norm_chunk, &job);
+        kv_squares_t of_weight, of_other;
+        kv_squares_start(&of_weight);
+        kv_squares_start(&of_other);
+        for (int64_t i = 0; i < chunks; i++) {
+            kv_squares_leaf(&of_weight, job.weight[i]);
+            kv_squares_leaf(&of_other, job.other[i]);
+        }
+        weight_sum = kv_squares_sum(&of_weight);
+        other_sum = kv_squares_sum(&of_other);
+        /* A scaled loss makes gradients whose squares have no place in 16 bits. */
+        if (isfinite(weight_sum + other_sum) || job.narrow == KV_FLOAT32 ||
+            update->pass.norms == KV_NORMS_DIRECTION)
+            break;
+        job.narrow = KV_FLOAT32;
     }
     *unfinite += atomic_load(&job.unfinite);
-    kv_pass_set_norms(&update->pass, update->step, update->is_double, kv_squares_sum(&of_weight),
-                      kv_squares_sum(&of_other));
+    kv_pass_set_norms(&update->pass, update->step, update->is_double, weight_sum, other_sum);
 }
 
 /* ------------------------------------------------------------------------- the whole value */
@@ -317,6 +339,19 @@ static kv_step_kernel_t *kernel_of(const kv_update_t *update)
     const kv_kernels_t *kernels = update->host->kernels;
     return update->is_double ? kernels->step_double[update->pass.kind]
                              : kernels->step_float[update->pass.kind];
+}
+
+static int64_t traffic_of(const kv_update_t *update)
+{
+    const kv_weight_t *weight = update->weight;
+    int64_t wide = wide_bytes(update->is_double);
+    int64_t traffic = update->source->bytes + 2 * weight_bytes(update);
+    if (weight->master != NULL)
+        traffic += 2 * wide;
+    for (int i = 0; i < KV_MAX_SLOTS; i++)
+        if (weight->slots[i] != NULL)
+            traffic += 2 * wide;
+    return traffic;
 }
 
 bool kv_update_begin(kv_update_t *update, const kv_host_t *host, const kv_step_t *step,
@@ -332,6 +367,7 @@ bool kv_update_begin(kv_update_t *update, const kv_host_t *host, const kv_step_t
     update->dst = NULL;
     update->stream = false;
     update->factors = &update->pass.factors;
+    update->traffic = traffic_of(update);
     *unfinite = 0;
     kv_pass_init(&update->pass, step, update->is_double, how);
     if (update->pass.norms == KV_NORMS_DIRECTION)
@@ -340,18 +376,6 @@ bool kv_update_begin(kv_update_t *update, const kv_host_t *host, const kv_step_t
         take_norms(update, unfinite);
     update->kernel = kernel_of(update);
     return !update->pass.idle;
-}
-
-int64_t kv_update_traffic(const kv_update_t *update)
-{
-    int64_t element = (int64_t)kv_dtype_bytes(update->weight->dtype);
-    int64_t traffic = update->source->bytes + (2 + update->num_dst) * element;
-    if (update->weight->master != NULL)
-        traffic += 2 * 4;
-    for (int i = 0; i < KV_MAX_SLOTS; i++)
-        if (update->weight->slots[i] != NULL)
-            traffic += 2 * wide_bytes(update->is_double);
-    return traffic;
 }
 
 typedef struct update_job {
@@ -380,7 +404,7 @@ static int64_t chunk_of(const kv_host_t *host, int64_t count, int64_t traffic)
 void kv_update_all(const kv_update_t *update, int64_t *unfinite)
 {
     const kv_weight_t *weight = update->weight;
-    int64_t traffic = kv_update_traffic(update);
+    int64_t traffic = update->traffic + update->num_dst * weight_bytes(update);
     if (weight->count * traffic < ALONE_BYTES) {
         kv_update_part(update, 0, weight->count, unfinite);
         return;
@@ -395,12 +419,10 @@ void kv_update_all(const kv_update_t *update, int64_t *unfinite)
 
 bool kv_update_is_due(const kv_update_t *update, int64_t begin, int64_t end)
 {
-    int sum = update->pass.kind == KV_STEP_large_batch            ? 0
-              : update->pass.kind == KV_STEP_large_batch_momentum ? 1
-                                                                  : -1;
-    if (sum < 0)
+    if (update->pass.kind != KV_STEP_large_batch &&
+        update->pass.kind != KV_STEP_large_batch_momentum)
         return false;
-    const void *waiting = update->weight->slots[sum];
+    const void *waiting = update->weight->slots[0];
     for (int64_t i = begin; i < end; i++)
         if (update->is_double ? ((const double *)waiting)[i] != 0
                               : ((const float *)waiting)[i] != 0)
@@ -411,6 +433,8 @@ bool kv_update_is_due(const kv_update_t *update, int64_t begin, int64_t end)
 int64_t kv_host_update(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
                        const kv_gradients_t *gradients, int num_dst, void *const *dst)
 {
+    if (weight->count == 0)
+        return 0;
     dense_source_t source;
     dense_init(&source, host, weight->dtype, gradients);
     kv_update_t update;
@@ -424,7 +448,7 @@ int64_t kv_host_update(const kv_host_t *host, const kv_step_t *step, const kv_we
     }
     update.num_dst = num_dst;
     update.dst = dst;
-    update.stream = weight->count * kv_update_traffic(&update) >= STREAM_BYTES;
+    update.stream = num_dst > 0 && weight->count * update.traffic >= STREAM_BYTES;
     kv_update_all(&update, &unfinite);
     return unfinite;
 }
@@ -452,7 +476,7 @@ static void compressed_chunk(void *context, int64_t chunk)
         int64_t count = smaller(end - at, KV_UPDATE_BLOCK);
         const void *from =
             read_compressed(&job->source->base, at, at + count, true, block, &unfinite);
-        if (dtype == KV_FLOAT16 || dtype == KV_BFLOAT16) {
+        if (is_narrow(dtype)) {
             kernels->float32_to[dtype](count, from, narrow);
             from = narrow;
         }

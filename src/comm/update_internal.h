@@ -31,6 +31,7 @@ typedef struct kv_update {
     kv_step_kernel_t *kernel;
     const void *factors; /* in `pass` */
     bool is_double;      /* the wide type is float64 */
+    int64_t traffic;     /* bytes that one element moves, the destinations' not counted */
     int num_dst;
     void *const *dst;
     bool stream; /* destinations are written past the caches */
@@ -55,9 +56,6 @@ void kv_update_all(const kv_update_t *update, int64_t *unfinite);
 /* Whether these elements want their step although no gradient came for them: LBSGD with gradients
  * that wait for their mean, on a push that takes it. For rows that a lazy push has not. */
 bool kv_update_is_due(const kv_update_t *update, int64_t begin, int64_t end);
-
-/* Memory traffic of the step for one element, the source's included. */
-int64_t kv_update_traffic(const kv_update_t *update);
 
 /* Sums of squares: the squares of 64 elements, which begin at a multiple of 64 in their array, are
  * added one after the other in the wide type, and the sums of such blocks pairwise in double, as

@@ -131,10 +131,10 @@ static int momentum_slots(const kv_optim_numbers_t *numbers, kv_slot_t *slots)
 
 static int lbsgd_slots(const kv_optim_numbers_t *numbers, kv_slot_t *slots)
 {
-    int count = momentum_slots(numbers, slots);
+    int count = 0;
     if (numbers->params[KV_LBSGD_BATCH_SCALE] > 1)
         slots[count++] = (kv_slot_t){.name = "sum"};
-    return count;
+    return count + momentum_slots(numbers, slots + count);
 }
 
 static int dcasgd_slots(const kv_optim_numbers_t *numbers, kv_slot_t *slots)

@@ -218,6 +218,15 @@ static PyMethodDef FUNCTIONS[] = {
     {"optimizer_check", kv_py_optimizer_check, METH_VARARGS,
      "optimizer_check($module, name, numbers, /)\n--\n\nRaise InvalidArgumentError for a number "
      "out of its range."},
+    {"compression_check", kv_py_compression_check, METH_VARARGS,
+     "compression_check($module, type, threshold, /)\n--\n\nRaise InvalidArgumentError for a "
+     "threshold out of its range."},
+    {"compression_encode", kv_py_compression_encode, METH_VARARGS,
+     "compression_encode($module, gradient, residual, type, threshold, /)\n--\n\n"
+     "See kvstore.compression.encode."},
+    {"compression_decode", kv_py_compression_decode, METH_VARARGS,
+     "compression_decode($module, codes, shape, dtype, type, threshold, /)\n--\n\n"
+     "See kvstore.compression.decode."},
     {"_shut_down", shut_down, METH_NOARGS,
      "_shut_down($module, /)\n--\n\nThe exit hook. Returns how many references are left to leak."},
     {NULL, NULL, 0, NULL},

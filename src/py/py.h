@@ -226,6 +226,12 @@ bool kv_py_integers(kv_state_t *state, PyObject *object, const char *what, kv_bu
 /* The same for the argument `row_ids`, sorted and without repetitions. */
 bool kv_py_row_ids(kv_state_t *state, PyObject *object, kv_buffer_t **ids, int64_t *count);
 
+/* ---------------------------------------------------------------------------- compression.c */
+
+PyObject *kv_py_compression_check(PyObject *module, PyObject *args);
+PyObject *kv_py_compression_encode(PyObject *module, PyObject *args);
+PyObject *kv_py_compression_decode(PyObject *module, PyObject *args);
+
 /* --------------------------------------------------------------------------------- handle.c */
 
 int kv_handle_setup(PyObject *module, kv_state_t *state);

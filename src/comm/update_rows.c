@@ -1,0 +1,204 @@
+/* A step with a row-sparse sum of gradients, by the passes of update_internal.h. A lazy step takes
+ * the rows of the sum one by one: they lie here and there in weight and state, so those that come
+ * some rows later are asked for ahead. Any other step reads the sum by position, zeros where it has
+ * no row. A gradient that needs no sum is read where it lies.
+ */
+#include "comm/row_grid.h"
+#include "comm/update_internal.h"
+#include <string.h>
+
+typedef struct rows_source {
+    kv_source_t base;
+    const kv_host_t *host;
+    const kv_row_sum_t *sum;
+    const int64_t *places; /* of the sum's rows in the weight */
+    size_t element, wide;  /* bytes */
+    /* Of a lazy step: the row of the sum that is read, and its first element in the weight. */
+    int64_t row, first;
+} rows_source_t;
+
+/* The elements [begin, end) of row i of the sum. */
+static const void *read_part(const rows_source_t *rows, int64_t i, int64_t begin, int64_t end,
+                             void *block)
+{
+    const void *single, *const *parts;
+    int num_parts = kv_row_sum_parts(rows->sum, i, &single, &parts);
+    if (num_parts == 1 && rows->element == rows->wide && (uintptr_t)parts[0] % rows->wide == 0)
+        return (const char *)parts[0] + (size_t)begin * rows->wide;
+    rows->host->kernels->sum_wide[rows->sum->dtype](begin, end, num_parts, parts, block);
+    return block;
+}
+
+static const void *read_row(const kv_source_t *source, int64_t begin, int64_t end, bool last,
+                            void *block, int64_t *unfinite)
+{
+    (void)last, (void)unfinite;
+    const rows_source_t *rows = (const rows_source_t *)source;
+    return read_part(rows, rows->row, begin - rows->first, end - rows->first, block);
+}
+
+static const void *read_anywhere(const kv_source_t *source, int64_t begin, int64_t end, bool last,
+                                 void *block, int64_t *unfinite)
+{
+    (void)last, (void)unfinite;
+    const rows_source_t *rows = (const rows_source_t *)source;
+    const kv_row_sum_t *sum = rows->sum;
+    int64_t i = kv_row_seek(rows->places, sum->num_rows, 0, begin / sum->row_count);
+    memset(block, 0, (size_t)(end - begin) * rows->wide);
+    for (; i < sum->num_rows && rows->places[i] * sum->row_count < end; i++) {
+        int64_t first = rows->places[i] * sum->row_count;
+        int64_t from = begin > first ? begin : first;
+        int64_t to = end - first < sum->row_count ? end : first + sum->row_count;
+        void *here = (char *)block + (size_t)(from - begin) * rows->wide;
+        const void *read = read_part(rows, i, from - first, to - first, here);
+        if (read != here)
+            memcpy(here, read, (size_t)(to - from) * rows->wide);
+    }
+    return block;
+}
+
+/* An array that the step changes, by rows. */
+typedef struct stream {
+    const char *rows;
+    size_t row_bytes;
+} stream_t;
+
+typedef struct lazy_job {
+    const kv_update_t *update;
+    const rows_source_t *source;
+    kv_row_grid_t grid;
+    int num_streams;
+    stream_t streams[2 + KV_MAX_SLOTS];
+} lazy_job_t;
+
+static void add_stream(lazy_job_t *job, const void *rows, size_t row_bytes)
+{
+    job->streams[job->num_streams++] = (stream_t){.rows = rows, .row_bytes = row_bytes};
+}
+
+static void find_streams(lazy_job_t *job)
+{
+    const kv_weight_t *weight = job->update->weight;
+    size_t row_count = (size_t)weight->row_count, wide = job->source->wide;
+    bool per_row = job->update->pass.kind == KV_STEP_group_adagrad;
+    job->num_streams = 0;
+    add_stream(job, weight->data, row_count * job->source->element);
+    if (weight->master != NULL)
+        add_stream(job, weight->master, row_count * wide);
+    for (int k = 0; k < KV_MAX_SLOTS && weight->slots[k] != NULL; k++)
+        add_stream(job, weight->slots[k], per_row ? wide : row_count * wide);
+}
+
+static void ask_for(const lazy_job_t *job, int64_t i)
+{
+    size_t place = (size_t)job->source->places[i];
+    for (int k = 0; k < job->num_streams; k++)
+        kv_row_prefetch(job->streams[k].rows + place * job->streams[k].row_bytes,
+                        job->streams[k].row_bytes);
+    const void *single, *const *parts;
+    int num_parts = kv_row_sum_parts(job->source->sum, i, &single, &parts);
+    for (int k = 0; k < num_parts; k++)
+        kv_row_prefetch(parts[k], job->source->sum->row_bytes);
+}
+
+/* kv_update_part for what most rows are: short, and of the wide type. */
+static void short_row(const kv_update_t *update, const rows_source_t *source, int64_t i)
+{
+    const kv_weight_t *weight = update->weight;
+    size_t first = (size_t)(source->places[i] * weight->row_count) * source->wide;
+    _Alignas(64) char block[KV_UPDATE_BLOCK * sizeof(double)];
+    void *slots[KV_MAX_SLOTS];
+    for (int k = 0; k < KV_MAX_SLOTS; k++)
+        slots[k] = weight->slots[k] != NULL ? (char *)weight->slots[k] + first : NULL;
+    update->kernel(source->places[i] * weight->row_count, weight->row_count, update->factors,
+                   read_part(source, i, 0, weight->row_count, block), (char *)weight->data + first,
+                   slots);
+}
+
+static void lazy_block(void *context, int64_t index)
+{
+    const lazy_job_t *job = context;
+    kv_row_block_t block = kv_row_block(&job->grid, index);
+    rows_source_t source = *job->source;
+    kv_update_t update = *job->update;
+    update.source = &source.base;
+    bool is_short = source.element == source.wide && update.weight->row_count <= KV_UPDATE_BLOCK &&
+                    update.pass.kind != KV_STEP_group_adagrad && job->grid.pieces == 1;
+    int64_t unfinite = 0;
+    for (int64_t i = block.row; i < block.row_end && i < block.row + KV_ROWS_AHEAD; i++)
+        ask_for(job, i);
+    for (int64_t i = block.row; i < block.row_end; i++) {
+        if (i + KV_ROWS_AHEAD < block.row_end)
+            ask_for(job, i + KV_ROWS_AHEAD);
+        if (is_short) {
+            short_row(&update, &source, i);
+            continue;
+        }
+        source.row = i;
+        source.first = source.places[i] * update.weight->row_count;
+        kv_update_part(&update, source.first + block.begin, source.first + block.end, &unfinite);
+    }
+}
+
+/* Rows whose sum of earlier gradients waits. Those of this push have had their step already, which
+ * leaves no sum. */
+static void due_block(void *context, int64_t index)
+{
+    const lazy_job_t *job = context;
+    kv_row_block_t block = kv_row_block(&job->grid, index);
+    int64_t row_count = job->grid.row_count, unfinite = 0;
+    for (int64_t row = block.row; row < block.row_end; row++)
+        if (kv_update_is_due(job->update, row * row_count, (row + 1) * row_count))
+            kv_update_part(job->update, row * row_count, (row + 1) * row_count, &unfinite);
+}
+
+/* Blocks of whole rows. */
+static kv_row_grid_t whole_rows(const kv_host_t *host, int64_t num_rows, int64_t row_count,
+                                int64_t traffic)
+{
+    kv_row_grid_t grid = kv_row_grid(host, num_rows, 1, row_count * traffic);
+    grid.row_count = grid.count = row_count;
+    return grid;
+}
+
+void kv_host_update_rows(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
+                         const kv_row_sum_t *sum, const int64_t *where, bool lazy)
+{
+    if (weight->count == 0)
+        return;
+    rows_source_t anywhere = {
+        .base = {.read = read_anywhere},
+        .host = host,
+        .sum = sum,
+        .places = where != NULL ? where : sum->ids,
+        .element = kv_dtype_bytes(weight->dtype),
+        .wide = weight->dtype == KV_FLOAT64 ? sizeof(double) : sizeof(float),
+    };
+    bool several = sum->parts != NULL && sum->num_rows > 0;
+    int64_t num_parts = several ? sum->starts[sum->num_rows] / sum->num_rows + 1 : 1;
+    anywhere.base.bytes = num_parts * (int64_t)anywhere.element;
+    unsigned how =
+        KV_PASS_ROWS | (lazy ? KV_PASS_LAZY : 0u) | (where != NULL ? KV_PASS_SPARSE_WEIGHT : 0u);
+    kv_update_t update;
+    int64_t unfinite;
+    if (!kv_update_begin(&update, host, step, weight, &anywhere.base, how, &unfinite))
+        return;
+    if (!lazy) {
+        kv_update_all(&update, &unfinite);
+        return;
+    }
+    rows_source_t one = anywhere;
+    one.base.read = read_row;
+    lazy_job_t job = {.update = &update, .source = &one};
+    int64_t row_count = weight->row_count, traffic = kv_update_traffic(&update);
+    job.grid = update.pass.kind == KV_STEP_group_adagrad
+                   ? whole_rows(host, sum->num_rows, row_count, traffic)
+                   : kv_row_grid(host, sum->num_rows, row_count, row_count * traffic);
+    find_streams(&job);
+    kv_team_run(host->team, host->num_threads, job.grid.num_blocks, lazy_block, &job);
+    if (update.pass.kind == KV_STEP_large_batch ||
+        update.pass.kind == KV_STEP_large_batch_momentum) {
+        job.grid = whole_rows(host, weight->count / row_count, row_count, traffic);
+        kv_team_run(host->team, host->num_threads, job.grid.num_blocks, due_block, &job);
+    }
+}
