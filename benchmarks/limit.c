@@ -1,5 +1,5 @@
 /* What this machine can do at best: the memory traffic of the store's jobs, in plain C without the
- * store. Stands alone:
+ * store:
  *
  *     cc -std=c17 -O3 -march=native -pthread limit.c -o limit
  *     ./limit [--job NAME] [--reps N] [--threads N]
@@ -9,71 +9,7 @@
  * ways (ordinary stores and stores past the caches, one piece a thread and many), and the way with
  * the fastest median counts.
  */
-#ifndef _GNU_SOURCE
-#define _GNU_SOURCE
-#endif
-#include <pthread.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <time.h>
-#include <unistd.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#if defined(__AVX512F__)
-#define WIDTH 64
-#elif defined(__AVX2__)
-#define WIDTH 32
-#else
-#define WIDTH 16
-#endif
-
-#define KIB ((size_t)1024)
-#define MIB (1024 * KIB)
-
-typedef float floats __attribute__((vector_size(WIDTH)));
-typedef uint32_t words __attribute__((vector_size(WIDTH)));
-
-static int num_threads;
-static int num_reps = 21;
-
-static double now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;
-}
-
-static int compare(const void *a, const void *b)
-{
-    double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-static double median(double *values, int count)
-{
-    qsort(values, (size_t)count, sizeof *values, compare);
-    return values[count / 2];
-}
-
-static void *memory(size_t bytes)
-{
-    void *block = aligned_alloc(2 * MIB, (bytes + 2 * MIB - 1) / (2 * MIB) * (2 * MIB));
-    if (block == NULL) {
-        fprintf(stderr, "limit: out of memory\n");
-        exit(1);
-    }
-#ifdef MADV_HUGEPAGE
-    madvise(block, bytes, MADV_HUGEPAGE);
-#endif
-    memset(block, 1, bytes);
-    return block;
-}
+#include "limit.h"
 
 /* ------------------------------------------------------------------------------ small jobs */
 
@@ -174,27 +110,8 @@ typedef struct large_job {
     size_t piece;  /* bytes that a thread takes at a time; pieces go round the threads */
 } large_job;
 
-static void store(char *to, words value, bool stream)
-{
-#if defined(__x86_64__)
-    if (stream) {
-#if WIDTH == 64
-        _mm512_stream_si512((__m512i *)to, (__m512i)value);
-#elif WIDTH == 32
-        _mm256_stream_si256((__m256i *)to, (__m256i)value);
-#else
-        _mm_stream_si128((__m128i *)to, (__m128i)value);
-#endif
-        return;
-    }
-#endif
-    (void)stream;
-    memcpy(to, &value, WIDTH);
-}
-
-static inline __attribute__((always_inline)) void part(const large_job *job, size_t begin,
-                                                       size_t end, int num_src, int num_dst,
-                                                       bool integers, bool stream)
+ALWAYS_INLINE void part(const large_job *job, size_t begin, size_t end, int num_src, int num_dst,
+                        bool integers, bool stream)
 {
     const char *a = job->src[0], *b = job->src[1], *c = job->src[2], *d = job->src[3];
     char *x = job->dst[0], *y = job->dst[1];
@@ -215,8 +132,9 @@ static inline __attribute__((always_inline)) void part(const large_job *job, siz
     }
 }
 
-static void share(const large_job *job, int thread)
+static void share(const void *argument, int thread)
 {
+    const large_job *job = argument;
     size_t round = job->piece * (size_t)num_threads;
     for (size_t begin = job->piece * (size_t)thread; begin < job->bytes; begin += round) {
         size_t end = begin + job->piece < job->bytes ? begin + job->piece : job->bytes;
@@ -238,21 +156,6 @@ static void share(const large_job *job, int thread)
 #endif
 }
 
-static pthread_barrier_t barrier;
-static const large_job *shared_job; /* NULL: the threads end */
-
-static void *thread_main(void *argument)
-{
-    int thread = (int)(intptr_t)argument;
-    for (;;) {
-        pthread_barrier_wait(&barrier);
-        if (shared_job == NULL)
-            return NULL;
-        share(shared_job, thread);
-        pthread_barrier_wait(&barrier);
-    }
-}
-
 static double large(int num_src, int num_dst, size_t bytes, bool integers)
 {
     large_job job = {.num_src = num_src, .num_dst = num_dst, .bytes = bytes, .integers = integers};
@@ -260,14 +163,6 @@ static double large(int num_src, int num_dst, size_t bytes, bool integers)
         job.src[i] = memory(bytes);
     for (int i = 0; i < num_dst; i++)
         job.dst[i] = memory(bytes);
-
-    pthread_t threads[num_threads];
-    pthread_barrier_init(&barrier, NULL, (unsigned)num_threads);
-    for (int i = 1; i < num_threads; i++)
-        if (pthread_create(&threads[i], NULL, thread_main, (void *)(intptr_t)i) != 0) {
-            fprintf(stderr, "limit: no thread\n");
-            exit(1);
-        }
 
     size_t equal = (bytes / (size_t)num_threads + 4095) / 4096 * 4096;
     const struct {
@@ -280,11 +175,8 @@ static double large(int num_src, int num_dst, size_t bytes, bool integers)
         for (int way = 0; way < WAYS; way++) {
             job.stream = ways[way].stream;
             job.piece = ways[way].piece;
-            shared_job = &job;
             double start = now();
-            pthread_barrier_wait(&barrier);
-            share(&job, 0);
-            pthread_barrier_wait(&barrier);
+            run_on_all(share, &job);
             times[way * num_reps + rep] = now() - start;
         }
     double best = 1e9;
@@ -294,11 +186,6 @@ static double large(int num_src, int num_dst, size_t bytes, bool integers)
             best = seconds;
     }
 
-    shared_job = NULL;
-    pthread_barrier_wait(&barrier);
-    for (int i = 1; i < num_threads; i++)
-        pthread_join(threads[i], NULL);
-    pthread_barrier_destroy(&barrier);
     for (int i = 0; i < num_src; i++)
         free(job.src[i]);
     for (int i = 0; i < num_dst; i++)
@@ -327,11 +214,7 @@ static double copy_64mib(void)
     return large(1, 1, 64 * MIB, true);
 }
 
-static const struct {
-    const char *name;
-    double (*run)(void);
-    const char *what;
-} jobs[] = {
+static const named_job jobs[] = {
     {"push_pull_1KiB", push_pull_1kib, "two calls through a pointer, each a memcpy of 1 KiB"},
     {"pushpull_1KiB", pushpull_1kib, "one call, one pass: 1 KiB read once and written twice"},
     {"list_1000x4KiB", list_1000x4kib,
@@ -345,33 +228,5 @@ static const struct {
 
 int main(int argc, char **argv)
 {
-    const char *only = NULL;
-    num_threads = (int)sysconf(_SC_NPROCESSORS_ONLN);
-    for (int i = 1; i + 1 < argc; i += 2) {
-        if (strcmp(argv[i], "--job") == 0)
-            only = argv[i + 1];
-        else if (strcmp(argv[i], "--reps") == 0)
-            num_reps = atoi(argv[i + 1]);
-        else if (strcmp(argv[i], "--threads") == 0)
-            num_threads = atoi(argv[i + 1]);
-        else
-            argc = 0;
-    }
-    if (argc % 2 == 0 || num_reps < 1 || num_threads < 1) {
-        fprintf(stderr, "usage: limit [--job NAME] [--reps N] [--threads N]\n");
-        return 2;
-    }
-    bool found = false;
-    for (size_t i = 0; i < sizeof jobs / sizeof jobs[0]; i++)
-        if (only == NULL || strcmp(only, jobs[i].name) == 0) {
-            found = true;
-            printf("{\"job\": \"%s\", \"seconds\": %.4g, \"threads\": %d, \"what\": \"%s\"}\n",
-                   jobs[i].name, jobs[i].run(), num_threads, jobs[i].what);
-            fflush(stdout);
-        }
-    if (!found) {
-        fprintf(stderr, "limit: no job %s\n", only);
-        return 2;
-    }
-    return 0;
+    return run_jobs(argc, argv, jobs, sizeof jobs / sizeof jobs[0]);
 }

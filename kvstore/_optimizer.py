@@ -53,6 +53,7 @@ class Common(TypedDict, total=False):
 
 
 COMMON = tuple(Common.__annotations__)
+FIXED = (*COMMON, "num_update")
 
 
 class Push(NamedTuple):
@@ -380,7 +381,8 @@ class Optimizer:
         own = {name: value for name, value in changes.items() if name not in known}
         owner = type(self).__name__
         for name in own:
-            if self._KIND is not None or name.startswith("_") or not hasattr(self, name):
+            own_too = self._KIND is None and name not in FIXED and not name.startswith("_")
+            if not (own_too and hasattr(self, name)):
                 raise InvalidArgumentError(f"{owner} has no number {name!r}{nearest(name, known)}")
         if changes.get("learning_rate", 0) is None:
             raise InvalidArgumentError(f"{owner}: learning_rate is a number, not None")
@@ -478,7 +480,7 @@ class Optimizer:
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self._KIND is not None or name in COMMON or name == "num_update":
+        if self._KIND is not None or name in FIXED:
             raise AttributeError(
                 f"{name} of a {type(self).__name__} is fixed; a store that uses it changes it by "
                 f"kv.set_optimizer_params({name}=...)"

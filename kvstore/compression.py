@@ -171,8 +171,10 @@ def _number(threshold: Any) -> float:
         )
     try:
         return float(threshold)
-    except OverflowError:
-        return float("inf") if threshold > 0 else float("-inf")
+    except OverflowError as error:
+        raise InvalidArgumentError(
+            "the threshold of a compression must be finite, and is too large for a float"
+        ) from error
 
 
 def _nearest(name: Any, known: tuple[str, ...]) -> str:

@@ -6,11 +6,11 @@ residuals are slots ``residual.<position>``. Everything else is JSON in the meta
 """
 
 import json
-import math
 import os
 import re
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -121,7 +121,7 @@ def read(fname: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             about = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_ENTRY])
         except (KeyError, TypeError) as error:
             raise InvalidArgumentError(f"not a file of training states: {error!r}") from error
-        except (package.SafetensorError, ValueError, RecursionError) as error:
+        except (ValueError, RecursionError, import_module("safetensors").SafetensorError) as error:
             raise InvalidArgumentError(f"not a file of training states: {error}") from error
         return _states(about, tensors)
 
@@ -149,7 +149,7 @@ def _integer(about: dict[str, Any], name: str, bits: int) -> int:
 
 def _finite(about: dict[str, Any], name: str) -> float:
     value: Any = about.get(name)
-    if type(value) not in (int, float) or not abs(value) < math.inf:
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         _wrong(f"{name} is no finite number", value)
     return float(value)
 

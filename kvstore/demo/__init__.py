@@ -1,5 +1,6 @@
 """Programs that show the store at work; `python -m kvstore.demo` runs them.
 
-Each scene is a module of its own without any output (digits.py); report.py has the table and the
-plot, __main__.py the command line. They need the packages of the `demo` extra.
+Each scene is a module of its own without any output (digits.py, words.py); report.py has the tables
+and the plot, scenes.py shows and judges, __main__.py is the command line. They need the packages of
+the `demo` extra.
 """

@@ -188,7 +188,8 @@ class Training:
         ids = {"input": batch.input_ids, "output": batch.output_ids}
         for key in KEYS:
             self.kv.row_sparse_pull(key, out=self.rows[key], row_ids=ids[key])
-        loss, d_inputs, d_outputs = gradients(*(self.rows[key].data for key in KEYS), batch)
+        inputs, outputs = (self.rows[key].data for key in KEYS)
+        loss, d_inputs, d_outputs = gradients(inputs, outputs, batch)
         pushed = 0
         for key, gradient in zip(KEYS, (d_inputs, d_outputs), strict=True):
             value = kvstore.RowSparse(gradient, ids[key], self.shape)

@@ -72,6 +72,8 @@ static inline kv_row_block_t kv_row_block(const kv_row_grid_t *grid, int64_t i)
 
 static inline void kv_row_prefetch(const void *row, size_t bytes)
 {
+    /* gcc takes a function that only prefetches for one without effect and drops its calls. */
+    __asm__ volatile("");
     const char *from = row;
     if (bytes > KV_ROW_AHEAD_MAX)
         bytes = KV_ROW_AHEAD_MAX;

@@ -378,6 +378,11 @@ bool kv_update_begin(kv_update_t *update, const kv_host_t *host, const kv_step_t
     return !update->pass.idle;
 }
 
+int64_t kv_update_traffic(const kv_update_t *update)
+{
+    return update->traffic + update->num_dst * weight_bytes(update);
+}
+
 typedef struct update_job {
     const kv_update_t *update;
     int64_t chunk;
@@ -404,7 +409,7 @@ static int64_t chunk_of(const kv_host_t *host, int64_t count, int64_t traffic)
 void kv_update_all(const kv_update_t *update, int64_t *unfinite)
 {
     const kv_weight_t *weight = update->weight;
-    int64_t traffic = update->traffic + update->num_dst * weight_bytes(update);
+    int64_t traffic = kv_update_traffic(update);
     if (weight->count * traffic < ALONE_BYTES) {
         kv_update_part(update, 0, weight->count, unfinite);
         return;

@@ -57,6 +57,9 @@ void kv_update_all(const kv_update_t *update, int64_t *unfinite);
  * that wait for their mean, on a push that takes it. For rows that a lazy push has not. */
 bool kv_update_is_due(const kv_update_t *update, int64_t begin, int64_t end);
 
+/* Memory traffic of the step for one element, source and destinations included. */
+int64_t kv_update_traffic(const kv_update_t *update);
+
 /* Sums of squares: the squares of 64 elements, which begin at a multiple of 64 in their array, are
  * added one after the other in the wide type, and the sums of such blocks pairwise in double, as
  * the leaves of a binary tree whose shape depends on their number alone. So parts may be summed

@@ -89,16 +89,13 @@ static void find_streams(lazy_job_t *job)
         add_stream(job, weight->slots[k], per_row ? wide : row_count * wide);
 }
 
+/* Gradients need no asking: they are read in the order of memory. */
 static void ask_for(const lazy_job_t *job, int64_t i)
 {
     size_t place = (size_t)job->source->places[i];
     for (int k = 0; k < job->num_streams; k++)
         kv_row_prefetch(job->streams[k].rows + place * job->streams[k].row_bytes,
                         job->streams[k].row_bytes);
-    const void *single, *const *parts;
-    int num_parts = kv_row_sum_parts(job->source->sum, i, &single, &parts);
-    for (int k = 0; k < num_parts; k++)
-        kv_row_prefetch(parts[k], job->source->sum->row_bytes);
 }
 
 /* kv_update_part for what most rows are: short, and of the wide type. */
@@ -123,7 +120,7 @@ static void lazy_block(void *context, int64_t index)
     kv_update_t update = *job->update;
     update.source = &source.base;
     bool is_short = source.element == source.wide && update.weight->row_count <= KV_UPDATE_BLOCK &&
-                    update.pass.kind != KV_STEP_group_adagrad && job->grid.pieces == 1;
+                    update.pass.kind != KV_STEP_group_adagrad;
     int64_t unfinite = 0;
     for (int64_t i = block.row; i < block.row_end && i < block.row + KV_ROWS_AHEAD; i++)
         ask_for(job, i);

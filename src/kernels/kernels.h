@@ -21,7 +21,7 @@
 
 /* A codec of gradient compression (compress/codec.h) on elements from a byte of codes on; for
  * floating types only. Pointers are aligned for their types; nothing overlaps. `encode` and `apply`
- * return how many residuals are not finite; the last byte of codes is filled up with zeros. */
+ * return how many residuals are not finite; codes are filled up with zeros to four bytes. */
 typedef struct kv_codec_kernels {
     int64_t (*encode[KV_DTYPE_COUNT])(int64_t count, double threshold, const void *gradient,
                                       void *residual, uint8_t *codes);

@@ -425,6 +425,8 @@ PyObject *kv_py_store_row_sparse_pull(PyObject *self, PyObject *const *args, Py_
     PyObject *v[5];
     if (!kv_py_parse(&ROW_SPARSE_PULL, args, num_args, names, v))
         return NULL;
+    if (!kv_py_store_check_open(as_store(self)))
+        return NULL;
     if (v[3] == NULL || v[3] == Py_None)
         return kv_py_fail(as_store(self)->state, KV_INVALID,
                           "row_sparse_pull needs row_ids, an integer array of rows");

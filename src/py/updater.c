@@ -148,8 +148,8 @@ static bool make_views(kv_state_t *state, const kv_update_t *update, arguments_t
 {
     PyObject *library = NULL;
     look_at_type(update, arguments, &library);
-    if (arguments->recv == NULL && update->recv_rows != NULL)
-        arguments->recv = rows_view(state, update, update->recv_rows);
+    if (update->recv_rows != NULL) /* one that is kept was of a dense push */
+        Py_XSETREF(arguments->recv, rows_view(state, update, update->recv_rows));
     else if (arguments->recv == NULL)
         arguments->recv = library == NULL ? numpy_view(state, update, update->recv)
                                           : library_view(state, update, update->recv, library);

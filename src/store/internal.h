@@ -176,8 +176,8 @@ static inline bool kv_entry_accepts(const kv_entry_t *entry, const kv_view_t *vi
 /* Counts the pushes of a checked call and gives each group its step and its slots, or leaves
  * everything as it was. Asks the schedule. */
 KV_MUST_CHECK kv_status_t kv_plan_count(kv_store_t *store, kv_plan_t *plan);
-/* Takes the counts back, unless others have counted since: nothing of the call has happened. */
-void kv_plan_uncount(kv_store_t *store, const kv_plan_t *plan);
+/* Takes back the counts of all keys but the first `num_done`, unless others have counted since. */
+void kv_plan_uncount(kv_store_t *store, const kv_plan_t *plan, int64_t num_done);
 void kv_slots_rele(kv_slots_t *slots); /* NULL is allowed */
 
 /* The quick way's: whether a push of the key can be counted here, without a schedule or memory to

@@ -337,12 +337,13 @@ kv_status_t kv_plan_count(kv_store_t *store, kv_plan_t *plan)
     return status;
 }
 
-void kv_plan_uncount(kv_store_t *store, const kv_plan_t *plan)
+void kv_plan_uncount(kv_store_t *store, const kv_plan_t *plan, int64_t num_done)
 {
     kv_mutex_lock(&store->lock);
     if (plan->counted != 0 && plan->counted == store->counted) {
-        store->state = plan->before;
-        for (int64_t g = 0; g < plan->num_groups; g++)
+        if (num_done == 0)
+            store->state = plan->before;
+        for (int64_t g = num_done; g < plan->num_groups; g++)
             plan->groups[g].entry->updates--;
     }
     kv_mutex_unlock(&store->lock);

@@ -255,8 +255,8 @@ static kv_status_t plan_and_run(kv_store_t *store, kv_call_t *call, const char *
     if (status == KV_OK) {
         call->checked = true;
         status = kv_plan_run(store, &plan, call, push, caller);
-        if (status != KV_OK && call->num_done == 0)
-            kv_plan_uncount(store, &plan);
+        if (status != KV_OK)
+            kv_plan_uncount(store, &plan, call->num_done);
     }
     if (plan.codec.type != KV_CODEC_NONE)
         tell_not_finite(&plan, call);

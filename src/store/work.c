@@ -30,13 +30,44 @@ int32_t kv_group_num_deps(const kv_group_t *group)
     return count;
 }
 
-/* Of row-sparse values nobody can tell before: they count as large. */
+/* Of row-sparse values nobody can tell before the arrays are held: they count as large. */
+static bool knows_rows(const kv_group_t *group)
+{
+    return group->entry->sparse || (group->num_values > 0 && group->values[0].sparse != NULL) ||
+           (group->num_outs > 0 && group->outs[0].sparse != NULL);
+}
+
 size_t kv_group_bytes(const kv_group_t *group)
 {
-    size_t bytes = group->entry->bytes * (size_t)kv_work_pointers(group);
-    bool sparse = group->entry->sparse || (group->num_values > 0 && group->values[0].sparse) ||
-                  (group->num_outs > 0 && group->outs[0].sparse);
-    return sparse ? KV_DETACH_BYTES : bytes;
+    return knows_rows(group) ? KV_DETACH_BYTES + 1
+                             : group->entry->bytes * (size_t)kv_work_pointers(group);
+}
+
+/* The same once all variables are held. */
+static size_t held_bytes(const kv_group_t *group)
+{
+    const kv_entry_t *entry = group->entry;
+    size_t rows = 0, dense = 0;
+    for (int32_t i = 0; i < group->num_values; i++) {
+        if (group->values[i].sparse != NULL)
+            rows += (size_t)group->values[i].sparse->rows.num_rows;
+        else
+            dense++;
+    }
+    bool lazy =
+        entry->sparse ||
+        (group->step != NULL && kv_optim_is_lazy(group->step->optim, &group->step->numbers, false));
+    if (group->num_values > 0 && !lazy)
+        dense++;
+    else if (entry->sparse)
+        rows += (size_t)entry->rows.num_rows;
+    for (int32_t i = 0; i < group->num_outs; i++) {
+        if (group->row_ids != NULL)
+            rows += (size_t)group->row_ids[i].count;
+        else
+            dense++;
+    }
+    return rows * entry->row_bytes + dense * entry->bytes;
 }
 
 int32_t kv_group_deps(const kv_group_t *group, bool push, bool with_outs, kv_dep_t *deps)
@@ -127,8 +158,13 @@ static bool run_inline(kv_store_t *store, const kv_plan_t *plan, const kv_call_t
     kv_op_t op;
     const kv_group_t *group = &plan->groups[0];
     kv_op_init(&op, scratch->deps, kv_group_deps(group, push, true, scratch->deps), call->priority);
-    if (!kv_engine_try_inline(store->runtime->engine, &op, kv_group_bytes(group)))
+    bool sparse = knows_rows(group);
+    if (!kv_engine_try_inline(store->runtime->engine, &op, sparse ? 0 : kv_group_bytes(group)))
         return false;
+    if (sparse && held_bytes(group) >= KV_DETACH_BYTES) {
+        kv_engine_leave(store->runtime->engine, &op);
+        return false;
+    }
     kv_work_t work =
         kv_work_of(&store->host, plan, group, push, scratch->pointers, scratch->staging);
     *status = kv_work_run(&work);

@@ -50,11 +50,32 @@ def same(a, b):
 
 
 def contents(kv):
+    """Type, shape and bytes of every value; of a row-sparse one the bytes of its row ids too."""
     found = {}
     for key in kv.keys():  # noqa: SIM118
-        value = pulled(kv, key)
-        found[key] = (value.dtype, value.shape, value.tobytes())
+        if kv.stype(key) == "row_sparse":
+            value = kv.pull(key)
+            bytes_ = value.data.tobytes(), value.indices.tobytes()
+        else:
+            value = pulled(kv, key)
+            bytes_ = (value.tobytes(),)
+        found[key] = (np.dtype(value.dtype), value.shape, *bytes_)
     return found
+
+
+def sparse(rows, shape=(6, 2), dtype="float64"):
+    """A RowSparse with the rows given as {row id: number or row}."""
+    rows = dict(sorted(rows.items()))
+    data = [np.broadcast_to(np.asarray(row, dtype), shape[1:]) for row in rows.values()]
+    data = np.array(data, dtype).reshape(len(rows), *shape[1:])
+    return kvstore.RowSparse(data, np.array(list(rows), np.int64), shape)
+
+
+def has_rows(array, rows):
+    """Whether a RowSparse has exactly the rows {row id: number or row}."""
+    rows = dict(sorted(rows.items()))
+    data, ids = array.data, array.indices.tolist()
+    return ids == list(rows) and all((data[i] == row).all() for i, row in enumerate(rows.values()))
 
 
 @contextlib.contextmanager

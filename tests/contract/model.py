@@ -1,8 +1,8 @@
 """The store as plainly as it can be said: a dict of NumPy arrays.
 
-The oracle of the fuzz tests and of the recorded runs. It knows dense NumPy values only, runs every
-call at once and copies everything. What is wrong with a call is raised as the built-in exception
-that the store's own is also an instance of.
+The oracle of the fuzz tests and of the recorded runs. It knows NumPy's arrays and `Rows`, which
+stand for RowSparse, runs every call at once and copies everything. What is wrong with a call is
+raised as the built-in exception that the store's own is also an instance of.
 """
 
 import operator
@@ -31,8 +31,60 @@ class Closed(RuntimeError):
     pass
 
 
+class Rows:
+    """A row-sparse array: the rows `data` at the places `indices`, which increase."""
+
+    def __init__(self, data, indices, shape):
+        self.data, self.indices = np.array(data), np.array(indices, np.int64)
+        self.shape, self.dtype, self.ndim = tuple(shape), self.data.dtype, len(shape)
+        assert self.data.shape == (self.indices.size, *self.shape[1:])
+
+    @classmethod
+    def zeros(cls, shape, dtype):
+        return cls(np.zeros((0, *shape[1:]), dtype), [], shape)
+
+    @classmethod
+    def from_dense(cls, array):
+        ids = np.flatnonzero((array.reshape(len(array), -1) != 0).any(axis=1))
+        return cls(array[ids], ids, array.shape)
+
+    def __array__(self, dtype=None, copy=None):
+        dense = np.zeros(self.shape, self.dtype)
+        dense[self.indices] = self.data
+        return dense if dtype is None else dense.astype(dtype)
+
+    def __setitem__(self, whole, value):
+        rows = value if isinstance(value, Rows) else Rows.from_dense(value)
+        self.data, self.indices = rows.data.copy(), rows.indices.copy()
+
+    def copy(self, order="C"):
+        return Rows(self.data, self.indices, self.shape)
+
+    def picked(self, ids):
+        """The rows `ids`, zeros where there is none."""
+        places = {row: place for place, row in enumerate(self.indices.tolist())}
+        result = Rows(np.zeros((len(ids), *self.shape[1:]), self.dtype), ids, self.shape)
+        for at, row in enumerate(ids.tolist()):
+            if row in places:
+                result.data[at] = self.data[places[row]]
+        return result
+
+
+def total_rows(values):
+    """The union of the rows, each the total of those that are there."""
+    shape, none = values[0].shape, values[0].data[:0]
+    ids = np.unique(np.concatenate([v.indices for v in values]))
+    found = [[] for _ in ids]
+    for value in values:
+        for at, place in enumerate(np.searchsorted(ids, value.indices)):
+            found[place].append(value.data[at : at + 1])
+    return Rows(np.concatenate([none, *map(total, found)]), ids, shape)
+
+
 def total(values):
     """values[0] + values[1] + …, left to right; 16-bit floats in float32, rounded once."""
+    if isinstance(values[0], Rows):
+        return total_rows(values)
     dtype = values[0].dtype
     with np.errstate(over="ignore", invalid="ignore"):
         result = values[0].astype(np.float32 if dtype in HALF else dtype)
@@ -74,7 +126,7 @@ def forms(key, value):
         if not arrays:
             raise FormError("an empty list of values")
         for array in arrays:
-            if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
+            if not isinstance(array, (np.ndarray, Rows)) or isinstance(array, np.ma.MaskedArray):
                 raise FormError("no array, or a list too deep")
     return entries
 
@@ -89,7 +141,9 @@ def lists(key, *arguments):
 def overlapping(outs):
     """Whether two of the arrays share a byte, or one has an element twice."""
     written = []
-    for out in outs:
+    if has_twice([id(out) for out in outs if isinstance(out, Rows)]):
+        return True
+    for out in (out for out in outs if not isinstance(out, Rows)):
         addresses = np.array(out.__array_interface__["data"][0]).reshape((1,) * out.ndim)
         for axis, (extent, stride) in enumerate(zip(out.shape, out.strides, strict=True)):
             steps = (np.arange(extent) * stride).reshape((-1,) + (1,) * (out.ndim - axis - 1))
@@ -99,12 +153,66 @@ def overlapping(outs):
     return np.unique(everything).size < everything.size
 
 
+def has_twice(items):
+    return len(set(items)) < len(items)
+
+
+def share_memory(a, b):
+    if isinstance(a, Rows) or isinstance(b, Rows):
+        return a is b
+    return np.shares_memory(a, b)
+
+
 def same_array(a, b):
-    return (
+    return a is b or (
         a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
         and a.shape == b.shape
         and a.strides == b.strides
     )
+
+
+# ----------------------------------------------------------------------------------------- row ids
+
+
+def is_list(value):
+    return isinstance(value, (list, tuple))
+
+
+def plain_ids(ids):
+    """Sorted, each once."""
+    if is_list(ids):
+        ids = np.array(ids) if len(ids) else np.empty(0, np.int64)
+    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
+        raise TypeError("row ids are integers")
+    if ids.dtype == np.uint64 and (ids >= 2**63).any():
+        raise ValueError("a row id beyond 64 bits")
+    return np.unique(ids.astype(np.int64))
+
+
+def spread_ids(row_ids, counts, listed):
+    """One array of ids for each out; counts[i] outs belong to key i."""
+
+    def one_for_all(ids):
+        return not is_list(ids) or not ids or isinstance(ids[0], (int, float))
+
+    if one_for_all(row_ids):
+        ids = plain_ids(row_ids) if sum(counts) else None
+        return [[ids] * count for count in counts]
+    entries = row_ids if listed else [row_ids]
+    if len(entries) != len(counts):
+        raise ValueError("as many row_ids as keys")
+    spread = []
+    for ids, count in zip(entries, counts, strict=True):
+        if one_for_all(ids):
+            spread.append([plain_ids(ids)] * count)
+        elif len(ids) != count:
+            raise ValueError("as many row_ids as outs")
+        else:
+            spread.append([plain_ids(i) for i in ids])
+    return spread
+
+
+# ------------------------------------------------------------------------------------------- calls
 
 
 class Model:
@@ -129,8 +237,16 @@ class Model:
                 if key not in self.stored:
                     raise KeyError(key)
 
+    def check_forms(self, values):
+        """Dense values go into dense keys, row-sparse ones into any; of a key all are alike."""
+        for key, arrays in self.groups(values).items():
+            sparse = [isinstance(a, Rows) for a in arrays]
+            if len(set(sparse)) > 1 or (isinstance(self.stored[key], Rows) and not all(sparse)):
+                raise TypeError(f"form of {key!r}")
+
     def check_arrays(self, values, out_items):
         outs = out_items
+        self.check_forms(values)
         arrays = [(k, a) for k, v in [*values, *outs] for a in v]
         for key, array in arrays:
             if array.dtype != self.stored[key].dtype:
@@ -139,15 +255,15 @@ class Model:
             if array.shape != self.stored[key].shape:
                 raise ValueError(f"shape of {key!r}")
         outs = [a for _, v in outs for a in v]
-        if not all(a.flags.writeable for a in outs) or overlapping(outs):
+        if not all(isinstance(a, Rows) or a.flags.writeable for a in outs) or overlapping(outs):
             raise ValueError("outs")
         for out in outs:
             for _, value in ((k, a) for k, v in values for a in v):
-                if np.shares_memory(out, value) and not same_array(out, value):
+                if share_memory(out, value) and not same_array(out, value):
                     raise ValueError("an out overlaps a value")
         values, outs = self.groups(values), self.groups(out_items)
         for key, others in ((k, o) for k in outs for o in values if o != k):
-            if any(np.shares_memory(a, b) for a in outs[key] for b in values[others]):
+            if any(share_memory(a, b) for a in outs[key] for b in values[others]):
                 raise ValueError("an out is a value of another key")
 
     def groups(self, items):
@@ -183,7 +299,8 @@ class Model:
         for key, values in self.groups(items).items():
             received = total(values)
             if self.updater is None:
-                self.stored[key] = received
+                sparse = isinstance(self.stored[key], Rows)
+                self.stored[key] = received if sparse else np.asarray(received)
             else:
                 try:
                     self.updater(key, received, self.stored[key])
@@ -193,9 +310,11 @@ class Model:
             updated.append(key)
             self.deliver([(key, outs.get(key, []))])
 
-    def pull(self, key, out=None):
+    def pull(self, key, out=None, ignore_sparse=True):
         self.check_open()
         (items,) = lists(key) if out is None else lists(key, out)
+        if ignore_sparse:
+            items = [(k, [a for a in arrays if not isinstance(a, Rows)]) for k, arrays in items]
         self.check(items)
         if out is None:
             result = [self.stored[k].copy() for k, _ in items]
@@ -206,8 +325,39 @@ class Model:
 
     def deliver(self, items):
         for key, outs in items:
+            stored = self.stored[key]
             for out in outs:
-                out[...] = self.stored[key]
+                dense = isinstance(stored, Rows) and not isinstance(out, Rows)
+                out[...] = np.asarray(stored) if dense else stored
+
+    def row_sparse_pull(self, key, out=None, row_ids=None):
+        self.check_open()
+        if row_ids is None:
+            raise ValueError("no row_ids")
+        if out is None:
+            (items,) = lists(key)
+            self.check(items)
+            if any(self.stored[k].ndim == 0 for k, _ in items):
+                raise ValueError("no rows")
+            out = [Rows.zeros(self.stored[k].shape, self.stored[k].dtype) for k, _ in items]
+            self.row_sparse_pull(key, out if is_list(key) else out[0], row_ids)
+            return out if is_list(key) else out[0]
+        (items,) = lists(key, out)
+        ids = spread_ids(row_ids, [len(outs) for _, outs in items], is_list(key))
+        self.check(items)
+        if not all(isinstance(a, Rows) for _, outs in items for a in outs):
+            raise TypeError("a dense out")
+        self.check_arrays([], items)
+        pulls = [
+            (self.stored[k], a, i)
+            for (k, outs), ids in zip(items, ids, strict=True)
+            for a, i in zip(outs, ids, strict=True)
+        ]
+        if any(((i < 0) | (i >= stored.shape[0])).any() for stored, _, i in pulls):
+            raise ValueError("row ids")
+        for stored, a, i in pulls:
+            a[:] = stored.picked(i) if isinstance(stored, Rows) else Rows(stored[i], i, a.shape)
+        return None
 
     def pushpull(self, key, value, out=None):
         self.check_open()

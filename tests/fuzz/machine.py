@@ -11,6 +11,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,15 @@ import kvstore
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contract"))
 
 from helpers import same
-from model import DTYPES, Closed, FormError, Model
+from model import DTYPES, Closed, FormError, Model, Rows
 
 SHAPES = [(), (3,), (2, 3), (0,), (2, 0, 4), (40,), (9000,)]
 KINDS = [(dtype, shape) for shape in SHAPES for dtype in DTYPES]
 LAYOUTS = ["C", "C", "Fortran", "strided", "backwards", "NDArray", "pool", "pool"]
+ROWS = ["rows", "rows", "viewed rows", "borrowed rows", "pool of rows", "pool of rows"]
 NO_ARRAYS = {"None": None, "number": 3.0, "text": "abc", "masked": np.ma.ones(3)}
+PULLS = ("pull", "row_sparse_pull")
+ENGINES_OWN = (kvstore.NDArray, kvstore.RowSparse)
 REFUSALS = (Closed, KeyError, ValueError, TypeError)
 
 counts = Counter()
@@ -63,7 +67,18 @@ class Recipe:
         some = [numbers.randrange(low, 101) for _ in range(min(size, 50))]
         return np.resize(np.array(some, float).astype(self.dtype), self.shape)
 
+    def rows(self):
+        """Some of the rows, zeros among them, and their ids."""
+        numbers = random.Random(self.seed)
+        count = min(self.shape[0], numbers.choice([0, 1, 2, 5, 40]))
+        ids = np.array(sorted(numbers.sample(range(self.shape[0]), count)), np.int64)
+        data = self.plain()[ids]
+        data[numbers.randrange(9) :: 4] = 0
+        return data, ids, self.shape
+
     def make(self, side):
+        if self.layout in ROWS and self.shape and self.dtype in DTYPES:
+            return side.pooled(self) if "pool" in self.layout else side.rows(self)
         array = self.plain()
         if self.layout == "Fortran":
             return np.asfortranarray(array)
@@ -102,34 +117,74 @@ def leaves(nested):
     return [nested]
 
 
-def plain_of(array):
-    return array.asnumpy() if isinstance(array, kvstore.NDArray) else array
+def agree(ours, theirs):
+    if isinstance(theirs, Rows):
+        return same(ours.indices, theirs.indices) and same(ours.data, theirs.data)
+    return same(ours.asnumpy() if isinstance(ours, kvstore.NDArray) else ours, theirs)
 
 
 class Side:
     """The arrays of one of the two, store or model."""
 
-    def __init__(self, ndarray):
-        self.ndarray = ndarray
+    def __init__(self):
         self.pool = {}
         self.shared = {}
 
     def pooled(self, recipe):
-        """One of two long-lived arrays of this type and shape, shared by calls."""
-        place = recipe.dtype, recipe.shape, recipe.seed % 2
+        """One of two long-lived arrays of this type, shape and form, shared by calls."""
+        place = recipe.dtype, recipe.shape, recipe.seed % 2, recipe.layout in ROWS
         if place not in self.pool:
-            self.pool[place] = self.ndarray(recipe.plain())
+            rows = recipe.layout in ROWS
+            self.pool[place] = self.rows(recipe) if rows else self.ndarray(recipe.plain())
         return self.pool[place]
 
 
+class Theirs(Side):
+    def ndarray(self, array):
+        return array
+
+    def rows(self, recipe):
+        return Rows(*recipe.rows())
+
+
+class Ours(Side):
+    def __init__(self):
+        super().__init__()
+        self.views = []
+        self.borrowed = []
+
+    def ndarray(self, array):
+        return kvstore.array(array)
+
+    def rows(self, recipe):
+        data, ids, shape = recipe.rows()
+        rows = kvstore.RowSparse(data, ids, shape, copy=recipe.layout != "borrowed rows")
+        if recipe.layout == "viewed rows":
+            self.views.append(rows.data)
+        if recipe.layout == "borrowed rows":
+            self.borrowed.append((data, data.copy()))
+        return rows
+
+    def check_borrowed(self):
+        """Nothing was written into the memory of a RowSparse that was made with copy=False."""
+        self.views.clear()
+        while self.borrowed:
+            assert same(*self.borrowed.pop())
+
+
 def add_twice(key, recv, stored):
-    stored += recv
-    stored += recv
+    for _ in range(2):
+        stored[...] = np.asarray(stored) + np.asarray(recv)
+
+
+def fill(key, recv, stored):
+    """In the memory that is there."""
+    (stored if isinstance(stored, np.ndarray) else stored.data)[...] = recv.size % 100
 
 
 def failing(bad):
     def updater(key, recv, stored):
-        stored[...] = recv
+        stored[...] = np.asarray(recv) if isinstance(stored, np.ndarray) else recv
         if key == bad:
             raise Boom(key)
 
@@ -139,15 +194,19 @@ def failing(bad):
 class Calls(RuleBasedStateMachine):
     kind = "local"
 
-    @initialize(text=st.booleans(), kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4))
-    def begin(self, text, kinds):
+    @initialize(
+        text=st.booleans(),
+        kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=4),
+        sparse=st.lists(st.booleans(), min_size=4, max_size=4),
+    )
+    def begin(self, text, kinds, sparse):
         self.names = ["a", "b", "c", "ä", "e"] if text else [0, -1, 7, 2**40, 3]
         self.strangers = [5, 6] if text else ["x", "0"]
         self.kv, self.model = kvstore.create(self.kind, timeout=60), Model()
-        self.ours, self.theirs = Side(kvstore.array), Side(lambda array: array)
+        self.ours, self.theirs = Ours(), Theirs()
         self.pending = []
-        for name, (dtype, shape) in zip(self.names, kinds, strict=False):
-            self.both("init", name, Recipe(dtype, shape, "C", 3))
+        for name, (dtype, shape), rows in zip(self.names, kinds, sparse, strict=False):
+            self.both("init", name, Recipe(dtype, shape, "rows" if rows else "C", 3))
 
     # ------------------------------------------------------------------------------- drawing
 
@@ -158,9 +217,11 @@ class Calls(RuleBasedStateMachine):
         value = self.model.stored[key]
         return value.dtype, value.shape
 
-    def recipe(self, data, key, out=False):
+    def recipe(self, data, key, rows, out=False):
         dtype, shape = self.described(key)
-        layout = self.pick(data, LAYOUTS)
+        layout = self.pick(data, ROWS if rows else LAYOUTS)
+        if rows:
+            return Recipe(dtype, shape, layout, data.draw(st.integers(0, 9)))
         if out and self.pick(data, range(8)) == 7:
             layout = f"shared{self.pick(data, [0, 10, 12, 9000, 18000])}"
         return Recipe(dtype, shape, layout, data.draw(st.integers(0, 9)))
@@ -171,12 +232,47 @@ class Calls(RuleBasedStateMachine):
         return [self.pick(data, known) for _ in range(number)]
 
     def entries(self, data, keys, out=False):
-        """One recipe, or a list of them, for each key."""
-        result = []
+        """One recipe, or a list of them, for each key; values of a key are of one form."""
+        result, forms = [], {}
         for key in keys:
             number = self.pick(data, [0, 0, 1, 2, 3, 5])
-            recipes = [self.recipe(data, key, out) for _ in range(max(1, number))]
+            sparse = isinstance(self.model.stored[key], Rows)
+            some = [True] if sparse else [False, False, False, bool(self.model.stored[key].ndim)]
+            rows = forms.setdefault(key, self.pick(data, some))
+            if out == "rows":
+                rows = True
+            recipes = []
+            for _ in range(max(1, number)):
+                if out is True:
+                    rows = self.pick(data, [sparse, sparse, not sparse])
+                recipes.append(self.recipe(data, key, rows, out))
             result.append(recipes if number else recipes[0])
+        return result
+
+    def row_ids(self, data, keys):
+        """Ids within the rows of all keys: an array of any integer type, or a list."""
+        extents = [self.model.stored[key].shape[:1] or (0,) for key in keys]
+        (limit,) = min(extents, default=(0,))
+        number = self.pick(data, [0, 1, 3, 8, 50]) if limit else 0
+        ids = random.Random(data.draw(st.integers(0, 9))).choices(range(limit), k=number)
+        kind = self.pick(data, ["i8", "i8", "i4", "u8", "u2", "u1", "list", "2-D", "strided"])
+        if kind == "list":
+            return ids
+        if kind == "2-D":
+            return np.array(ids, np.int64).reshape(-1, 1 if number % 2 else 2)
+        if kind == "strided":
+            return np.array(ids, np.int32).repeat(2)[::2]
+        return np.array(ids, "i8" if limit > 255 else kind)
+
+    def all_row_ids(self, data, keys, outs):
+        """One for all outs, one for each key, or one for each out."""
+        form = self.pick(data, ["one", "keys", "outs"])
+        if form == "one" or not keys:
+            return self.row_ids(data, keys)
+        result = []
+        for key, out in zip(keys, outs, strict=False):
+            ids = [self.row_ids(data, [key]) for _ in (out if isinstance(out, list) else [out])]
+            result.append(ids if form == "outs" else ids[0])
         return result
 
     def formed(self, data, keys, *arguments):
@@ -196,24 +292,25 @@ class Calls(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------------------- calling
 
-    def both(self, method, key, *arguments, later=False, **options):
-        """Makes the call on both sides and compares."""
+    def both(self, method, key, *arguments, later=False, alike=None, **options):
+        """Makes the call on both sides and compares. `alike`: options that the model has too."""
+        alike = alike or {}
         given = [made(a, self.ours) for a in arguments]
         plain = [made(a, self.theirs) for a in arguments]
-        if method == "pull" and all(g is None for g in given):
+        if method in PULLS and all(g is None for g in given):
             given, plain, later = [], [], False  # without outs there is no handle
         # Memory that several calls share must not be touched while one of them is under way.
         layouts = [getattr(recipe, "layout", "") for a in arguments for recipe in leaves(a)]
         later = later and not any(layout.startswith("shared") for layout in layouts)
         expected = result = handle = None
         try:
-            answer = getattr(self.model, method)(key, *plain)
+            answer = getattr(self.model, method)(key, *plain, **alike)
         except (*REFUSALS, Boom) as error:
             expected = error
         if later:
             options["async_op"] = True
         try:
-            result = getattr(self.kv, method)(key, *given, **options)
+            result = getattr(self.kv, method)(key, *given, **alike, **options)
             if later and (expected is not None or self.model.updater is not None):
                 result.wait()
             handle = result if later else None
@@ -222,9 +319,9 @@ class Calls(RuleBasedStateMachine):
         else:
             assert expected is None, f"{method}: the model raised {expected!r}, the store nothing"
             counts[method] += 1
-        if method == "pull" and not given and expected is None:
+        if method in PULLS and not given and expected is None:
             given, plain = [[result] if answer.__class__ is not list else result], [answer]
-        if later or any(isinstance(a, kvstore.NDArray) for g in given for a in leaves(g)):
+        if later or any(isinstance(a, ENGINES_OWN) for g in given for a in leaves(g)):
             self.pending.append((handle, given, plain))
         else:
             self.compare_arrays(given, plain)
@@ -245,8 +342,9 @@ class Calls(RuleBasedStateMachine):
 
     def compare_arrays(self, given, plain):
         for ours, theirs in zip(leaves(given), leaves(plain), strict=True):
-            if isinstance(theirs, np.ndarray) and not isinstance(theirs, np.ma.MaskedArray):
-                assert same(plain_of(ours), theirs), (ours, theirs)
+            plain = isinstance(theirs, np.ndarray) and not isinstance(theirs, np.ma.MaskedArray)
+            if plain or isinstance(theirs, Rows):
+                assert agree(ours, theirs), (ours, theirs)
 
     # --------------------------------------------------------------------------------- rules
 
@@ -257,7 +355,7 @@ class Calls(RuleBasedStateMachine):
         values = []
         for _ in fresh:
             dtype, shape = self.pick(data, DTYPES), self.pick(data, SHAPES)
-            layout = self.pick(data, LAYOUTS)
+            layout = self.pick(data, self.pick(data, [LAYOUTS, LAYOUTS, ROWS]))
             values.append(Recipe(dtype, shape, layout, data.draw(st.integers(0, 9))))
         if fresh and self.pick(data, range(5)) == 4:
             self.spoil_init(data, fresh, values)
@@ -266,7 +364,8 @@ class Calls(RuleBasedStateMachine):
             self.both("init", key, value)
         else:
             outs = [v if isinstance(v, list) else [v] for v in values]
-            outs = [[Recipe(r.dtype, r.shape, "C", 9) for r in o] or o for o in outs]
+            layout = self.pick(data, ["C", "C", "rows"])
+            outs = [[Recipe(r.dtype, r.shape, layout, 9) for r in o] or o for o in outs]
             self.both("broadcast", key, value, outs if isinstance(key, list) else outs[0])
 
     def spoil_init(self, data, keys, values):
@@ -303,7 +402,8 @@ class Calls(RuleBasedStateMachine):
         if spoiled == 3:
             self.spoil(data, keys, [outs])
         key, out = self.formed(data, keys, outs) if len(keys) == len(outs) else (keys, outs)
-        self.both("pull", key, out, later=later)
+        ignore = {"ignore_sparse": self.pick(data, [False, False, True])}
+        self.both("pull", key, out, later=later, alike=ignore)
 
     @rule(data=st.data(), spoiled=st.integers(0, 3))
     def pull_new(self, data, spoiled):
@@ -311,6 +411,37 @@ class Calls(RuleBasedStateMachine):
         if spoiled == 3:
             self.spoil(data, keys, [])
         self.both("pull", *self.formed(data, keys))
+
+    @rule(data=st.data(), later=st.booleans(), spoiled=st.integers(0, 5))
+    def row_sparse_pull(self, data, later, spoiled):
+        keys = self.keys(data)
+        outs = (
+            [self.entries(data, keys, out="rows")] if self.pick(data, [True, True, False]) else []
+        )
+        ids = self.all_row_ids(data, keys, *(outs or [keys]))
+        if spoiled > 3:
+            self.spoil(data, keys, outs)
+        if spoiled > 4:
+            ids = self.spoil_ids(data, ids)
+        single = (
+            len(keys) == 1 and all(len(o) == 1 for o in outs) and self.pick(data, [True, False])
+        )
+        if single and isinstance(ids, list) and len(ids) == 1 and not isinstance(ids[0], int):
+            ids = ids[0]
+        key, *outs = [keys[0], *(o[0] for o in outs)] if single else [keys, *outs]
+        self.both("row_sparse_pull", key, *outs, later=later and outs, alike={"row_ids": ids})
+
+    def spoil_ids(self, data, ids):
+        fault = self.pick(data, ["none", "float", "bool", "range", "negative", "more", "fewer"])
+        if fault == "none":
+            return None
+        if fault in ("float", "bool"):
+            return np.zeros(3, fault)
+        if fault in ("range", "negative"):
+            return np.array([0, -1 if fault == "negative" else 2**40])
+        if not isinstance(ids, list) or not ids:
+            return [[0], [0, 0], [0]]
+        return [*ids, ids[0]] if fault == "more" else ids[1:]
 
     @rule(data=st.data(), later=st.booleans(), spoiled=st.integers(0, 3))
     def pushpull(self, data, later, spoiled):
@@ -337,7 +468,7 @@ class Calls(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def set_updater(self, data):
-        updater = self.pick(data, [None, add_twice, failing(self.pick(data, self.names))])
+        updater = self.pick(data, [None, add_twice, fill, failing(self.pick(data, self.names))])
         self.kv.set_updater(updater)
         self.model.updater = updater
 
@@ -350,9 +481,10 @@ class Calls(RuleBasedStateMachine):
                 assert handle.done()
                 assert handle.exception() is None
         for place, theirs in self.theirs.pool.items():
-            assert same(plain_of(self.ours.pool[place]), theirs)
+            assert agree(self.ours.pool[place], theirs)
         for _, given, plain in pending:
             self.compare_arrays(given, plain)
+        self.ours.check_borrowed()
 
     @rule()
     def wait_all(self):
@@ -366,6 +498,7 @@ class Calls(RuleBasedStateMachine):
             out = np.empty(self.kv.shape(key), self.kv.dtype(key))
             self.kv.pull(key, out=out)
             assert same(out, value), key
+            assert agree(self.kv.pull(key), value), key
 
     @rule(again=st.integers(0, 5))
     def close(self, again):
@@ -375,6 +508,7 @@ class Calls(RuleBasedStateMachine):
         self.model.close()
         self.both("push", self.names[0], Recipe(np.dtype("f8"), (3,)))
         self.both("pull", [], [Recipe(np.dtype("f8"), (3,))])
+        self.both("row_sparse_pull", self.names[0])
         self.kv, self.model = kvstore.create(self.kind, timeout=60), Model()
 
     @invariant()
@@ -449,6 +583,10 @@ def deep_list(machine, data, keys, argument, at):
     replace_leaf(argument, at, lambda recipe: [[recipe]])
 
 
+def other_form(machine, data, keys, argument, at):
+    changed(layout=machine.pick(data, ["rows", "C"]))(machine, data, keys, argument, at)
+
+
 def one_more(machine, data, keys, argument, at):
     if argument is not None:
         argument.append(argument[-1])
@@ -471,15 +609,25 @@ FAULTY = {
     "unknown key": unknown_key,
     "other type": other_type,
     "other shape": other_shape,
+    "other form": other_form,
     "read-only": changed(layout="read-only"),
 }
-LATE_FAULTS = ["strange key", "unknown key", "other type", "other shape", "read-only", "nothing"]
+LATE_FAULTS = [
+    "other form",
+    "strange key",
+    "unknown key",
+    "other type",
+    "other shape",
+    "read-only",
+    "nothing",
+]
 FAULTS = [*FAULTY, "nothing", "nothing", "nothing"]
 
 
 def main():
     Calls.kind = sys.argv[1]
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else None
+    warnings.simplefilter("ignore")  # of pulls that leave out row-sparse outs
     settings = hypothesis.settings(
         max_examples=150 if seconds is None else 20,
         stateful_step_count=30,

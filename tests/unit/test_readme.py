@@ -34,7 +34,9 @@ def test_every_python_block_does_what_it_says():
     assert runner.summarize(verbose=False).failed == 0, report.getvalue()
 
 
-@pytest.mark.parametrize("subject", [kvstore.KVStore, kvstore.Handle, kvstore.NDArray, kvstore.RowSparse])
+@pytest.mark.parametrize(
+    "subject", [kvstore.KVStore, kvstore.Handle, kvstore.NDArray, kvstore.RowSparse]
+)
 def test_every_call_has_an_example(subject):
     code = "\n".join(BLOCKS)
     calls = {name for name in dir(subject) if not name.startswith("_")}
