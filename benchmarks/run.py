@@ -1,13 +1,16 @@
 """Measures the store against what the machine can do and against its peers, in one run.
 
-    python benchmarks/run.py              all jobs, table, plot and benchmarks/results/local.json
-    python benchmarks/run.py --quick      short, table only
-    python benchmarks/run.py --make-peers first installs PyTorch and MXNet 1.9.1 into build/peers/
+    python benchmarks/run.py                all jobs: a table, and of each family (local, training)
+                                            a plot and a record in benchmarks/results/
+    python benchmarks/run.py --only FAMILY  one family
+    python benchmarks/run.py --quick        short, table only
+    python benchmarks/run.py --make-peers   first installs PyTorch, FBGEMM and MXNet 1.9.1 into
+                                            build/peers/
 
 Every subject is a process of its own. Rounds are interleaved: in each round every subject measures
 a job right after the others, and ratios are taken within a round, so that a machine whose speed
 drifts does not favour anybody. Quoted are medians over the rounds. "limit" is a plain C program
-(limit.c) that does the least work: one function call a call, one pass over memory.
+(limit.c, limit_train.c) that does the least work: one function call a call, one pass over memory.
 """
 
 import argparse
@@ -22,52 +25,33 @@ import sys
 import venv
 from pathlib import Path
 
+from jobs import FAMILIES
+
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build"
 PEERS = {
     "torch": ["torch==2.13.0", "numpy", "setuptools"],
+    "fbgemm": ["torch==2.13.0", "fbgemm-gpu-cpu==1.8.0", "numpy", "setuptools"],
     "mxnet": ["mxnet==1.9.1", "numpy==1.23.5", "requests"],
 }
-PEER_TITLES = {"dict": "dict", "torch": "torch", "compiled": "torch.compile", "mxnet": "MXNet"}
-
-# Job -> (title, the limit's job, goals as ratios of speed: the store's to the limit's and to each
-# peer's).
-JOBS = {
-    "push_pull_1KiB": (
-        "push + pull, 1 KiB",
-        "push_pull_1KiB",
-        {"limit": 1 / 6, "dict": 3, "mxnet": 50},
-    ),
-    "pushpull_1KiB": (
-        "pushpull, 1 KiB",
-        "pushpull_1KiB",
-        {"limit": 1 / 5, "dict": 4, "mxnet": 80},
-    ),
-    "list_1000x4KiB": (
-        "push + pull, 1,000 keys of 4 KiB, a key",
-        "list_1000x4KiB",
-        {"limit": 1 / 2, "dict": 2.5, "mxnet": 15},
-    ),
-    "updater_1KiB": ("push with updater, 1 KiB", None, {"dict": 0.7, "mxnet": 35}),
-    "sum_4x64MiB": (
-        "sum of 4 × 64 MiB float32",
-        "sum_4x64MiB",
-        {"limit": 0.9, "compiled": 1.0, "torch": 1.4, "mxnet": 3.2},
-    ),
-    "sum_4x64MiB_2dst": (
-        "the same, pushpull into one out",
-        "sum_4x64MiB_2dst",
-        {"limit": 0.9, "compiled": 1.1, "mxnet": 3.3},
-    ),
-    "sum_fp16_4x32MiB": (
-        "sum of 4 × 32 MiB float16",
-        "sum_fp16_4x32MiB",
-        {"limit": 0.85, "compiled": 1.0, "torch": 1.6, "mxnet": 80},
-    ),
-    "push_64MiB": ("push of 64 MiB", "copy_64MiB", {"limit": 0.9, "torch": 1.25}),
-    "pull_64MiB": ("pull of 64 MiB", "copy_64MiB", {"limit": 0.9, "torch": 1.25, "mxnet": 1.5}),
-    "push_1KiB_1_thread": ("push of 1 KiB, 1 thread", None, {}),
-    "push_1KiB_4_threads": ("push of 1 KiB, 4 threads, own keys", None, {"1 thread": 1.0}),
+TITLES = {
+    "limit": "limit of the machine",
+    "dict": "dict",
+    "numpy": "NumPy",
+    "torch": "torch",
+    "compiled": "torch.compile",
+    "fbgemm": "fbgemm",
+    "mxnet": "MXNet",
+    "1 thread": "1 thread",
+}
+MARKS = {
+    "limit": ("|", "black"),
+    "dict": ("s", "#7f7f7f"),
+    "numpy": ("s", "#7f7f7f"),
+    "torch": ("o", "#ee4c2c"),
+    "compiled": ("D", "#8c2d19"),
+    "fbgemm": ("v", "#9467bd"),
+    "mxnet": ("^", "#1f77b4"),
 }
 
 
@@ -104,17 +88,18 @@ class Subject:
 
 
 class Limit:
-    """limit.c, compiled for this machine."""
+    """A limit program, compiled for this machine."""
 
-    def __init__(self):
-        self.program = BUILD / "limit"
+    def __init__(self, name, jobs):
+        self.program, self.jobs = BUILD / name, jobs
         BUILD.mkdir(exist_ok=True)
         compiler = os.environ.get("CC", "cc")
         flags = ["-std=c17", "-O3", "-march=native", "-pthread"]
-        subprocess.run([compiler, *flags, HERE / "limit.c", "-o", self.program], check=True)
+        source = HERE / f"{name}.c"
+        subprocess.run([compiler, *flags, source, "-lm", "-o", self.program], check=True)
 
     def measure(self, job, budget):
-        name = JOBS[job][1]
+        name = self.jobs[job].limit
         if name is None:
             return None
         # Small jobs are repeated inside a measurement; large ones take about 10 ms each.
@@ -148,39 +133,33 @@ def make_peers():
             shutil.rmtree(folder)
 
 
-def start_subjects():
-    subjects = {
-        "kvstore": Subject(sys.executable, "kvstore_local.py"),
-        "limit": Limit(),
-        "dict": Subject(sys.executable, "dict_numpy.py"),
-    }
-    if python := peer_python("torch"):
-        subjects["torch"] = Subject(python, "torch_cpu.py")
-        subjects["compiled"] = Subject(python, "torch_cpu.py", "--compiled")
-    if python := peer_python("mxnet"):
-        subjects["mxnet"] = Subject(python, "mxnet_local.py")
+def start_subjects(family):
+    subjects = {"limit": Limit(family.limit, family.jobs)}
+    for name, (environment, *command) in family.subjects.items():
+        if python := peer_python(environment) if environment else sys.executable:
+            subjects[name] = Subject(python, *command)
     return subjects
 
 
-def run(rounds, budget):
+def run(family, rounds, budget):
     """Seconds by job and subject, one entry a round."""
-    subjects = start_subjects()
+    subjects = start_subjects(family)
     if not subjects["kvstore"].jobs:
         raise SystemExit("kvstore does not run in this Python: pip install -e '.[test]' first")
-    times = {job: {name: [] for name in subjects} for job in JOBS}
+    times = {job: {name: [] for name in subjects} for job in family.jobs}
     try:
         for number in range(rounds):
-            for job in JOBS:
+            for job in family.jobs:
                 for name, subject in subjects.items():
                     seconds = subject.measure(job, budget)
                     if seconds is not None:
                         times[job][name].append(seconds)
-            print(f"round {number + 1} of {rounds}", file=sys.stderr)
+            print(f"{family.limit}: round {number + 1} of {rounds}", file=sys.stderr)
     finally:
         for subject in subjects.values():
             subject.close()
-    for job, one in (("push_1KiB_4_threads", "push_1KiB_1_thread"),):
-        times[job]["1 thread"] = times[one]["kvstore"]
+    if "push_1KiB_4_threads" in times:
+        times["push_1KiB_4_threads"]["1 thread"] = times["push_1KiB_1_thread"]["kvstore"]
     return times
 
 
@@ -198,56 +177,59 @@ def human(seconds):
     return f"{seconds:.3g} s"
 
 
-def table(times):
+def short(number):
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
+def against(times, job, other, goal):
+    """A ratio beside its goal."""
+    found = ratio(times, job, other)
+    if found is None:
+        return f"not there, goal {short(goal)}"
+    return f"{short(found)} ×, goal {short(goal)}{'' if found >= goal else ' (below)'}"
+
+
+def table(results):
     """The rows of the result: job, time, limit, and each ratio beside its goal."""
     lines = [
         "| job | kvstore | limit | speed against the limit | speed against peers |",
         "|---|---|---|---|---|",
     ]
-    for job, (title, _, goals) in JOBS.items():
-        ours = human(statistics.median(times[job]["kvstore"]))
-        limit = times[job]["limit"]
-        cells = []
-        for other, goal in goals.items():
-            found = ratio(times, job, other)
-            shown = "not there" if found is None else f"{found:.3g} ×"
-            mark = "" if found is None or found >= goal else " (below)"
-            name = PEER_TITLES.get(other, other)
-            cells.append((other, f"{name} {shown}, goal {goal:.2g}{mark}"))
-        against_limit = "".join(text for other, text in cells if other == "limit")
-        against_peers = "; ".join(text for other, text in cells if other != "limit")
-        lines.append(
-            f"| {title} | {ours} | {human(statistics.median(limit)) if limit else '–'} "
-            f"| {against_limit.removeprefix('limit ') or '–'} | {against_peers or '–'} |"
-        )
+    for name, times in results.items():
+        for job, (title, _, goals) in FAMILIES[name].jobs.items():
+            ours = human(statistics.median(times[job]["kvstore"]))
+            limit = times[job]["limit"]
+            cells = {other: against(times, job, other, goal) for other, goal in goals.items()}
+            at_best = cells.pop("limit", "–")
+            peers = "; ".join(f"{TITLES[other]} {text}" for other, text in cells.items()) or "–"
+            least = human(statistics.median(limit)) if limit else "–"
+            lines.append(f"| {title} | {ours} | {least} | {at_best} | {peers} |")
     return "\n".join(lines)
 
 
-def plot(times, path):
+def plot(jobs, times, path):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    marks = {
-        "limit": ("|", "black"),
-        "dict": ("s", "#7f7f7f"),
-        "torch": ("o", "#ee4c2c"),
-        "compiled": ("D", "#8c2d19"),
-        "mxnet": ("^", "#1f77b4"),
-    }
-    jobs = [job for job in JOBS if any(times[job].get(other) for other in marks)]
-    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(jobs) + 1.4), layout="constrained")
-    for other, (mark, colour) in marks.items():
-        points = [(ratio(times, job, other), row) for row, job in enumerate(jobs)]
+    rows = [job for job in jobs if any(times[job].get(other) for other in MARKS)]
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(rows) + 1.4), layout="constrained")
+    for other, (mark, colour) in MARKS.items():
+        points = [(ratio(times, job, other), row) for row, job in enumerate(rows)]
         points = [(1 / x, y) for x, y in points if x is not None]
         if points:
-            label = PEER_TITLES.get(other, "limit of the machine")
             size = 18 if mark == "|" else 7
-            axes.plot(*zip(*points, strict=True), mark, color=colour, label=label, markersize=size)
+            axes.plot(
+                *zip(*points, strict=True),
+                mark,
+                color=colour,
+                label=TITLES[other],
+                markersize=size,
+            )
     axes.axvline(1, color="#2ca02c", linewidth=2, label="kvstore")
     axes.set_xscale("log")
-    axes.set_yticks(range(len(jobs)), [JOBS[job][0] for job in jobs])
+    axes.set_yticks(range(len(rows)), [jobs[job].title for job in rows])
     axes.invert_yaxis()
     axes.set_xlabel("speed relative to kvstore (left: slower)")
     axes.grid(axis="x", which="both", alpha=0.25)
@@ -269,15 +251,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two short rounds, no files")
     parser.add_argument("--make-peers", action="store_true", help="install the peers first")
+    parser.add_argument("--only", choices=FAMILIES, help="measure one family")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     if options.make_peers:
         make_peers()
-    times = run(2, 0.05) if options.quick else run(options.rounds, 0.3)
-    print(table(times))
+    rounds, budget = (2, 0.05) if options.quick else (options.rounds, 0.3)
+    names = [options.only] if options.only else list(FAMILIES)
+    results = {name: run(FAMILIES[name], rounds, budget) for name in names}
+    print(table(results))
     if options.quick:
         return
-    results = HERE / "results"
     machine = {
         "date": datetime.date.today().isoformat(),
         "machine": platform.machine(),
@@ -285,9 +269,11 @@ def main():
         "processors": os.cpu_count(),
         "python": platform.python_version(),
     }
-    record = {"machine": machine, "seconds": times}
-    (results / "local.json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(times, results / "local.png")
+    for name, times in results.items():
+        path = HERE / "results" / name
+        record = {"machine": machine, "seconds": times}
+        path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+        plot(FAMILIES[name].jobs, times, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

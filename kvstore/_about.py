@@ -17,6 +17,8 @@ HERE = Path(__file__).parent
 # name, what it is good for here; modules first, then shared libraries as the linker knows them.
 MODULES = (
     ("ml_dtypes", "bfloat16 as NumPy arrays"),
+    ("safetensors", "files of optimizer states"),
+    ("scipy", "sparse matrices to and from RowSparse"),
     ("torch", "tensors as values"),
     ("cupy", "CUDA arrays as values"),
     ("jax", "arrays as values"),

@@ -1,4 +1,4 @@
-"""States of training on their way into a store: those of known keys at once, others at their init."""
+"""States of training on their way into a store: of known keys at once, of others at their init."""
 
 from typing import Any
 
@@ -25,3 +25,13 @@ def arrive(kv: KVStore, pending: _Entries, key: Any) -> None:
     here = [k for k in keys if k in pending]
     kv._states_put(None, [(k, *pending[k]) for k in here])
     kv._states_later({k: entry for k, entry in pending.items() if k not in here})
+
+
+def add_pending(states: dict[str, Any], pending: _Entries) -> None:
+    """Add what still waits for the init of its key to what ``kv._states_export()`` says."""
+    for key, (count, slots) in pending.items():
+        own = {name: a for name, a in slots.items() if not name.startswith("residual.")}
+        if count >= 0:
+            states["keys"].append((key, count, "default", own))
+        for name in slots.keys() - own.keys():
+            states["residuals"].append((key, int(name.partition(".")[2]), slots[name]))

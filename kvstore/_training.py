@@ -18,7 +18,6 @@ from ._optimizer import (
     _ALIASES,
     FLAGS,
     BuiltIn,
-    Optimizer,
     Push,
     built_in,
     identity,
@@ -27,6 +26,7 @@ from ._optimizer import (
 )
 from .errors import ArrayTypeError, InvalidArgumentError
 from .lr_scheduler import _pack
+from .optimizer import Optimizer
 
 # ------------------------------------------------------------------- optimizers in Python
 
@@ -57,8 +57,16 @@ class _Progress:
         return slots
 
 
+_SAVED = "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64".split()
+
+
 def _arrays(key: Any, state: Any, name: str) -> Iterator[tuple[str, Any]]:
     if isinstance(state, np.ndarray):
+        if state.dtype.name not in _SAVED:
+            raise ArrayTypeError(
+                f"the state of key {key!r} is of {state.dtype}, which a file cannot hold; "
+                "float32 can be saved"
+            )
         yield name, state
     elif isinstance(state, (list, tuple)):
         for i, part in enumerate(state):
@@ -109,6 +117,13 @@ class _Run:
     def __init__(self, optimizer: Optimizer, progress: _Progress) -> None:
         self.optimizer = optimizer
         self.progress = progress
+
+    def forget(self, keys: Any) -> None:
+        """What a store's delete does to the optimizer: the keys begin anew."""
+        progress = self.progress
+        for key in keys if isinstance(keys, (list, tuple)) else [keys]:
+            for kept in (progress.counts, progress.states, progress.masters, progress.loaded):
+                kept.pop(key, None)
 
     def __call__(self, key: Any, recv: Any, stored: Any) -> None:
         grad, weight = _as_numpy(recv), _as_numpy(stored)
@@ -259,11 +274,6 @@ def save_optimizer_states(kv: KVStore, fname: Any, dump_optimizer: bool = False)
     }
     states = kv._states_export()
     if progress is not None:
-        if states["residuals"]:
-            raise InvalidArgumentError(
-                "residuals of compression cannot be saved with an optimizer in Python"
-            )
-        states["compression"] = None
         states["num_update"] = progress.num_update
         states["keys"] = [
             (key, count, kv.stype(key) if key in kv else "default", progress.slots(key))
@@ -294,6 +304,7 @@ def load_optimizer_states(kv: KVStore, fname: Any) -> None:
             _load_built_in(kv, states, before, progress, new)
         else:
             loaded = _load_progress(states, progress if type(before) is klass else None, new)
+            _load_residuals(kv, states)
             _set(kv, new, loaded)
     if position is not None:
         schedule: Any = new.lr_scheduler
@@ -345,6 +356,14 @@ def _load_built_in(
             f"its keys are {type(next(iter(listed))).__name__}, those of the store "
             f"{type(keys[0]).__name__}"
         )
+    for key, _, _, slots in states["keys"]:
+        shape = kv.shape(key) if slots and key in kv else None
+        for slot, array in slots.items():
+            if shape is not None and array.shape not in (shape, shape[:1]):
+                raise InvalidArgumentError(
+                    f"state {slot!r} of key {key!r} ({array.shape}) has another shape than the key "
+                    f"({shape})"
+                )
     old = kv._states_export()
     undo_compression = _take_compression(kv, states["compression"], old["compression"])
     try:
@@ -376,11 +395,22 @@ def _take_compression(kv: KVStore, wanted: Any, current: Any) -> bool:
     return True
 
 
+def _load_residuals(kv: KVStore, states: dict[str, Any]) -> None:
+    """All that the core keeps for an optimizer in Python."""
+    current = kv._states_export()["compression"]
+    undo_compression = _take_compression(kv, states["compression"], current)
+    try:
+        keys = kv.keys()
+        kv._states_import({**states, "keys": [(key, -1, "default", {}) for key in keys]})
+    except BaseException:
+        if undo_compression:
+            kv._compression_set("none", 0.0)
+        raise
+
+
 def _load_progress(
     states: dict[str, Any], before: _Progress | None, optimizer: Optimizer
 ) -> _Progress:
-    if states["residuals"]:
-        raise InvalidArgumentError("residuals of compression cannot go to an optimizer in Python")
     progress = _Progress(optimizer.begin_num_update)
     progress.num_update = states["num_update"]
     for key, count, _, slots in states["keys"]:

@@ -5,6 +5,7 @@ residuals are slots ``residual.<position>``. Everything else is JSON in the meta
 ``kvstore``, where the keys stand with their type, so that 3 and '3' stay apart.
 """
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any, NoReturn
+
+import numpy as np
 
 from .errors import ArrayTypeError, InvalidArgumentError, NotBuiltError
 
@@ -50,9 +53,7 @@ def write(fname: Any, states: dict[str, Any], optimizer: dict[str, Any]) -> None
     """Write what ``kv._states_export()`` gave, and a description of the optimizer."""
     path, package = _path(fname), _package()
     tensors = {
-        f"{key}/{slot}": array
-        for key, _, _, slots in states["keys"]
-        for slot, array in slots.items()
+        f"{key}/{name}": a for key, _, _, slots in states["keys"] for name, a in slots.items()
     }
     keys = [[key, count, stype] for key, count, stype, _ in states["keys"]]
     listed = {key for key, _, _ in keys}
@@ -73,11 +74,18 @@ def write(fname: Any, states: dict[str, Any], optimizer: dict[str, Any]) -> None
         text = json.dumps(about, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError(f"the optimizer cannot be written as JSON: {error}") from error
+    # The package writes memory as it lies, whatever the strides.
+    tensors = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     _write_whole(path, package.save(tensors, {_ENTRY: text}))
 
 
 def _write_whole(path: str, data: bytes) -> None:
     """Under another name first, so that `path` is always the old file or the new one."""
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        # The name would no longer stand for the device, or the pipe, that it stands for.
+        raise OSError(errno.EINVAL, "not a regular file", path)
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, f".kvstore-{secrets.token_hex(8)}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)

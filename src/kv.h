@@ -269,7 +269,7 @@ typedef struct kv_states {
 KV_MUST_CHECK kv_status_t kv_store_export_states(kv_store_t *store, kv_states_t *out,
                                                  kv_caller_t *caller);
 /* Replaces it for the keys that are in `states`; all keys are known. Checks everything first:
- * KV_INVALID names key and slot. Needs the optimizer to be set.
+ * KV_INVALID names key and slot. Counts and slots need a built-in optimizer, residuals do not.
  * `keep_whole`: states->whole is not looked at. */
 KV_MUST_CHECK kv_status_t kv_store_import_states(kv_store_t *store, const kv_states_t *states,
                                                  bool keep_whole, kv_caller_t *caller);

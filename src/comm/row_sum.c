@@ -2,10 +2,10 @@
  * write the sums down.
  *
  * The union is a merge. With few sets their heads are compared without branches, and each set whose
- * head is the lowest steps on; with many a heap finds the lowest. A large union is cut for the team,
- * at ids of the largest set. A cut knows how many rows of all sets lie before it, but not how many
- * rows of the union: it puts its pointers where they belong, its ids where they would belong if no
- * two sets had an id in common, and at the end the ids of all cuts move together.
+ * head is the lowest steps on; with many a heap finds the lowest. A large union is cut for the
+ * team, at ids of the largest set. A cut knows how many rows of all sets lie before it, but not how
+ * many rows of the union: it puts its pointers where they belong, its ids where they would belong
+ * if no two sets had an id in common, and at the end the ids of all cuts move together.
  */
 #include "base/memory.h"
 #include "comm/row_grid.h"

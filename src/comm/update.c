@@ -440,6 +440,8 @@ int64_t kv_host_update(const kv_host_t *host, const kv_step_t *step, const kv_we
 {
     if (weight->count == 0)
         return 0;
+    if (weight->count == 0)
+        return 0;
     dense_source_t source;
     dense_init(&source, host, weight->dtype, gradients);
     kv_update_t update;

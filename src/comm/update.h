@@ -40,7 +40,8 @@ int64_t kv_host_update(const kv_host_t *host, const kv_step_t *step, const kv_we
 
 /* The same with a row-sparse sum of gradients. Lazy: the rows of the sum only, row i of it being
  * row where[i] of the weight (`where` NULL: row ids[i]). Not lazy: all rows of the weight, with
- * gradient 0 for those that the sum has not; `where` increases. */
+ * gradient 0 for those that the sum has not. `where` increases; it is NULL for a dense weight and
+ * never for a row-sparse one, since some formulas tell them apart. */
 void kv_host_update_rows(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
                          const kv_row_sum_t *sum, const int64_t *where, bool lazy);
 

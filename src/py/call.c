@@ -169,9 +169,7 @@ static bool add_array(kv_args_t *args, PyObject *key, PyObject *array, bool for_
     return true;
 }
 
-/* Looks at the NumPy arrays once more: the code that ran since may have let another thread reshape
- * one, and a view points into the array. From here to the end of the checks no Python code runs. */
-static bool look_again(kv_args_t *args, kv_views_t *views)
+static bool look_at_views(kv_args_t *args, kv_views_t *views)
 {
     for (int64_t i = 0; i < views->count; i++) {
         kv_lease_t *lease = &views->leases[i], fresh;
@@ -186,6 +184,11 @@ static bool look_again(kv_args_t *args, kv_views_t *views)
         }
     }
     return true;
+}
+
+bool kv_args_look_again(kv_args_t *args)
+{
+    return look_at_views(args, &args->values) && look_at_views(args, &args->outs);
 }
 
 /* The array or the list of arrays that belongs to one key. */
@@ -317,7 +320,7 @@ bool kv_args_init(kv_args_t *args, kv_state_t *state, const char *verb, PyObject
         values += item->num_values;
         outs += item->num_outs;
     }
-    if (args->python_ran && !(look_again(args, &args->values) && look_again(args, &args->outs)))
+    if (args->python_ran && !kv_args_look_again(args))
         goto error;
     args->call = (kv_call_t){.items = args->items,
                              .num_items = args->num_items,
@@ -339,7 +342,9 @@ static bool is_ids(PyObject *object)
     if (!is_list(object) || list_length(object) == 0)
         return true;
     PyObject *first = list_item(object, 0);
-    bool number = first != NULL && !PySequence_Check(first);
+    /* Not every array is a sequence. */
+    bool number = first != NULL && !PySequence_Check(first) &&
+                  !PyObject_HasAttrString(first, "__dlpack__");
     Py_XDECREF(first);
     return number;
 }
@@ -417,7 +422,7 @@ bool kv_args_row_ids(kv_args_t *args, PyObject *row_ids)
                                  : add_key_ids(args, row_ids, 0, args->outs.count);
     args->call.row_ids = args->row_ids;
     /* Arrays of the user's may have run Python code, or let another thread. */
-    return added && look_again(args, &args->outs);
+    return added && kv_args_look_again(args);
 }
 
 void kv_args_fini(kv_args_t *args)

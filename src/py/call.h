@@ -44,6 +44,10 @@ bool kv_args_init(kv_args_t *args, kv_state_t *state, const char *verb, PyObject
 /* Adds the row ids: an array for all outs, or a list with one for each, nested for a list of keys.
  * False with an exception; the call must still be ended. */
 bool kv_args_row_ids(kv_args_t *args, PyObject *row_ids);
+/* Looks at the NumPy arrays once more: Python code that ran since may have let another thread
+ * reshape one, and a view points into the array. From here to the end of the checks none may run.
+ * False with an exception; the call must still be ended. */
+bool kv_args_look_again(kv_args_t *args);
 /* Leaves an empty call; may be called again. */
 void kv_args_fini(kv_args_t *args);
 

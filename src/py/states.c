@@ -89,6 +89,18 @@ static PyObject *export_all(kv_py_store_t *self, const kv_states_t *states)
     return result;
 }
 
+/* kvstore._states.<function>(first, a, b), `b` may be NULL. */
+static PyObject *call_states(const char *function, PyObject *first, PyObject *a, PyObject *b)
+{
+    PyObject *module = PyImport_ImportModule("kvstore._states");
+    PyObject *result = NULL;
+    if (module != NULL)
+        result = b != NULL ? PyObject_CallMethod(module, function, "OOO", first, a, b)
+                           : PyObject_CallMethod(module, function, "OO", first, a);
+    Py_XDECREF(module);
+    return result;
+}
+
 PyObject *kv_py_store_states_export(PyObject *object, PyObject *unused)
 {
     (void)unused;
@@ -103,6 +115,12 @@ PyObject *kv_py_store_states_export(PyObject *object, PyObject *unused)
         return kv_py_raise(self->state, status);
     PyObject *result = export_all(self, &states);
     kv_states_fini(&states);
+    if (result != NULL && self->pending != NULL) {
+        PyObject *done = call_states("add_pending", result, self->pending, NULL);
+        if (done == NULL)
+            Py_CLEAR(result);
+        Py_XDECREF(done);
+    }
     return result;
 }
 
@@ -250,17 +268,6 @@ PyObject *kv_py_store_states_put(PyObject *object, PyObject *args)
 }
 
 /* ---------------------------------------------------------------------- states that come early */
-
-static PyObject *call_states(const char *function, PyObject *store, PyObject *a, PyObject *b)
-{
-    PyObject *module = PyImport_ImportModule("kvstore._states");
-    PyObject *result = NULL;
-    if (module != NULL)
-        result = b != NULL ? PyObject_CallMethod(module, function, "OOO", store, a, b)
-                           : PyObject_CallMethod(module, function, "OO", store, a);
-    Py_XDECREF(module);
-    return result;
-}
 
 PyObject *kv_py_store_states_import(PyObject *object, PyObject *states)
 {

@@ -218,6 +218,13 @@ static KV_PY_METHOD(store_delete)
     if (status != KV_OK)
         return kv_py_raise(store->state, status);
     kv_py_release_now();
+    /* An optimizer in Python keeps its state itself. */
+    if (store->owner != NULL && PyObject_HasAttrString(store->owner, "forget")) {
+        PyObject *done = PyObject_CallMethod(store->owner, "forget", "O", key);
+        Py_XDECREF(done);
+        if (done == NULL)
+            return NULL;
+    }
     Py_RETURN_NONE;
 }
 

@@ -80,37 +80,40 @@ static PyObject *async_result(kv_py_store_t *self, const kv_args_t *args, kv_sta
 /* Leaves the row-sparse outs out, and warns of them once for a key. */
 static bool skip_sparse_outs(kv_py_store_t *self, kv_args_t *args)
 {
-    kv_view_t *next = args->outs.views;
+    kv_view_t *views = args->outs.views;
     kv_lease_t *leases = args->outs.leases;
     int64_t at = 0, kept = 0;
-    bool good = true;
+    bool good = true, warned = false;
     for (int64_t i = 0; i < args->num_items; i++) {
         kv_item_t *item = &args->items[i];
         int32_t left = 0;
         bool skipped = false;
         for (int32_t j = 0; j < item->num_outs; j++, at++) {
-            if (next[at].sparse != NULL) {
+            if (views[at].sparse != NULL) {
                 skipped = true;
                 continue;
             }
-            /* The lease of one that is left out takes the free place, so that all are dropped. */
+            /* Those that are left out gather at the end, where they are dropped with the others. */
+            kv_view_t view = views[kept];
             kv_lease_t lease = leases[kept];
-            next[kept] = next[at];
-            leases[kept] = leases[at];
+            views[kept] = views[at];
+            leases[kept++] = leases[at];
+            views[at] = view;
             leases[at] = lease;
-            kept++;
             left++;
         }
-        item->outs = next + kept - left;
+        item->outs = views + kept - left;
         item->num_outs = left;
-        if (good && skipped && kv_store_first_skip(self->store, &item->name))
+        if (good && skipped && kv_store_first_skip(self->store, &item->name)) {
+            warned = true;
             good = PyErr_WarnFormat(PyExc_UserWarning, 1,
                                     "pull of key %R leaves its row-sparse out as it is; use "
                                     "row_sparse_pull, or pull(..., ignore_sparse=False)",
                                     args->keys[i]) == 0;
+        }
     }
     args->call.num_outs = kept;
-    return good;
+    return good && (!warned || kv_args_look_again(args));
 }
 
 /* Tells of compression that has met a NaN or an infinity. */

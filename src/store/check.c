@@ -193,7 +193,9 @@ static kv_status_t check_apart(const kv_group_t *groups, int64_t num_groups, int
     owner_t *owners = kv_calloc((size_t)num_slots, sizeof *owners);
     KV_TRY_ALLOC(owners, "the list of values");
     for (int64_t g = 0; g < num_groups; g++) {
-        for (int32_t i = 0; i < groups[g].num_values && groups[g].entry->bytes > 0; i++) {
+        for (int32_t i = 0; i < groups[g].num_values; i++) {
+            if (groups[g].values[i].count == 0)
+                continue;
             owner_t *owner = find_owner(owners, num_slots - 1, groups[g].values[i].data);
             owner->group = owner->data == NULL || owner->group == g ? g : -1;
             owner->data = groups[g].values[i].data;
@@ -201,7 +203,9 @@ static kv_status_t check_apart(const kv_group_t *groups, int64_t num_groups, int
     }
     kv_status_t status = KV_OK;
     for (int64_t g = 0; g < num_groups && status == KV_OK; g++) {
-        for (int32_t i = 0; i < groups[g].num_outs && groups[g].entry->bytes > 0; i++) {
+        for (int32_t i = 0; i < groups[g].num_outs; i++) {
+            if (groups[g].outs[i].count == 0)
+                continue;
             const owner_t *owner = find_owner(owners, num_slots - 1, groups[g].outs[i].data);
             if (owner->data != NULL && owner->group != g) {
                 char where[NAME_BYTES + 32];

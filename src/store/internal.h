@@ -55,7 +55,8 @@ struct kv_entry {
     int64_t updates;    /* store lock: pushes counted by the optimizer, -1: none yet */
     kv_slots_t *slots;  /* store lock: the pointer */
     uint64_t optimizer; /* store lock: the number of the optimizer for which … */
-    const kv_multiplier_t *multiplier; /* … this is the key's own, NULL: none */
+    const kv_multiplier_t *multiplier; /* … this is the key's own, NULL: none … */
+    bool plain_rate;                   /* … and kv_step_t's */
     /* 0: all residuals are finite as far as is known, 1: they are not, 2: that has been told. */
     atomic_int not_finite;
     int64_t shape[]; /* [ndim] */

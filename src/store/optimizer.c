@@ -187,6 +187,19 @@ static int64_t next_count(const kv_optimizer_t *optimizer, const kv_entry_t *ent
     return (entry->updates < 0 ? optimizer->begin_num_update : entry->updates) + 1;
 }
 
+/* A text key is its own name, unless the optimizer was given another one. */
+static bool names_plain_rate(const kv_name_t *name)
+{
+    static const char *const ENDS[] = {"gamma", "beta", "bias"};
+    for (size_t i = 0; name->text != NULL && i < sizeof ENDS / sizeof ENDS[0]; i++) {
+        size_t length = strlen(ENDS[i]);
+        if (name->bytes >= length &&
+            memcmp(name->text + name->bytes - length, ENDS[i], length) == 0)
+            return true;
+    }
+    return false;
+}
+
 static void count_locked(kv_store_t *store, const kv_optimizer_t *optimizer, kv_entry_t *entry,
                          double rate, kv_step_t *step) KV_REQUIRES(&store->lock)
 {
@@ -195,12 +208,13 @@ static void count_locked(kv_store_t *store, const kv_optimizer_t *optimizer, kv_
         store->state.num_update = entry->updates;
     if (entry->optimizer != optimizer->number) {
         entry->multiplier = find_multiplier(optimizer, entry);
+        entry->plain_rate = entry->multiplier != NULL ? entry->multiplier->plain_rate
+                                                      : names_plain_rate(&entry->name);
         entry->optimizer = optimizer->number;
     }
     const kv_multiplier_t *own = entry->multiplier;
     kv_step_init(step, optimizer->optim, &optimizer->numbers, &store->state, entry->updates, rate,
-                 own != NULL ? own->lr : 1.0, own != NULL ? own->wd : 1.0,
-                 own != NULL && own->plain_rate);
+                 own != NULL ? own->lr : 1.0, own != NULL ? own->wd : 1.0, entry->plain_rate);
 }
 
 bool kv_entry_can_count_locked(const kv_store_t *store, const kv_entry_t *entry)

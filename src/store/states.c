@@ -254,7 +254,7 @@ static int64_t place_of(const kv_entry_t *entry, const kv_optimizer_t *optimizer
                         const kv_state_part_t *part, bool *per_row)
 {
     kv_slot_t described[KV_MAX_SLOTS];
-    int num_slots = optimizer->optim->slots(&optimizer->numbers, described);
+    int num_slots = optimizer != NULL ? optimizer->optim->slots(&optimizer->numbers, described) : 0;
     for (int i = 0; i < num_slots; i++) {
         if (strcmp(part->slot, described[i].name) == 0) {
             *per_row = described[i].per_row;
@@ -264,7 +264,8 @@ static int64_t place_of(const kv_entry_t *entry, const kv_optimizer_t *optimizer
     *per_row = false;
     bool narrow = entry->dtype == KV_FLOAT16 || entry->dtype == KV_BFLOAT16;
     if (strcmp(part->slot, "master") == 0)
-        return narrow && optimizer->numbers.multi_precision ? KV_MAX_SLOTS : -1;
+        return narrow && optimizer != NULL && optimizer->numbers.multi_precision ? KV_MAX_SLOTS
+                                                                                 : -1;
     char *end = NULL;
     if (strncmp(part->slot, "residual.", 9) == 0 && part->slot[9] >= '0' && part->slot[9] <= '9') {
         long position = strtol(part->slot + 9, &end, 10);
@@ -338,7 +339,7 @@ static kv_status_t prepare(const kv_optimizer_t *optimizer, const kv_key_state_t
     arrival->slots = kv_calloc(1, sizeof *arrival->slots);
     KV_TRY_ALLOC(arrival->slots, "the state of a key");
     arrival->slots->refs = 1;
-    arrival->slots->optim = optimizer->optim;
+    arrival->slots->optim = optimizer != NULL ? optimizer->optim : NULL;
     for (int i = 0; i < state->num_parts; i++)
         KV_TRY(prepare_part(optimizer, &state->parts[i], arrival));
     return KV_OK;
@@ -386,8 +387,10 @@ static kv_status_t find_entries(kv_store_t *store, const kv_states_t *states, ar
 {
     kv_status_t status = KV_OK;
     kv_mutex_lock(&store->lock);
-    if (store->optimizer == NULL)
-        status = kv_fail(KV_INVALID, "the store has no optimizer; call set_optimizer first");
+    for (int64_t k = 0; k < states->num_keys && status == KV_OK; k++) {
+        if (states->keys[k].count >= 0 && store->optimizer == NULL)
+            status = kv_fail(KV_INVALID, "the store has no built-in optimizer to keep states");
+    }
     for (int64_t k = 0; k < states->num_keys && status == KV_OK; k++) {
         const kv_name_t *name = &states->keys[k].name;
         kv_entry_t *entry = kv_table_find(&store->table, name, kv_name_hash(name));
@@ -400,7 +403,7 @@ static kv_status_t find_entries(kv_store_t *store, const kv_states_t *states, ar
         kv_var_pin(&entry->var);
         arrivals[k].entry = entry;
     }
-    if (status == KV_OK) {
+    if (status == KV_OK && store->optimizer != NULL) {
         *optimizer = store->optimizer;
         atomic_fetch_add(&store->optimizer->refs, 1);
     }

@@ -45,7 +45,7 @@ class Rows:
 
     @classmethod
     def from_dense(cls, array):
-        ids = np.flatnonzero((array.reshape(len(array), -1) != 0).any(axis=1))
+        ids = np.flatnonzero((array != 0).any(axis=tuple(range(1, array.ndim))))
         return cls(array[ids], ids, array.shape)
 
     def __array__(self, dtype=None, copy=None):

@@ -307,3 +307,32 @@ def test_signatures_are_those_of_the_core():
         signature = inspect.signature(getattr(optimizer, entry["title"]))
         for param, _, fallback, *_ in entry["params"]:
             assert signature.parameters[param].default == fallback, (name, param)
+
+
+def test_a_text_key_that_ends_in_bias_takes_the_rate_of_lars_itself(kv):
+    kv.set_optimizer(optimizer.LARS(learning_rate=0.5, eta=0.001))
+    for key, moved in (("fc_bias", 0.5), ("bn_gamma", 0.5), ("bn_beta", 0.5), ("fc", 0.0005)):
+        kv.init(key, np.ones(4, np.float32))
+        kv.push(key, np.ones(4, np.float32))
+        assert pulled(kv, key) == pytest.approx(1 - moved, rel=1e-6)
+
+
+class Counting(optimizer.Optimizer):
+    """Adds up its own state, so that a state that lives too long shows."""
+
+    def create_state(self, key, weight):
+        return np.zeros_like(weight)
+
+    def update(self, key, weight, grad, state):
+        state += grad
+        weight[...] = state
+
+
+def test_deleting_a_key_forgets_what_an_optimizer_in_python_keeps(kv):
+    kv.set_optimizer(Counting())
+    for _ in range(2):
+        kv.init(["v", "w"], [np.zeros(2, np.float32)] * 2)
+        for _ in range(3):
+            kv.push("w", np.ones(2, np.float32))
+        assert pulled(kv, "w").tolist() == [3, 3]
+        kv.delete(["v", "w"])

@@ -189,6 +189,15 @@ def test_the_same_class_again_keeps_its_state_and_another_begins_anew(w):
     assert value(w) == [-0.25, -0.25]
 
 
+def test_a_key_that_is_forgotten_begins_anew(w):
+    w.set_optimizer(Momentum(lr=0.5))
+    w.push("w", ONES)
+    w._optimizer_owner().forget(["w", "other"])
+    w.push("w", ONES)
+    assert value(w) == [0, 0]
+    assert w._optimizer_owner().progress.counts == {"w": 1}
+
+
 def test_attributes_of_a_users_class_change_on_a_copy(w):
     given = Momentum(lr=0.5)
     w.set_optimizer(given)

@@ -306,6 +306,21 @@ def test_a_shape_that_disagrees_changes_nothing(path, dump):
                 assert all(same(slots[slot], slots2[slot]) for slot in slots)
 
 
+def test_a_dump_of_another_shape_leaves_the_updater(kv, path):
+    kv.set_optimizer(Adam(lr=0.25))
+    begin(kv, ["w"])
+    train(kv, range(1), ["w"])
+    kv.save_optimizer_states(path, dump_optimizer=True)
+    kv.delete("w")
+    kv.init("w", np.ones(3, np.float32))
+    seen = []
+    kv.set_updater(lambda key, recv, stored: seen.append(key))
+    with refused("another shape than the key"):
+        kv.load_optimizer_states(path)
+    kv.push("w", np.ones(3, np.float32))
+    assert seen == ["w"]
+
+
 def test_keys_of_the_other_type_are_refused(path):
     with kvstore.create() as kv:
         kv.set_optimizer(SGD(momentum=0.5))
@@ -410,6 +425,15 @@ def test_what_of_an_optimizer_in_python_cannot_be_saved(kv, path):
     train(kv, range(1), ["w"])
     with pytest.raises(kvstore.ArrayTypeError, match="the state of key 'w' holds a int"):
         kv.save_optimizer_states(path)
+    odd = kv._optimizer_owner().progress.states["w"]
+    for wrong, message in (
+        (np.ones(1, complex), "is of complex128, which a file cannot hold"),
+        ({"a/b": ONES}, "has a part 'a/b'"),
+        ({3: ONES}, "has a part 3"),
+    ):
+        odd["odd"] = wrong
+        with pytest.raises(kvstore.ArrayTypeError, match=message):
+            kv.save_optimizer_states(path)
 
 
 def test_states_of_another_shape_are_refused_for_python_too(kv, path):
@@ -431,3 +455,56 @@ def test_states_of_another_shape_are_refused_for_python_too(kv, path):
     for _ in range(2):
         with refused("state 'state.m' of key 'w'"):
             train(kv, range(1), ["w"])
+
+
+class Summing(optimizer.Optimizer):
+    def create_state(self, key, weight):
+        return np.zeros_like(weight)
+
+    def update(self, key, weight, grad, state):
+        state += grad
+        weight[...] = state
+
+
+def compressed(own):
+    kv = kvstore.create("device")
+    kv.set_optimizer(own)
+    kv.set_gradient_compression({"type": "2bit", "threshold": 0.5})
+    kv.init("w", np.zeros(3, np.float32))
+    return kv
+
+
+@pytest.mark.parametrize("own", [Summing(), optimizer.SGD()], ids=["in Python", "built in"])
+def test_residuals_are_saved_with_any_optimizer(tmp_path, own):
+    value = np.array([0.3, 0.7, -0.4], np.float32)
+    with compressed(own) as never, compressed(own) as stopped, compressed(own) as later:
+        for kv in (never, stopped):
+            kv.push("w", [value, value])
+        stopped.save_optimizer_states(tmp_path / "states")
+        later.load_optimizer_states(tmp_path / "states")
+        later.set_updater(None)
+        later.set_gradient_compression({"type": "none"})
+        later.push("w", stopped.pull("w"))
+        later.set_optimizer(own)
+        later.load_optimizer_states(tmp_path / "states")
+        for kv in (never, later):
+            kv.push("w", [value, value])
+        assert never.pull("w").asnumpy().tobytes() == later.pull("w").asnumpy().tobytes()
+
+
+def test_states_that_wait_for_their_init_are_saved_again(tmp_path):
+    with compressed(optimizer.Adam()) as kv:
+        kv.push("w", np.full(3, 0.7, np.float32))
+        before = kv._states_export()
+        kv.save_optimizer_states(tmp_path / "states")
+    with kvstore.create() as kv:
+        kv.set_optimizer(optimizer.Adam())
+        kv.load_optimizer_states(tmp_path / "states")
+        kv.save_optimizer_states(tmp_path / "again")
+    with compressed(optimizer.Adam()) as kv:
+        kv.load_optimizer_states(tmp_path / "again")
+        after = kv._states_export()
+    assert before["keys"][0][:2] == after["keys"][0][:2]
+    for name, array in before["keys"][0][3].items():
+        assert array.tobytes() == after["keys"][0][3][name].tobytes()
+    assert before["residuals"][0][2].tobytes() == after["residuals"][0][2].tobytes()

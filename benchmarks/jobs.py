@@ -1,0 +1,137 @@
+"""What is measured: the families of jobs, their subjects and their goals.
+
+A family is run by its own processes and has its own limit program, table rows, record and plot.
+"""
+
+from typing import NamedTuple
+
+
+class Job(NamedTuple):
+    title: str
+    limit: str | None  # the job of the limit program
+    goals: dict  # ratios of speed: the store's to the limit's and to each peer's
+
+
+class Family(NamedTuple):
+    limit: str  # LIMIT.c
+    subjects: dict  # name -> environment ("": this Python), script and its arguments
+    jobs: dict
+
+
+LOCAL = {
+    "push_pull_1KiB": Job(
+        "push + pull, 1 KiB", "push_pull_1KiB", {"limit": 1 / 6, "dict": 3, "mxnet": 50}
+    ),
+    "pushpull_1KiB": Job(
+        "pushpull, 1 KiB", "pushpull_1KiB", {"limit": 1 / 5, "dict": 4, "mxnet": 80}
+    ),
+    "list_1000x4KiB": Job(
+        "push + pull, 1,000 keys of 4 KiB, a key",
+        "list_1000x4KiB",
+        {"limit": 1 / 2, "dict": 2.5, "mxnet": 15},
+    ),
+    "updater_1KiB": Job("push with updater, 1 KiB", None, {"dict": 0.7, "mxnet": 35}),
+    "sum_4x64MiB": Job(
+        "sum of 4 × 64 MiB float32",
+        "sum_4x64MiB",
+        {"limit": 0.9, "compiled": 1.0, "torch": 1.4, "mxnet": 3.2},
+    ),
+    "sum_4x64MiB_2dst": Job(
+        "the same, pushpull into one out",
+        "sum_4x64MiB_2dst",
+        {"limit": 0.9, "compiled": 1.1, "mxnet": 3.3},
+    ),
+    "sum_fp16_4x32MiB": Job(
+        "sum of 4 × 32 MiB float16",
+        "sum_fp16_4x32MiB",
+        {"limit": 0.85, "compiled": 1.0, "torch": 1.6, "mxnet": 80},
+    ),
+    "push_64MiB": Job("push of 64 MiB", "copy_64MiB", {"limit": 0.9, "torch": 1.25}),
+    "pull_64MiB": Job("pull of 64 MiB", "copy_64MiB", {"limit": 0.9, "torch": 1.25, "mxnet": 1.5}),
+    "push_1KiB_1_thread": Job("push of 1 KiB, 1 thread", None, {}),
+    "push_1KiB_4_threads": Job("push of 1 KiB, 4 threads, own keys", None, {"1 thread": 1.0}),
+}
+
+TRAINING = {
+    "sgd_momentum_64MiB": Job(
+        "SGD with momentum, one 64 MiB gradient",
+        "sgd_momentum_64MiB",
+        {"limit": 0.9, "torch": 0.95, "mxnet": 4},
+    ),
+    "sgd_momentum_4x64MiB": Job(
+        "the same, 4 gradients summed and applied",
+        "sgd_momentum_4x64MiB",
+        {"limit": 0.85, "torch": 1.5, "mxnet": 4},
+    ),
+    "adam_64MiB_pull": Job(
+        "Adam, one 64 MiB gradient, then pull (pushpull)",
+        "adam_64MiB_pull",
+        {"limit": 0.9, "torch": 1.2, "mxnet": 4},
+    ),
+    "adagrad_64MiB": Job(
+        "AdaGrad, one 64 MiB gradient",
+        "adagrad_64MiB",
+        {"limit": 0.9, "torch": 0.95, "mxnet": 50},
+    ),
+    "sgd_1KiB": Job("SGD on 1 KiB", "sgd_1KiB", {"limit": 1 / 8, "numpy": 7, "mxnet": 400}),
+    "sgd_1KiB_handle": Job("the same, async_op and wait", None, {}),
+    "momentum_list_1000x4KiB": Job(
+        "momentum SGD, list of 1,000 keys of 4 KiB, a key",
+        "momentum_list_1000x4KiB",
+        {"limit": 1 / 3, "torch": 8, "mxnet": 200},
+    ),
+    "rows_pull": Job(
+        "row_sparse_pull of 10,000 unsorted ids from 1,000,000 × 64 float32",
+        "rows_pull",
+        {"limit": 0.45, "torch": 1.5, "fbgemm": 1.2, "mxnet": 4},
+    ),
+    "rows_sgd": Job(
+        "push of 10,000 rows, lazy SGD",
+        "rows_sgd",
+        {"limit": 0.8, "torch": 2.5, "mxnet": 3.5},
+    ),
+    "rows_sgd_handle": Job("the same, async_op and wait", None, {}),
+    "rows_sgd_4": Job(
+        "push of a list of 4 such", "rows_sgd_4", {"limit": 0.4, "torch": 4, "mxnet": 4.5}
+    ),
+    "rows_adam": Job(
+        "push of 10,000 rows, Adam, lazy",
+        "rows_adam",
+        {"limit": 0.8, "torch": 5, "mxnet": 2.5},
+    ),
+    "rows_pull_adagrad": Job(
+        "pull 10,000 rows, push their gradient, AdaGrad",
+        "rows_pull_adagrad",
+        {"limit": 0.6, "torch": 2.5, "fbgemm": 4, "mxnet": 3.5},
+    ),
+    "encode_64MiB": Job(
+        "2-bit encode of 64 MiB with residual",
+        "encode_64MiB",
+        {"limit": 0.85, "numpy": 10},
+    ),
+}
+
+FAMILIES = {
+    "local": Family(
+        "limit",
+        {
+            "kvstore": ("", "kvstore_local.py"),
+            "dict": ("", "dict_numpy.py"),
+            "torch": ("torch", "torch_cpu.py"),
+            "compiled": ("torch", "torch_cpu.py", "--compiled"),
+            "mxnet": ("mxnet", "mxnet_local.py"),
+        },
+        LOCAL,
+    ),
+    "training": Family(
+        "limit_train",
+        {
+            "kvstore": ("", "kvstore_training.py"),
+            "numpy": ("", "numpy_training.py"),
+            "torch": ("torch", "torch_training.py"),
+            "fbgemm": ("fbgemm", "fbgemm_training.py"),
+            "mxnet": ("mxnet", "mxnet_training.py"),
+        },
+        TRAINING,
+    ),
+}
