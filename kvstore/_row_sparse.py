@@ -59,7 +59,8 @@ def from_torch(tensor: Any) -> RowSparse:
     if tensor.sparse_dim() > 1:
         ids, at = places[0].unique(return_inverse=True)
         data = values.new_zeros((len(ids), *tensor.shape[1:]))
-        data[(at, *places[1:])] = values
+        where = (at, *places[1:])
+        data[where] = values
     return RowSparse(data, ids, tuple(tensor.shape))
 
 

@@ -29,7 +29,8 @@
 #endif
 /* The iterations of the next loop do not depend on each other. */
 #if defined(__clang__)
-#pragma clang diagnostic ignored "-Wpass-failed" /* a build without the vectoriser is no mistake */
+#pragma clang diagnostic ignored "-Wpass-failed" /* a build without the vectoriser is no mistake   \
+                                                  */
 #define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
 #else
 #define INDEPENDENT _Pragma("GCC ivdep")

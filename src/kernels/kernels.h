@@ -31,8 +31,8 @@ typedef struct kv_codec_kernels {
                                      void *residual, bool first, void *block);
 } kv_codec_kernels_t;
 
-typedef void kv_step_kernel_t(int64_t first, int64_t count, const void *factors, const void *gradient,
-                              void *weight, void *const *states);
+typedef void kv_step_kernel_t(int64_t first, int64_t count, const void *factors,
+                              const void *gradient, void *weight, void *const *states);
 
 typedef struct kv_kernels {
     const char *name; /* baseline, avx2, avx512 */

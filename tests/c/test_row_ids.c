@@ -64,12 +64,17 @@ static void ids_of_special_order_are_sorted_too(void)
     uint64_t state = 11;
     kv_host_t host = host_new(2);
     int64_t *ids = malloc(COUNT * sizeof *ids);
-    for (int kind = 0; kind < 7; kind++)
+    for (int kind = 0; kind < 8; kind++)
         for (int64_t count = 20; count <= COUNT; count = count == 20 ? 2000 : count * 35) {
             for (int64_t i = 0; i < count; i++)
-                ids[i] = (int64_t[]){
-                    i,           count - i,       i / 3, 7, i % 2 ? INT64_MAX : INT64_MIN,
-                    i % 97 - 48, INT64_C(1) << 40}[kind];
+                ids[i] = (int64_t[]){i,
+                                     count - i,
+                                     i / 3,
+                                     7,
+                                     i % 2 ? INT64_MAX : INT64_MIN,
+                                     i % 97 - 48,
+                                     INT64_C(1) << 40,
+                                     i % 100 ? i : (count - i) << 40}[kind];
             if (kind == 6) /* all alike but one, so that every id is in one bucket */
                 ids[test_between(&state, 0, count - 1)] = -1;
             check_unique(&host, count, ids);

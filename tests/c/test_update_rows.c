@@ -420,6 +420,31 @@ static void lazy_large_batch_steps_with_what_waits(void)
     }
 }
 
+/* The momentum of NAG takes the decay of the weight before the step if that is row-sparse. */
+static void row_sparse_weight_has_its_own_formula(void)
+{
+    kv_host_t host = host_new(1);
+    setting_t setting = setting_of(kv_optim_class_find("nag"), KV_FLOAT64, 2, 1);
+    set_param(&setting, "momentum", 0.5);
+    const kv_optim_numbers_t *n = &setting.numbers;
+    for (int sparse = 0; sparse < 2; sparse++) {
+        kv_weight_t weight = weight_new(&host, &setting, 1);
+        double *w = weight.data, *m = weight.slots[0], gradient = 4, before = w[1];
+        int64_t id = sparse ? 70 : 1, place = 1;
+        kv_buffer_t indices = {.data = &id}, data = {.data = &gradient};
+        kv_rowset_t set = {.num_rows = 1, .indices = &indices, .data = &data};
+        kv_row_sum_t sum = sum_new(&host, &setting, 1, &set);
+        kv_optim_state_t state = fresh;
+        kv_step_t step = step_at(&setting, &state, 1);
+        kv_host_update_rows(&host, &step, &weight, &sum, sparse ? &place : NULL, false);
+        double due = -n->learning_rate * (n->rescale_grad * 4 + n->wd * (sparse ? before : w[1]));
+        CHECK(fabs(m[1] - due) < 1e-15);
+        kv_row_sum_fini(&sum);
+        weight_free(&weight);
+    }
+    host_end(&host);
+}
+
 static void large_step_does_not_depend_on_the_threads(void)
 {
     static const struct {
@@ -494,13 +519,10 @@ static void gradient_at_an_odd_address_is_read(void)
 }
 
 static const test_t tests[] = {
-    TEST(step_that_is_not_lazy_is_the_dense_step),
-    TEST(lazy_step_touches_its_rows_alone),
-    TEST(lazy_step_on_all_rows_is_the_dense_step),
-    TEST(lazy_lars_takes_the_norm_of_all_rows),
-    TEST(lazy_large_batch_steps_with_what_waits),
-    TEST(large_step_does_not_depend_on_the_threads),
-    TEST(nothing_to_step_with_is_fine),
+    TEST(step_that_is_not_lazy_is_the_dense_step),   TEST(lazy_step_touches_its_rows_alone),
+    TEST(lazy_step_on_all_rows_is_the_dense_step),   TEST(lazy_lars_takes_the_norm_of_all_rows),
+    TEST(lazy_large_batch_steps_with_what_waits),    TEST(row_sparse_weight_has_its_own_formula),
+    TEST(large_step_does_not_depend_on_the_threads), TEST(nothing_to_step_with_is_fine),
     TEST(gradient_at_an_odd_address_is_read),
 };
 
