@@ -77,6 +77,7 @@ kv_status_t kv_optimizer_new(const kv_optim_class_t *optim, const kv_optim_numbe
     optimizer->number = atomic_fetch_add(&numbered, 1) + 1;
     optimizer->optim = optim;
     optimizer->numbers = *numbers;
+    optimizer->numbers.begin_num_update = begin_num_update;
     optimizer->begin_num_update = begin_num_update;
     optimizer->schedule = schedule;
     *out = optimizer;
@@ -257,16 +258,19 @@ static kv_status_t check_entries(const kv_optimizer_t *optimizer, const kv_plan_
 
 /* The rates of a call's keys, in order, as the schedule tells them now. */
 static kv_status_t ask_rates(kv_store_t *store, const kv_optimizer_t *optimizer,
-                             const kv_plan_t *plan, double *rates, uint64_t *counted)
+                             const kv_plan_t *plan, double *rates, uint64_t *counted,
+                             bool *missing)
 {
     kv_mutex_lock(&store->lock);
     *counted = store->counted;
+    *missing = false;
     int64_t num_update = store->state.num_update;
     /* For the moment the rates are the counts that are to be asked for. */
     for (int64_t g = 0; g < plan->num_groups; g++) {
         int64_t count = next_count(optimizer, plan->groups[g].entry);
         int64_t before = num_update;
         num_update = count > num_update ? count : num_update;
+        *missing = *missing || plan->groups[g].entry->slots == NULL;
         rates[g] = (double)(optimizer->optim->early_rate ? before : num_update);
     }
     kv_mutex_unlock(&store->lock);
@@ -292,7 +296,7 @@ static bool count_all_locked(kv_store_t *store, kv_plan_t *plan, kv_slots_t **fr
     for (int64_t g = 0; g < plan->num_groups; g++) {
         kv_group_t *group = &plan->groups[g];
         kv_entry_t *entry = group->entry;
-        if (entry->slots == NULL) {
+        if (KV_UNLIKELY(entry->slots == NULL)) {
             entry->slots = fresh[g];
             fresh[g] = NULL;
         }
@@ -331,12 +335,14 @@ kv_status_t kv_plan_count(kv_store_t *store, kv_plan_t *plan)
         rates = (double *)(plan->steps + count);
         fresh = (kv_slots_t **)(rates + count);
     }
-    if (status == KV_OK)
-        status = make_slots(plan, fresh);
-    bool done = false;
+    bool done = false, made = false, missing;
     while (status == KV_OK && !done) {
         uint64_t counted;
-        status = ask_rates(store, plan->optimizer, plan, rates, &counted);
+        status = ask_rates(store, plan->optimizer, plan, rates, &counted, &missing);
+        if (status == KV_OK && missing && !made) {
+            made = true;
+            status = make_slots(plan, fresh);
+        }
         if (status != KV_OK)
             break;
         kv_mutex_lock(&store->lock);

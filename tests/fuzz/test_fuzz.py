@@ -32,5 +32,6 @@ def test_random_calls_do_what_the_model_does(kind, engine, seed):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     counts = ast.literal_eval(done.stdout)
-    for call in ("init", "push", "pull", "pushpull", "broadcast", "delete", "refused"):
+    calls = ("init", "push", "pull", "row_sparse_pull", "pushpull", "broadcast", "delete", "refused")
+    for call in calls:
         assert counts[call] > 5, counts
