@@ -222,7 +222,7 @@ typedef struct kv_optimizer kv_optimizer_t;
  * on failure. */
 KV_MUST_CHECK kv_status_t kv_optimizer_new(const kv_optim_class_t *optim,
                                            const kv_optim_numbers_t *numbers,
-                                           int64_t begin_num_update, kv_schedule_t *schedule,
+                                           kv_schedule_t *schedule,
                                            const kv_multiplier_t *multipliers,
                                            int64_t num_multipliers, kv_optimizer_t **out);
 void kv_optimizer_rele(kv_optimizer_t *optimizer); /* NULL is allowed */

@@ -298,8 +298,9 @@ PyObject *kv_py_store_optimizer_set(PyObject *object, PyObject *args)
         return NULL;
     }
     kv_optimizer_t *optimizer;
-    kv_status_t status = kv_optimizer_new(
-        optim, &parsed, begin, asked != NULL ? &asked->base : NULL, multipliers, count, &optimizer);
+    parsed.begin_num_update = begin;
+    kv_status_t status = kv_optimizer_new(optim, &parsed, asked != NULL ? &asked->base : NULL,
+                                          multipliers, count, &optimizer);
     kv_free(multipliers);
     if (status == KV_OK) {
         status = kv_store_set_optimizer(self->store, optimizer);

@@ -96,7 +96,6 @@ struct kv_optimizer {
     uint64_t number; /* no other optimizer of this process has it */
     const kv_optim_class_t *optim;
     kv_optim_numbers_t numbers;
-    int64_t begin_num_update;
     kv_schedule_t *schedule;
     int64_t num_multipliers;
     struct hashed *multipliers; /* sorted by the hash of their names */

@@ -53,9 +53,8 @@ static kv_status_t copy_multipliers(kv_optimizer_t *optimizer, const kv_multipli
 }
 
 kv_status_t kv_optimizer_new(const kv_optim_class_t *optim, const kv_optim_numbers_t *numbers,
-                             int64_t begin_num_update, kv_schedule_t *schedule,
-                             const kv_multiplier_t *multipliers, int64_t num_multipliers,
-                             kv_optimizer_t **out)
+                             kv_schedule_t *schedule, const kv_multiplier_t *multipliers,
+                             int64_t num_multipliers, kv_optimizer_t **out)
 {
     static _Atomic uint64_t numbered;
     kv_optimizer_t *optimizer = NULL;
@@ -77,8 +76,6 @@ kv_status_t kv_optimizer_new(const kv_optim_class_t *optim, const kv_optim_numbe
     optimizer->number = atomic_fetch_add(&numbered, 1) + 1;
     optimizer->optim = optim;
     optimizer->numbers = *numbers;
-    optimizer->numbers.begin_num_update = begin_num_update;
-    optimizer->begin_num_update = begin_num_update;
     optimizer->schedule = schedule;
     *out = optimizer;
     return KV_OK;
@@ -156,7 +153,7 @@ kv_status_t kv_store_set_optimizer(kv_store_t *store, kv_optimizer_t *optimizer)
     kv_updater_t *updater = store->updater;
     if (before == NULL || before->optim != optimizer->optim) {
         kv_store_forget_training_locked(store);
-        kv_optim_state_begin(&store->state, optimizer->begin_num_update);
+        kv_optim_state_begin(&store->state, optimizer->numbers.begin_num_update);
     }
     store->optimizer = optimizer;
     store->updater = NULL;
@@ -185,7 +182,7 @@ kv_status_t kv_store_set_compression(kv_store_t *store, const kv_codec_t *codec)
 
 static int64_t next_count(const kv_optimizer_t *optimizer, const kv_entry_t *entry)
 {
-    return (entry->updates < 0 ? optimizer->begin_num_update : entry->updates) + 1;
+    return (entry->updates < 0 ? optimizer->numbers.begin_num_update : entry->updates) + 1;
 }
 
 /* A text key is its own name, unless the optimizer was given another one. */
@@ -258,8 +255,7 @@ static kv_status_t check_entries(const kv_optimizer_t *optimizer, const kv_plan_
 
 /* The rates of a call's keys, in order, as the schedule tells them now. */
 static kv_status_t ask_rates(kv_store_t *store, const kv_optimizer_t *optimizer,
-                             const kv_plan_t *plan, double *rates, uint64_t *counted,
-                             bool *missing)
+                             const kv_plan_t *plan, double *rates, uint64_t *counted, bool *missing)
 {
     kv_mutex_lock(&store->lock);
     *counted = store->counted;
