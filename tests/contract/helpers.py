@@ -145,7 +145,8 @@ def held(kv, key):
         release.wait(LONG)
 
     kv.set_updater(updater)
-    holder = Worker(kv.push, key, np.zeros(kv.shape(key), kv.dtype(key)))
+    zeros = kvstore.RowSparse.zeros if kv.stype(key) == "row_sparse" else np.zeros
+    holder = Worker(kv.push, key, zeros(kv.shape(key), kv.dtype(key)))
     assert entered.wait(LONG)
     kv.set_updater(None)
     try:

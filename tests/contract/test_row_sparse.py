@@ -517,6 +517,7 @@ def test_dense_outs_of_a_row_sparse_key_may_have_any_layout(sd, layout):
 
 def test_memory_of_rows_goes_with_the_key(kv):
     def live():
+        kvstore.wait_all()
         return kvstore._core.counters()["value_bytes"]
 
     before = live()
@@ -525,5 +526,4 @@ def test_memory_of_rows_goes_with_the_key(kv):
     kv.push("s", sparse({1: 1}, (1000, 200)))
     assert live() - before < 50 * 200 * 8, "rows that have gone keep their memory"
     kv.delete("s")
-    kvstore.wait_all()
     assert live() == before

@@ -1,12 +1,11 @@
 """When calls on row-sparse values return, what waits for them, and many threads on one key."""
 
 import gc
-import threading
 import weakref
 
 import numpy as np
 import pytest
-from helpers import LONG, Worker, has_rows, held, pulled, same, sparse
+from helpers import Worker, has_rows, held, pulled, same, sparse
 
 import kvstore
 
@@ -48,36 +47,12 @@ def test_async_op_gives_a_handle_of_a_call_that_gets_done(s, call):
 def test_async_op_returns_at_once_while_the_key_is_held(kv, call):
     kv.init("s", sparse({1: 10, 4: 40}))
     out = sparse({5: 9})
-    with hold_sparse(kv) as release:
+    with held(kv, "s") as release:
         handle = CALLS[call](kv, out)
         assert not handle.done()
         release.set()
         handle.wait()
     assert has_rows(out, OUTS.get(call, {5: 9}))
-
-
-class hold_sparse:  # noqa: N801
-    """In the block an updater of another thread holds the row-sparse key 's'."""
-
-    def __init__(self, kv):
-        self.kv = kv
-
-    def __enter__(self):
-        entered, self.release = threading.Event(), threading.Event()
-
-        def updater(key, recv, stored):
-            entered.set()
-            self.release.wait(LONG)
-
-        self.kv.set_updater(updater)
-        self.holder = Worker(self.kv.push, "s", zeros())
-        assert entered.wait(LONG)
-        self.kv.set_updater(None)
-        return self.release
-
-    def __exit__(self, *error):
-        self.release.set()
-        self.holder.result()
 
 
 def test_broadcast_with_async_op_gives_a_handle(kv):
@@ -96,7 +71,7 @@ def test_a_list_call_has_one_handle(s):
 
 
 def test_a_push_of_row_sparse_arrays_returns_at_once_and_holds_them(s):
-    with hold_sparse(s):
+    with held(s, "s"):
         value = sparse({2: 5})
         gone = weakref.ref(value)
         s.push("s", [value, sparse({3: 6})])
@@ -126,7 +101,7 @@ def test_a_row_sparse_out_is_waited_for_when_it_is_read(s):
     for read in reads:
         value, outs = sparse({2: 5}), [sparse({5: 9}) for _ in range(3)]
         s.push("s", sparse({1: 10, 4: 40}))
-        with hold_sparse(s) as release:
+        with held(s, "s") as release:
             outs.append(later())
             readers = [Worker(read, out) for out in outs]
             readers[0].wait_in_call(read)
@@ -140,7 +115,7 @@ def test_the_rows_of_a_value_are_those_at_the_time_of_the_call(s):
     """A value that a pull is about to write is pushed with what the pull gives."""
     s.init("t", sparse({0: 1}))
     passed = zeros()
-    with hold_sparse(s):
+    with held(s, "s"):
         s.push("s", sparse({3: 3}))
         s.pull("s", out=passed, ignore_sparse=False)
         s.push("t", [passed, sparse({3: 1})])
@@ -150,7 +125,7 @@ def test_the_rows_of_a_value_are_those_at_the_time_of_the_call(s):
 
 def test_changes_of_a_value_wait_until_it_has_been_read(s):
     value = sparse({2: 5})
-    with hold_sparse(s) as release:
+    with held(s, "s") as release:
         s.push("s", value)
 
         def change():
@@ -177,13 +152,13 @@ def test_an_array_of_which_a_view_is_alive_counts_as_the_users_memory(s):
         return True
 
     for call in (push, pull):
-        with hold_sparse(s) as release:
+        with held(s, "s") as release:
             worker = Worker(call)
             worker.wait_in_call(call)
             release.set()
             assert worker.result()
     views.clear()
-    with hold_sparse(s):
+    with held(s, "s"):
         assert push()
         assert pull()
     assert has_rows(out, {2: 5})
@@ -196,7 +171,7 @@ def test_an_array_made_without_a_copy_counts_as_the_users_memory(s):
     def push():
         s.push("s", value)
 
-    with hold_sparse(s) as release:
+    with held(s, "s") as release:
         worker = Worker(push)
         worker.wait_in_call(push)
         release.set()
@@ -207,7 +182,7 @@ def test_an_array_made_without_a_copy_counts_as_the_users_memory(s):
 
 def test_operations_keep_the_order_of_the_calls(s):
     outs = [zeros() for _ in range(20)]
-    with hold_sparse(s):
+    with held(s, "s"):
         for number, out in enumerate(outs):
             s.push("s", sparse({number % 6: number}))
             if number % 3:
@@ -232,7 +207,7 @@ def test_a_dense_key_under_way_takes_row_sparse_pushes_and_pulls(kv):
 
 def test_ids_are_read_before_the_call_returns(s):
     ids, out = np.array([4, 1]), zeros()
-    with hold_sparse(s):
+    with held(s, "s"):
         s.row_sparse_pull("s", out=out, row_ids=ids)
         ids[:] = 0
     assert has_rows(out, {1: 10, 4: 40})
@@ -240,7 +215,7 @@ def test_ids_are_read_before_the_call_returns(s):
 
 def test_close_and_delete_let_pending_operations_end(s):
     out, value = zeros(), sparse({2: 5})
-    with hold_sparse(s):
+    with held(s, "s"):
         s.push("s", value)
         s.pull("s", out=out, ignore_sparse=False)
         s.delete("s")
@@ -255,13 +230,13 @@ def test_close_and_delete_let_pending_operations_end(s):
 
 def test_many_threads_push_to_and_pull_from_one_key(kv):
     shape, threads, rounds = (40, 8), 6, 60
-    kv.init("s", sparse({row: 0 for row in range(40)}, shape))
+    kv.init("s", sparse(dict.fromkeys(range(40), 0), shape))
 
     def work(number):
         ids = np.arange(number, 40, threads)
         out = kvstore.RowSparse.zeros(shape, "float64")
         for turn in range(1, rounds):
-            filled = {row: number * 1000 + turn for row in range(40)}
+            filled = dict.fromkeys(range(40), number * 1000 + turn)
             kv.push("s", sparse(filled, shape), async_op=turn % 2 == 0)
             kv.row_sparse_pull("s", out=out, row_ids=ids)
             assert out.indices.tolist() == ids.tolist()

@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import LONG, Worker, assert_clean, contents, held, pulled, run_script, same
+from helpers import LONG, Worker, assert_clean, contents, held, pulled, run_script, same, sparse
 
 import kvstore
 from kvstore import _core
@@ -63,7 +63,27 @@ def nd(number=1, size=3):
     return kvstore.full(size, number, "float64")
 
 
-# name: (what is done before, the call, the keys that it may change, and what they are then)
+def rows(number=1, ids=(1, 4), shape=(6, 3)):
+    return sparse(dict.fromkeys(ids, number), shape)
+
+
+def adding_rows(kv):
+    def updater(key, recv, stored):
+        stored[...] = np.asarray(stored) + np.asarray(recv)
+
+    kv.set_updater(updater)
+    return kv
+
+
+def assign(array):
+    for value in (rows(), ones((6, 3)), nd(1, (6, 3)), 0):
+        array[:] = value
+
+
+ROWS = range(6)
+
+# name: (what is done before, the call, the keys that it may change, and what they are then: a
+# number for every element, or the rows {row id: number} of a row-sparse key)
 SCENARIOS = {
     "init": (None, lambda kv: kv.init("new", ones()), {"new": 1}),
     "init of a list": (
@@ -137,6 +157,126 @@ SCENARIOS = {
         {},
     ),
     "wait_all": (None, lambda kv: kvstore.wait_all(), {}),
+    "init of rows": (None, lambda kv: kv.init("new", rows()), {"new": {1: 1, 4: 1}}),
+    "broadcast of rows": (
+        None,
+        lambda kv: kv.broadcast(["new", "more"], [rows(), ones()], [[ones((6, 3)), rows()], nd()]),
+        {"new": {1: 1, 4: 1}, "more": 1},
+    ),
+    "push of rows": (None, lambda kv: kv.push("s", rows()), {"s": {1: 1, 4: 1}}),
+    "push of more rows": (
+        None,
+        lambda kv: kv.push("s", [rows(1, ROWS), rows(0, ROWS), rows(0, [])]),
+        {"s": dict.fromkeys(ROWS, 1)},
+    ),
+    "push of many row-sparse values": (
+        None,
+        lambda kv: kv.push("s", [rows(1, [i]) for i in ROWS] * 10),
+        {"s": dict.fromkeys(ROWS, 10)},
+    ),
+    "push of rows to a dense key": (
+        None,
+        lambda kv: kv.push("t", [rows(1, [i]) for i in ROWS]),
+        {"t": 1},
+    ),
+    "push of a list with rows": (
+        None,
+        lambda kv: kv.push(["s", "a", "t", "s"], [rows(), ones(), rows(1, ROWS), rows(2)]),
+        {"s": {1: 3, 4: 3}, "a": 1, "t": 1},
+    ),
+    "push of rows in the user's memory": (
+        None,
+        lambda kv: kv.push("s", kvstore.RowSparse(ones((1, 3)), [2], (6, 3), copy=False)),
+        {"s": {2: 1}},
+    ),
+    "async push of rows": (
+        None,
+        lambda kv: kv.push("s", [rows(), rows(2)], async_op=True),
+        {"s": {1: 3, 4: 3}},
+    ),
+    "push of rows with an updater": (
+        adding_rows,
+        lambda kv: kv.push("s", [rows(), rows()]),
+        {"s": {0: 5, 1: 2, 4: 2}},
+    ),
+    "push of a list of rows with an updater": (
+        adding_rows,
+        lambda kv: kv.push(["s", "t"], [rows(), [rows(1, [i]) for i in ROWS]]),
+        {"s": {0: 5, 1: 1, 4: 1}, "t": 1},
+    ),
+    "pushpull of rows": (
+        None,
+        lambda kv: kv.pushpull("s", [rows(), rows(1, [4])], out=[rows(), ones((6, 6))[:, ::2]]),
+        {"s": {1: 1, 4: 2}},
+    ),
+    "pushpull of rows in place": (
+        None,
+        lambda kv: kv.pushpull("t", [rows(1, ROWS), rows(0, ROWS)]),
+        {"t": 1},
+    ),
+    "pushpull of rows with an updater": (
+        adding_rows,
+        lambda kv: kv.pushpull(
+            "s", [rows(), rows()], out=[rows(), ones((6, 3)), nd(1, (6, 3)), rows()]
+        ),
+        {"s": {0: 5, 1: 2, 4: 2}},
+    ),
+    "pull of rows": (
+        None,
+        lambda kv: kv.pull(
+            ["s", "t", "s"],
+            out=[[rows(), ones((6, 3))], rows(), ones((3, 6)).T],
+            ignore_sparse=False,
+        ),
+        {},
+    ),
+    "pull of rows without out": (None, lambda kv: kv.pull(["s", "a"])[0].data, {}),
+    "row_sparse_pull": (
+        None,
+        lambda kv: kv.row_sparse_pull("s", out=rows(), row_ids=np.array([4, 0, 4])),
+        {},
+    ),
+    "row_sparse_pull of a list": (
+        None,
+        lambda kv: kv.row_sparse_pull(
+            ["s", "t", "s"],
+            out=[rows(), [rows(), rows()], rows()],
+            row_ids=[list(ROWS), [[1, 2], np.array([3], np.uint16)], np.arange(6)[::2]],
+        ),
+        {},
+    ),
+    "async row_sparse_pull": (
+        None,
+        lambda kv: kv.row_sparse_pull(
+            ["s", "t"], out=[rows(), rows()], row_ids=np.arange(6, dtype=np.int8), async_op=True
+        ),
+        {},
+    ),
+    "row_sparse_pull without out": (
+        None,
+        lambda kv: kv.row_sparse_pull(["s", "t"], row_ids=[5, 0])[1].data,
+        {},
+    ),
+    "row-sparse arrays": (
+        None,
+        lambda kv: (
+            rows(),
+            rows(1, []),
+            kvstore.RowSparse(ones((2, 6))[:, ::2], np.array([0, 3], np.int32), (6, 3)),
+            kvstore.RowSparse(ones((2, 3)), [0, 3], (6, 3), copy=False),
+            kvstore.RowSparse(nd(1, (2, 3)), kvstore.array(np.array([1, 5])), (6, 3)),
+            kvstore.RowSparse.zeros((6, 3)),
+            kvstore.RowSparse.from_dense(ones((6, 3))[::-1]),
+            kvstore.RowSparse.from_dense(nd(1, (6, 3))),
+        ),
+        {},
+    ),
+    "views of rows": (
+        None,
+        lambda kv: (rows().data, rows().indices, rows().asnumpy(), rows().copy(), repr(rows())),
+        {},
+    ),
+    "assignment of rows": (None, lambda kv: assign(rows()), {}),
 }
 
 
@@ -145,6 +285,7 @@ def store(kind):
     for key in "abc":
         kv.init(key, np.zeros(3))
     kv.init("big", np.zeros(BIG))
+    kv.init(["s", "t"], [rows(5, [0]), np.zeros((6, 3))])
     return kv
 
 
@@ -159,6 +300,10 @@ def works_on(kv):
     assert pulled(kv, "a").tolist() == [2, 2, 2]
     assert out.asnumpy().tolist() == [7, 7, 7]
     assert (pulled(kv, "big") == 5).all()
+    kv.push(["s", "t"], [rows(3), [rows(3), rows(4, [5])]])
+    assert pulled(kv, "s")[:, 0].tolist() == [0, 3, 0, 0, 3, 0]
+    found = kv.row_sparse_pull("t", row_ids=[5, 1, 0])
+    assert found.data[:, 0].tolist() == [0, 3, 4]
 
 
 def is_done(before, after, key, result):
@@ -167,9 +312,13 @@ def is_done(before, after, key, result):
         return key not in after
     if after.get(key) == before.get(key):
         return False
-    dtype, shape, data = after[key]
+    dtype, shape, data, *ids = after[key]
+    if ids:
+        assert np.frombuffer(ids[0], np.int64).tolist() == list(result), key
+        shape = (len(result), *shape[1:])
+        result = np.array(list(result.values()))[:, None]
     values = np.frombuffer(data, dtype).reshape(shape)
-    assert same(values, np.full(shape, result, dtype)), key
+    assert same(values, np.broadcast_to(result, shape).astype(dtype)), key
     return True
 
 
@@ -233,6 +382,7 @@ def test_any_allocation_may_fail(kind, name):
     until_not_met(attempt)
 
 
+A = range(3)  # all rows of the key 'a'
 QUEUED = {
     "NDArray": lambda kv: kv.push("a", nd(4)),
     "async": lambda kv: kv.push("a", np.full(3, 4.0), async_op=True),
@@ -241,6 +391,10 @@ QUEUED = {
     "pull": lambda kv: kv.pull("a"),
     "pull into an NDArray": lambda kv: kv.pull("a", out=nd()),
     "async list": lambda kv: kv.push(["b", "a"], [np.zeros(3), np.full(3, 4.0)], async_op=True),
+    "async rows": lambda kv: kv.push("a", [rows(1, A, (3,)), rows(3, A, (3,))], async_op=True),
+    "NDArray's sister": lambda kv: kv.push("a", rows(4, A, (3,))),
+    "pull into rows": lambda kv: kv.pull("a", out=rows(4, A, (3,)), ignore_sparse=False),
+    "row_sparse_pull": lambda kv: kv.row_sparse_pull("a", row_ids=[2, 1]),
     "init of another key": lambda kv: kv.init("z", ones()) or kv.delete("z"),
 }
 
