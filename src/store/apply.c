@@ -237,18 +237,37 @@ static kv_status_t push_dense(const kv_work_t *work)
                                               &inputs.gradients, count, destinations));
         inputs_fini(&inputs);
     }
-    scatter_outs(&work->group, entry->stored->data);
+    return KV_OK;
+}
+
+/* The outs that push_dense has not written. */
+static kv_status_t rest_of_outs(const kv_work_t *work)
+{
+    scatter_outs(&work->group, work->stored);
     return has_sparse_outs(&work->group) ? kv_work_pull_rows(work) : KV_OK;
 }
 
-kv_status_t kv_work_run(const kv_work_t *work)
+kv_status_t kv_work_run(const kv_work_t *work, bool *delivering)
 {
-    if (!work->push)
-        return kv_work_copy_out(work);
-    if (work->group.values[0].sparse == NULL)
-        return push_dense(work);
-    KV_TRY(kv_work_push_rows(work));
-    return work->group.num_outs > 0 ? kv_work_copy_out(work) : KV_OK;
+    bool dense = work->push && work->group.values[0].sparse == NULL;
+    kv_status_t status = KV_OK;
+    *delivering = false;
+    if (work->push)
+        KV_TRY(dense ? push_dense(work) : kv_work_push_rows(work));
+    *delivering = true;
+    if (dense)
+        status = rest_of_outs(work);
+    else if (work->group.num_outs > 0)
+        status = kv_work_copy_out(work);
+    return status == KV_OK ? KV_OK : kv_work_undelivered(work->push, status);
+}
+
+kv_status_t kv_work_undelivered(bool push, kv_status_t status)
+{
+    if (status == KV_CALLBACK || status == KV_INTERRUPTED)
+        return status;
+    return kv_fail(status, "%s; %snot all outs were written", kv_status_message(status),
+                   push ? "the value was updated, but " : "");
 }
 
 kv_status_t kv_work_merge(const kv_work_t *work)

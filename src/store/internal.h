@@ -218,8 +218,11 @@ kv_work_t kv_work_of(const kv_host_t *host, const kv_plan_t *plan, const kv_grou
 KV_MUST_CHECK kv_status_t kv_residuals_grow(kv_residuals_t *residuals, int32_t count);
 void kv_residuals_fini(kv_residuals_t *residuals);
 
-/* Does it. KV_NO_MEMORY: the stored value is as it was; outs of a pull are unspecified. */
-KV_MUST_CHECK kv_status_t kv_work_run(const kv_work_t *work);
+/* Does it. After an error *delivering tells whether it was in writing outs, of which some may have
+ * been written; else everything is as it was. */
+KV_MUST_CHECK kv_status_t kv_work_run(const kv_work_t *work, bool *delivering);
+/* Adds to the message of an error in writing outs what has happened nevertheless. */
+KV_MUST_CHECK kv_status_t kv_work_undelivered(bool push, kv_status_t status);
 
 /* The sum of the values for an updater: entry->merged, or entry->merged_rows. */
 KV_MUST_CHECK kv_status_t kv_work_merge(const kv_work_t *work);

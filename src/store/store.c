@@ -226,7 +226,9 @@ kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *calle
     if (call->num_outs > 0)
         status = kv_plan_run(store, &plan, call, false, caller);
     kv_plan_fini(&plan);
-    return status;
+    if (status == KV_OK || status == KV_INTERRUPTED)
+        return status;
+    return kv_fail(status, "%s; the call has initialised its keys", kv_status_message(status));
 }
 
 /* ----------------------------------------------------------------------------- push, pull */

@@ -24,7 +24,8 @@ static void hold_rele(kv_hold_t *hold)
 
 static kv_status_t task_run(kv_op_t *op)
 {
-    return kv_work_run(&((task_t *)op)->work);
+    bool delivering;
+    return kv_work_run(&((task_t *)op)->work, &delivering);
 }
 
 static void task_finish(kv_op_t *op)
@@ -94,7 +95,7 @@ static kv_status_t task_new(kv_store_t *store, const kv_plan_t *plan, const kv_g
 /* Hands the tasks over one by one; from the first that is refused on, the rest is dropped. The
  * handle gets the error once. */
 static kv_status_t submit_tasks(kv_store_t *store, const kv_plan_t *plan, kv_call_t *call,
-                                task_t **tasks, kv_handle_t *handle)
+                                bool push, task_t **tasks, kv_handle_t *handle)
 {
     kv_engine_t *engine = store->runtime->engine;
     kv_status_t status = KV_OK;
@@ -102,8 +103,9 @@ static kv_status_t submit_tasks(kv_store_t *store, const kv_plan_t *plan, kv_cal
         task_t *task = tasks[g];
         size_t bytes = kv_group_bytes(&plan->groups[g]);
         kv_status_t ended = KV_OK;
+        bool delivering = false;
         if (status == KV_OK && kv_engine_try_inline(engine, &task->op, bytes)) {
-            ended = status = kv_work_run(&task->work);
+            ended = status = kv_work_run(&task->work, &delivering);
             kv_engine_leave(engine, &task->op);
         } else if (status == KV_OK) {
             status = ended = kv_engine_submit(engine, &task->op);
@@ -115,7 +117,7 @@ static kv_status_t submit_tasks(kv_store_t *store, const kv_plan_t *plan, kv_cal
         if (handle != NULL)
             kv_handle_end_one(handle, ended);
         task_finish(&task->op);
-        call->num_done += status == KV_OK;
+        call->num_done += status == KV_OK || (push && delivering);
     }
     return status;
 }
@@ -137,7 +139,7 @@ kv_status_t kv_plan_submit(kv_store_t *store, const kv_plan_t *plan, kv_call_t *
         made += status == KV_OK;
     }
     if (status == KV_OK)
-        status = submit_tasks(store, plan, call, tasks, handle);
+        status = submit_tasks(store, plan, call, push, tasks, handle);
     else
         for (int64_t i = 0; i < made; i++)
             task_finish(&tasks[i]->op);

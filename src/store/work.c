@@ -1,7 +1,8 @@
 /* Carrying out a checked call in the calling thread: one operation a key, the updater inside it.
  *
- * All memory for the work on one key is there before that work begins, so a call that runs out of
- * memory leaves that key as it was.
+ * All memory for dense work on one key is there before that work begins, so a call that runs out of
+ * memory leaves that key as it was. Row-sparse outs get theirs when their rows are known: there the
+ * error says that the value was updated.
  */
 #include "base/memory.h"
 #include "store/internal.h"
@@ -139,21 +140,21 @@ static kv_status_t enter(kv_engine_t *engine, kv_op_t *op, kv_caller_t *caller)
 
 static kv_status_t run_here(kv_store_t *store, const kv_plan_t *plan, const kv_group_t *group,
                             const kv_call_t *call, bool push, const scratch_t *scratch,
-                            kv_caller_t *caller)
+                            bool *delivering, kv_caller_t *caller)
 {
     kv_op_t op;
     kv_op_init(&op, scratch->deps, kv_group_deps(group, push, true, scratch->deps), call->priority);
     KV_TRY(enter(store->runtime->engine, &op, caller));
     kv_work_t work =
         kv_work_of(&store->host, plan, group, push, scratch->pointers, scratch->staging);
-    kv_status_t status = kv_work_run(&work);
+    kv_status_t status = kv_work_run(&work, delivering);
     kv_engine_leave(store->runtime->engine, &op);
     return status;
 }
 
 /* A task's work without a task, if the engine thinks that better than a queue. */
 static bool run_inline(kv_store_t *store, const kv_plan_t *plan, const kv_call_t *call, bool push,
-                       const scratch_t *scratch, kv_status_t *status)
+                       const scratch_t *scratch, bool *delivering, kv_status_t *status)
 {
     kv_op_t op;
     const kv_group_t *group = &plan->groups[0];
@@ -167,7 +168,7 @@ static bool run_inline(kv_store_t *store, const kv_plan_t *plan, const kv_call_t
     }
     kv_work_t work =
         kv_work_of(&store->host, plan, group, push, scratch->pointers, scratch->staging);
-    *status = kv_work_run(&work);
+    *status = kv_work_run(&work, delivering);
     kv_engine_leave(store->runtime->engine, &op);
     return true;
 }
@@ -189,7 +190,6 @@ static void snapshot_fini(snapshot_t *snapshot)
 static kv_status_t snapshot_take(const kv_entry_t *entry, snapshot_t *out)
 {
     if (!entry->sparse) {
-        KV_TRY(kv_buffer_new(entry->bytes, &out->dense));
         memcpy(out->dense->data, entry->stored->data, entry->bytes);
         return KV_OK;
     }
@@ -243,10 +243,11 @@ static kv_status_t call_updater(const kv_plan_t *plan, const kv_group_t *group, 
     return plan->updater->run(plan->updater, &update, caller);
 }
 
-/* With the key held. `apart`: the outs are written later, from the snapshot. */
+/* With the key held. `apart`: the outs are written later, from the snapshot. *delivering: the
+ * updater has done its work. */
 static kv_status_t update_held(kv_store_t *store, const kv_plan_t *plan, const kv_group_t *group,
                                const scratch_t *scratch, kv_op_t *op, bool apart,
-                               snapshot_t *snapshot, kv_caller_t *caller)
+                               snapshot_t *snapshot, bool *delivering, kv_caller_t *caller)
 {
     bool large = kv_group_bytes(group) >= KV_DETACH_BYTES;
     if (large)
@@ -258,6 +259,7 @@ static kv_status_t update_held(kv_store_t *store, const kv_plan_t *plan, const k
     KV_TRY(status);
     kv_engine_begin_callback(store->runtime->engine, op);
     KV_TRY(call_updater(plan, group, caller));
+    *delivering = true;
     if (group->num_outs == 0)
         return KV_OK;
     if (large)
@@ -268,38 +270,46 @@ static kv_status_t update_held(kv_store_t *store, const kv_plan_t *plan, const k
 }
 
 static kv_status_t update_here(kv_store_t *store, const kv_plan_t *plan, const kv_group_t *group,
-                               const kv_call_t *call, const scratch_t *scratch, kv_caller_t *caller)
+                               const kv_call_t *call, const scratch_t *scratch, bool *delivering,
+                               kv_caller_t *caller)
 {
     kv_op_t op;
     snapshot_t snapshot = {0};
     bool apart = false;
+    *delivering = false;
     for (int32_t i = 0; i < group->num_outs; i++)
         apart = apart || var_of(&group->outs[i]) != NULL;
     kv_op_init(&op, scratch->deps, kv_group_deps(group, true, false, scratch->deps),
                call->priority);
-    KV_TRY(enter(store->runtime->engine, &op, caller));
-    kv_status_t status = update_held(store, plan, group, scratch, &op, apart, &snapshot, caller);
-    kv_engine_leave(store->runtime->engine, &op);
+    if (apart && !group->entry->sparse)
+        KV_TRY(kv_buffer_new(group->entry->bytes, &snapshot.dense));
+    kv_status_t status = enter(store->runtime->engine, &op, caller);
+    if (status == KV_OK) {
+        status =
+            update_held(store, plan, group, scratch, &op, apart, &snapshot, delivering, caller);
+        kv_engine_leave(store->runtime->engine, &op);
+    }
     if (status == KV_OK && apart)
         status = update_outs(store, plan, group, call, scratch, &snapshot, caller);
     snapshot_fini(&snapshot);
-    return status;
+    return status != KV_OK && *delivering ? kv_work_undelivered(true, status) : status;
 }
 
 /* --------------------------------------------------------------------------------- calls */
 
 /* An error names the key at which it happened and says what the call had done by then. */
-static kv_status_t tell_progress(kv_status_t status, const kv_plan_t *plan, const kv_call_t *call)
+static kv_status_t tell_progress(kv_status_t status, const kv_plan_t *plan, const kv_group_t *group,
+                                 bool delivering, const kv_call_t *call)
 {
     if (status == KV_CALLBACK || status == KV_INTERRUPTED)
         return status;
     char name[96];
-    kv_name_format(&plan->groups[call->num_done].entry->name, name, sizeof name);
-    if (call->num_done == 0)
+    kv_name_format(&group->entry->name, name, sizeof name);
+    if (call->num_done == 0 && !delivering)
         return kv_fail(status, "key %s: %s; nothing was changed", name, kv_status_message(status));
-    return kv_fail(status,
-                   "key %s: %s; the call had dealt with %" PRId64 " of its %" PRId64 " keys before",
-                   name, kv_status_message(status), call->num_done, plan->num_groups);
+    return kv_fail(
+        status, "key %s: %s; the call had dealt with %" PRId64 " of its %" PRId64 " keys by then",
+        name, kv_status_message(status), call->num_done, plan->num_groups);
 }
 
 kv_status_t kv_plan_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, bool push,
@@ -308,28 +318,32 @@ kv_status_t kv_plan_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, boo
     call->num_done = 0;
     scratch_t scratch;
     kv_status_t status = KV_OK;
+    bool delivering = false;
     if (call->async && plan->updater == NULL) {
         if (plan->num_groups != 1 || call->handle != NULL)
             return kv_plan_submit(store, plan, call, push);
         /* One small operation on idle variables needs no task. */
         KV_TRY(scratch_init(plan, &scratch));
-        bool done = run_inline(store, plan, call, push, &scratch, &status);
-        call->num_done = done && status == KV_OK;
+        bool done = run_inline(store, plan, call, push, &scratch, &delivering, &status);
+        call->num_done = done && (status == KV_OK || (push && delivering));
         kv_free(scratch.block);
         return done ? status : kv_plan_submit(store, plan, call, push);
     }
     KV_TRY(scratch_init(plan, &scratch));
     if (plan->updater == NULL && moved_bytes(plan) >= KV_DETACH_BYTES)
         kv_caller_detach(caller);
+    const kv_group_t *group = plan->groups;
     for (int64_t g = 0; g < plan->num_groups && status == KV_OK; g++) {
-        const kv_group_t *group = &plan->groups[g];
-        status = plan->updater != NULL ? update_here(store, plan, group, call, &scratch, caller)
-                                       : run_here(store, plan, group, call, push, &scratch, caller);
-        call->num_done += status == KV_OK;
+        group = &plan->groups[g];
+        delivering = false;
+        status = plan->updater != NULL
+                     ? update_here(store, plan, group, call, &scratch, &delivering, caller)
+                     : run_here(store, plan, group, call, push, &scratch, &delivering, caller);
+        call->num_done += status == KV_OK || (push && delivering);
     }
     kv_caller_attach(caller);
     kv_free(scratch.block);
-    return status == KV_OK ? KV_OK : tell_progress(status, plan, call);
+    return status == KV_OK ? KV_OK : tell_progress(status, plan, group, delivering, call);
 }
 
 kv_status_t kv_entry_fill(kv_store_t *store, kv_entry_t *entry, const kv_view_t *value,
@@ -350,7 +364,8 @@ kv_status_t kv_entry_fill(kv_store_t *store, kv_entry_t *entry, const kv_view_t 
         kv_work_t work = {.host = &store->host,
                           .group = {.entry = entry, .num_values = 1, .values = value},
                           .push = true};
-        status = kv_work_run(&work);
+        bool delivering;
+        status = kv_work_run(&work, &delivering);
     } else if (value->strides != NULL) {
         kv_view_gather(value, entry->stored->data);
     } else {

@@ -33,11 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "contract"))
 
 from helpers import same
 from model import DTYPES, Closed, FormError, Model, Rows
-from recipes import FAULTS, FAULTY, LATE_FAULTS, NO_ARRAYS, SHAPES, Recipe
+from recipes import FAULTS, FAULTY, LATE_FAULTS, NO_ARRAYS, ROWS, SHAPES, Recipe
 
 KINDS = [(dtype, shape) for shape in SHAPES for dtype in DTYPES]
 LAYOUTS = ["C", "C", "Fortran", "strided", "backwards", "NDArray", "pool", "pool"]
-ROWS = ["rows", "rows", "viewed rows", "borrowed rows", "pool of rows", "pool of rows"]
 PULLS = ("pull", "row_sparse_pull")
 ENGINES_OWN = (kvstore.NDArray, kvstore.RowSparse)
 REFUSALS = (Closed, KeyError, ValueError, TypeError)

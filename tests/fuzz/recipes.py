@@ -7,6 +7,7 @@ import numpy as np
 from model import DTYPES
 
 SHAPES = [(), (3,), (2, 3), (0,), (2, 0, 4), (40,), (9000,)]
+ROWS = ["rows", "rows", "viewed rows", "borrowed rows", "pool of rows", "pool of rows"]
 NO_ARRAYS = {"None": None, "number": 3.0, "text": "abc", "masked": np.ma.ones(3)}
 
 
