@@ -19,8 +19,8 @@ typedef struct kv_turn {
     kv_py_caller_t caller;
 } kv_turn_t;
 
-/* Waits for the turn on an array's variable; `generation` is the array's. KV_CALLBACK: the exception
- * is set. No Python code may run until its end. */
+/* Waits for the turn on an array's variable; `generation` is the array's. KV_CALLBACK: the
+ * exception is set. No Python code may run until its end. */
 KV_MUST_CHECK kv_status_t kv_turn_begin(kv_turn_t *turn, kv_state_t *state, kv_var_t *var,
                                         uint64_t generation, kv_access_t access,
                                         int64_t timeout_ns);

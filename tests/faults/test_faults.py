@@ -398,7 +398,7 @@ QUEUED = {
     "pull into an NDArray": lambda kv: kv.pull("a", out=nd()),
     "async list": lambda kv: kv.push(["b", "a"], [np.zeros(3), np.full(3, 4.0)], async_op=True),
     "async rows": lambda kv: kv.push("a", [rows(1, A, (3,)), rows(3, A, (3,))], async_op=True),
-    "NDArray's sister": lambda kv: kv.push("a", rows(4, A, (3,))),
+    "rows": lambda kv: kv.push("a", rows(4, A, (3,))),
     "pull into rows": lambda kv: kv.pull("a", out=rows(4, A, (3,)), ignore_sparse=False),
     "row_sparse_pull": lambda kv: kv.row_sparse_pull("a", row_ids=[2, 1]),
     "init of another key": lambda kv: kv.init("z", ones()) or kv.delete("z"),
@@ -407,7 +407,7 @@ QUEUED = {
 
 @pytest.mark.parametrize("name", QUEUED)
 def test_any_allocation_of_a_queued_operation_may_fail(name):
-    pushes = "push" in name or name.startswith(("NDArray", "async"))
+    pushes = "push" in name or name.startswith(("NDArray", "async", "rows"))
 
     def attempt(nth):
         error = result = None
