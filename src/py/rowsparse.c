@@ -237,7 +237,7 @@ static PyObject *contents_text(kv_py_rowsparse_t *self)
     PyObject *data = data_view(self, &rows), *indices = NULL, *data_text = NULL;
     PyObject *indices_text = NULL, *text = NULL;
     if (data != NULL) {
-        data_text = format_array(data, "kvstore.RowSparse(", 1000);
+        data_text = format_array(data, "kvstore.RowSparse(", 100);
     } else if (PyErr_ExceptionMatches(self->state->errors[KV_NOT_BUILT])) {
         PyErr_Clear();
         data_text = PyUnicode_FromString("<to be shown by ml_dtypes>");
@@ -269,39 +269,6 @@ static PyObject *rowsparse_repr(PyObject *self)
 }
 
 /* ----------------------------------------------------------------------- dense, in and out */
-
-PyObject *kv_sparse_numpy(kv_state_t *state, kv_sparse_t *sparse)
-{
-    void *data;
-    kv_turn_t turn;
-    kv_runtime_t *runtime = kv_py_runtime(state);
-    if (runtime == NULL)
-        return NULL;
-    PyObject *dense = kv_numpy_empty(state, sparse->dtype, sparse->ndim, sparse->shape, &data);
-    if (dense == NULL)
-        return NULL;
-    kv_status_t status = kv_sparse_turn(&turn, state, sparse, KV_READ, KV_PY_DEFAULT_TIMEOUT_NS);
-    if (status == KV_OK) {
-        const kv_host_t host = kv_host_of(runtime);
-        const kv_rowset_t *rows = &sparse->rows;
-        size_t bytes = (size_t)sparse->shape[0] * sparse->row_bytes;
-        kv_row_sum_t sum;
-        if (bytes >= KV_DETACH_BYTES)
-            kv_caller_detach(&turn.caller.base);
-        if (bytes > 0 && (status = kv_row_sum_init(&host, sparse->dtype, sparse->row_count, 1,
-                                                   &rows, &sum)) == KV_OK) {
-            kv_rows_to_dense(&host, &sum, sparse->shape[0], 1, &data);
-            kv_row_sum_fini(&sum);
-        }
-        kv_turn_end(&turn);
-        kv_caller_attach(&turn.caller.base);
-    }
-    if (status != KV_OK) {
-        kv_py_raise(state, status);
-        Py_CLEAR(dense);
-    }
-    return dense;
-}
 
 static PyObject *rowsparse_asnumpy(PyObject *self, PyObject *ignored)
 {
@@ -482,8 +449,8 @@ static PyGetSetDef rowsparse_attributes[] = {
     {"num_rows", rowsparse_num_rows, NULL, "Number of rows that are there; waits for writes.",
      NULL},
     {"nbytes", rowsparse_nbytes, NULL, "Bytes of the rows and their ids; waits for writes.", NULL},
-    {"stype", rowsparse_text, NULL, "The form of storage: 'row_sparse'.", "row_sparse"},
-    {"device", rowsparse_text, NULL, "Where the memory is: 'cpu'.", "cpu"},
+    {"stype", rowsparse_text, NULL, "The form of storage: 'row_sparse'.", (void *)"row_sparse"},
+    {"device", rowsparse_text, NULL, "Where the memory is: 'cpu'.", (void *)"cpu"},
     {NULL, NULL, NULL, NULL, NULL},
 };
 

@@ -1,5 +1,5 @@
-/* The ways to a RowSparse: from rows and their ids, from a dense array, from another one, and from
- * and to the sparse arrays of SciPy and PyTorch (in Python, kvstore/_row_sparse.py).
+/* The ways to a RowSparse: from rows and their ids, from a dense array and back, from another one,
+ * and from and to the sparse arrays of SciPy and PyTorch (in Python, kvstore/_row_sparse.py).
  *
  * The ids are always copied: those in use must stay in order and inside the shape, or a kernel
  * would write past a dense array, and the memory of an array of the user's may change at any time.
@@ -165,7 +165,7 @@ static bool fill(kv_state_t *state, kv_sparse_t *sparse, const kv_view_t *view, 
 
 PyObject *kv_rowsparse_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"data", "indices", "shape", "copy", NULL};
+    static const char *names[] = {"data", "indices", "shape", "copy", NULL};
     kv_state_t *state = PyType_GetModuleState(type);
     PyObject *data, *indices, *shape, *result = NULL;
     int copy = 1, ndim, num_dims;
@@ -176,8 +176,8 @@ PyObject *kv_rowsparse_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     kv_view_t view;
     kv_lease_t lease = {.owner = NULL};
     kv_py_release_now();
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOO|$p:RowSparse", names, &data, &indices,
-                                     &shape, &copy))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "OOO|$p:RowSparse", (char **)names, &data,
+                                     &indices, &shape, &copy))
         return NULL;
     ndim = kv_py_extents(state, shape, extents);
     if (ndim < 0 || !kv_py_integers(state, indices, "indices", &ids, &num_rows, &num_dims) ||
@@ -395,6 +395,41 @@ PyObject *kv_rowsparse_copy(PyObject *self, PyObject *ignored)
     return kv_sparse_copy(state, kv_as_rowsparse(self)->sparse, &copy)
                ? kv_rowsparse_wrap(state, copy)
                : NULL;
+}
+
+/* --------------------------------------------------------------------------------- dense */
+
+PyObject *kv_sparse_numpy(kv_state_t *state, kv_sparse_t *sparse)
+{
+    void *data;
+    kv_turn_t turn;
+    kv_runtime_t *runtime = kv_py_runtime(state);
+    if (runtime == NULL)
+        return NULL;
+    PyObject *dense = kv_numpy_empty(state, sparse->dtype, sparse->ndim, sparse->shape, &data);
+    if (dense == NULL)
+        return NULL;
+    kv_status_t status = kv_sparse_turn(&turn, state, sparse, KV_READ, KV_PY_DEFAULT_TIMEOUT_NS);
+    if (status == KV_OK) {
+        const kv_host_t host = kv_host_of(runtime);
+        const kv_rowset_t *rows = &sparse->rows;
+        size_t bytes = (size_t)sparse->shape[0] * sparse->row_bytes;
+        kv_row_sum_t sum;
+        if (bytes >= KV_DETACH_BYTES)
+            kv_caller_detach(&turn.caller.base);
+        if (bytes > 0 && (status = kv_row_sum_init(&host, sparse->dtype, sparse->row_count, 1,
+                                                   &rows, &sum)) == KV_OK) {
+            kv_rows_to_dense(&host, &sum, sparse->shape[0], 1, &data);
+            kv_row_sum_fini(&sum);
+        }
+        kv_turn_end(&turn);
+        kv_caller_attach(&turn.caller.base);
+    }
+    if (status != KV_OK) {
+        kv_py_raise(state, status);
+        Py_CLEAR(dense);
+    }
+    return dense;
 }
 
 /* ------------------------------------------------------------------------ libraries of others */
