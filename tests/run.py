@@ -200,6 +200,7 @@ def sanitized(flavour, tests):
     # sys.executable is the interpreter itself, never a script that starts it.
     preload = f"LD_PRELOAD={os.path.realpath(library)}"
     python = (*build.command("env", flavour, preload), sys.executable)
+    env = {**env, "KVSTORE_TESTS_WITHOUT_TORCH": "1"}
     check = f"import kvstore; assert kvstore._core.build_info()['flavour'] == {flavour!r}"
     problems = []
     try:

@@ -226,30 +226,45 @@ static bool overlaps(const kv_view_t *out, const kv_buffer_t *buffer, size_t byt
     return low < data + bytes && data < high;
 }
 
-/* A row-sparse value may lie in memory of the user's; a dense out may not be a part of it. Such a
- * value is not written by anybody else (sparse.h), so it can be looked at here. */
-static kv_status_t check_borrowed(const kv_group_t *groups, int64_t num_groups)
+/* With the value held. */
+static kv_status_t check_borrowed_rows(const kv_sparse_t *value, const kv_group_t *groups,
+                                       int64_t num_groups)
 {
-    for (int64_t g = 0; g < num_groups; g++) {
-        for (int32_t i = 0; i < groups[g].num_values; i++) {
-            const kv_sparse_t *value = groups[g].values[i].sparse;
-            if (value == NULL || atomic_load(&value->exports) == 0 || value->rows.num_rows == 0)
-                continue;
-            size_t bytes = (size_t)value->rows.num_rows * value->row_bytes;
-            for (int32_t j = 0; j < groups[g].num_outs; j++) {
-                char where[NAME_BYTES + 32];
-                if (groups[g].outs[j].sparse == NULL &&
-                    overlaps(&groups[g].outs[j], value->rows.data, bytes))
-                    return kv_fail(KV_INVALID, "%s shares memory with a row-sparse value",
-                                   position(&groups[g], true, j, where, sizeof where));
-            }
+    size_t bytes = (size_t)value->rows.num_rows * value->row_bytes;
+    for (int64_t g = 0; g < num_groups && bytes > 0; g++) {
+        for (int32_t i = 0; i < groups[g].num_outs; i++) {
+            char where[NAME_BYTES + 32];
+            if (groups[g].outs[i].sparse == NULL &&
+                overlaps(&groups[g].outs[i], value->rows.data, bytes))
+                return kv_fail(KV_INVALID, "%s shares memory with a row-sparse value",
+                               position(&groups[g], true, i, where, sizeof where));
         }
     }
     return KV_OK;
 }
 
-kv_status_t kv_groups_check(const kv_group_t *groups, int64_t num_groups, const kv_call_t *call,
-                            const char *verb)
+/* A row-sparse value may lie in memory of the user's; a dense out may not be a part of it. A value
+ * that somebody writes just now gets rows elsewhere, where nobody has a view yet. */
+static kv_status_t check_borrowed(kv_engine_t *engine, const kv_group_t *groups, int64_t num_groups)
+{
+    for (int64_t g = 0; g < num_groups; g++) {
+        for (int32_t i = 0; i < groups[g].num_values; i++) {
+            kv_sparse_t *value = groups[g].values[i].sparse;
+            if (value == NULL || atomic_load(&value->exports) == 0)
+                continue;
+            kv_dep_t dep = {.var = &value->var, .access = KV_READ};
+            if (!kv_engine_try_enter_one(engine, &dep))
+                continue;
+            kv_status_t status = check_borrowed_rows(value, groups, num_groups);
+            kv_engine_leave_one(engine, &dep);
+            KV_TRY(status);
+        }
+    }
+    return KV_OK;
+}
+
+kv_status_t kv_groups_check(kv_engine_t *engine, const kv_group_t *groups, int64_t num_groups,
+                            const kv_call_t *call, const char *verb)
 {
     if (KV_UNLIKELY(!acceptable(groups, num_groups))) {
         KV_TRY(check_each(groups, num_groups, check_form));
@@ -261,7 +276,7 @@ kv_status_t kv_groups_check(const kv_group_t *groups, int64_t num_groups, const 
         return KV_OK;
     if (call->row_ids != NULL)
         KV_TRY(check_each(groups, num_groups, check_ids));
-    KV_TRY(check_borrowed(groups, num_groups));
+    KV_TRY(check_borrowed(engine, groups, num_groups));
     kv_status_t status = kv_outs_check_disjoint(call->outs, call->num_outs);
     if (status == KV_OK && call->num_values > 0)
         status = kv_outs_check_values(call->outs, call->num_outs, call->values, call->num_values);
@@ -418,7 +433,8 @@ kv_status_t kv_plan_init(kv_store_t *store, const kv_call_t *call, const char *v
     if (status == KV_OK)
         status = check_not_inside(plan, verb);
     if (status == KV_OK)
-        status = kv_groups_check(plan->groups, plan->num_groups, call, verb);
+        status =
+            kv_groups_check(store->runtime->engine, plan->groups, plan->num_groups, call, verb);
     if (status != KV_OK)
         kv_plan_fini(plan);
     return status;

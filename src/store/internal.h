@@ -151,8 +151,9 @@ KV_MUST_CHECK kv_status_t kv_plan_init(kv_store_t *store, const kv_call_t *call,
 void kv_plan_fini(kv_plan_t *plan);
 
 /* The checks of views against their entries, in the contract's order. */
-KV_MUST_CHECK kv_status_t kv_groups_check(const kv_group_t *groups, int64_t num_groups,
-                                          const kv_call_t *call, const char *verb);
+KV_MUST_CHECK kv_status_t kv_groups_check(kv_engine_t *engine, const kv_group_t *groups,
+                                          int64_t num_groups, const kv_call_t *call,
+                                          const char *verb);
 
 /* KV_CLOSED, or KV_BAD_TYPE when one of the names is of the other type than the store's keys. */
 KV_MUST_CHECK kv_status_t kv_names_check_locked(const kv_store_t *store, const kv_item_t *items,

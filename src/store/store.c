@@ -207,7 +207,7 @@ kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *calle
     if (status == KV_OK)
         status = make_entries(call, verb, &fresh, plan.groups, &made);
     if (status == KV_OK)
-        status = kv_groups_check(plan.groups, call->num_items, call, verb);
+        status = kv_groups_check(store->runtime->engine, plan.groups, call->num_items, call, verb);
     for (int64_t i = 0; i < call->num_items && status == KV_OK; i++)
         status = kv_entry_fill(store, plan.groups[i].entry, &plan.groups[i].values[0], caller);
     kv_table_fini(&fresh);
