@@ -285,13 +285,17 @@ def test_threads_share_one_array_as_value_and_out(kv):
 
     def work(key, number):
         for turn in range(100):
-            call = (turn + number) % 4
+            call = (turn + number) % 5
             if call == 0:
                 kv.push(key, shared)
             elif call == 1:
                 kv.pull(key, out=shared, ignore_sparse=False)
             elif call == 2:
                 kv.row_sparse_pull(key, out=shared, row_ids=[turn % 6, 5])
+            elif call == 3:
+                view = shared.indices
+                kv.pushpull(key, shared, out=np.empty(SHAPE))
+                del view
             else:
                 ids, data = shared.indices, shared.data
                 assert (np.diff(ids) > 0).all()

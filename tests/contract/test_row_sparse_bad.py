@@ -281,6 +281,11 @@ def test_a_dense_out_in_the_memory_of_a_row_sparse_value_is_refused(sd):
         sd.pushpull("s", value, out=memory)
     with refused(sd, BAD, "shares memory"):
         sd.pushpull("s", value, out=memory[::-1])
+    with refused(sd, BAD, "shares memory"):
+        sd.pushpull(["d", "s"], [ones(), value], out=[memory, zeros()])
+    view = value.data
+    with refused(sd, BAD, "shares memory"):
+        sd.broadcast("n", value, [np.empty(SHAPE), view])
     assert (memory == 1).all()
 
 
