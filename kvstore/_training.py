@@ -277,7 +277,7 @@ def save_optimizer_states(kv: KVStore, fname: Any, dump_optimizer: bool = False)
         states["num_update"] = progress.num_update
         states["keys"] = [
             (key, count, kv.stype(key) if key in kv else "default", progress.slots(key))
-            for key, count in progress.counts.items()
+            for key, count in list(progress.counts.items())
         ]
     state_file.write(fname, states, about)
 

@@ -493,6 +493,19 @@ bool kv_args_all_ours(const kv_args_t *args)
     return views_all_ours(&args->values) && views_all_ours(&args->outs);
 }
 
+PyObject *kv_args_keys(const kv_args_t *args)
+{
+    PyObject *keys = PyList_New((Py_ssize_t)args->num_items);
+    for (int64_t i = 0; keys != NULL && i < args->num_items; i++) {
+        PyObject *key = kv_py_name_object(&args->items[i].name);
+        if (key == NULL)
+            Py_CLEAR(keys);
+        else
+            PyList_SET_ITEM(keys, (Py_ssize_t)i, key);
+    }
+    return keys;
+}
+
 PyObject *kv_args_first_keys(const kv_args_t *args, int64_t count)
 {
     PyObject *seen = PyDict_New();

@@ -62,6 +62,8 @@ bool kv_args_all_ours(const kv_args_t *args);
 bool kv_py_name(kv_state_t *state, PyObject *key, kv_name_t *name);
 PyObject *kv_py_name_object(const kv_name_t *name);
 
+/* All keys of the call as plain int and str, a list. */
+PyObject *kv_args_keys(const kv_args_t *args);
 /* The first `count` distinct keys of the call as a list. */
 PyObject *kv_args_first_keys(const kv_args_t *args, int64_t count);
 

@@ -268,12 +268,6 @@ static bool read_multipliers(kv_state_t *state, PyObject *list, kv_multiplier_t 
     return true;
 }
 
-static void keep_owner(kv_py_store_t *self, PyObject *owner)
-{
-    Py_XSETREF(self->owner, Py_NewRef(owner));
-    kv_py_release_now();
-}
-
 PyObject *kv_py_store_optimizer_set(PyObject *object, PyObject *args)
 {
     kv_py_store_t *self = as_store(object);
@@ -310,7 +304,9 @@ PyObject *kv_py_store_optimizer_set(PyObject *object, PyObject *args)
     if (status != KV_OK)
         return kv_py_raise(self->state, status);
     self->updater = NULL;
-    keep_owner(self, owner);
+    self->schedule = asked != NULL ? schedule : NULL;
+    Py_XSETREF(self->owner, Py_NewRef(owner));
+    kv_py_release_now();
     Py_RETURN_NONE;
 }
 
@@ -329,9 +325,8 @@ PyObject *kv_py_store_updater_set(PyObject *object, PyObject *args)
     PyObject *function, *owner;
     if (!kv_py_store_check_open(self) || !PyArg_ParseTuple(args, "OO", &function, &owner))
         return NULL;
-    if (!kv_py_store_use_updater(self, function))
+    if (!kv_py_store_use_updater(self, function, owner))
         return NULL;
-    keep_owner(self, owner);
     Py_RETURN_NONE;
 }
 

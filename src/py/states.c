@@ -116,10 +116,12 @@ PyObject *kv_py_store_states_export(PyObject *object, PyObject *unused)
     PyObject *result = export_all(self, &states);
     kv_states_fini(&states);
     if (result != NULL && self->pending != NULL) {
-        PyObject *done = call_states("add_pending", result, self->pending, NULL);
+        PyObject *pending = Py_NewRef(self->pending);
+        PyObject *done = call_states("add_pending", object, result, pending);
         if (done == NULL)
             Py_CLEAR(result);
         Py_XDECREF(done);
+        Py_DECREF(pending);
     }
     return result;
 }
@@ -286,9 +288,11 @@ PyObject *kv_py_store_states_later(PyObject *object, PyObject *entries)
     Py_RETURN_NONE;
 }
 
-bool kv_py_store_arrive(kv_py_store_t *self, PyObject *key)
+bool kv_py_store_arrive(kv_py_store_t *self, PyObject *keys)
 {
-    PyObject *result = call_states("arrive", (PyObject *)self, self->pending, key);
+    PyObject *pending = Py_NewRef(self->pending);
+    PyObject *result = call_states("arrive", (PyObject *)self, pending, keys);
+    Py_DECREF(pending);
     Py_XDECREF(result);
     return result != NULL;
 }

@@ -77,6 +77,7 @@ static int store_traverse(PyObject *object, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(object));
     if (self->updater != NULL)
         Py_VISIT(kv_py_updater_function(self->updater));
+    Py_VISIT(self->schedule);
     Py_VISIT(self->owner);
     Py_VISIT(self->pending);
     return 0;
@@ -85,8 +86,10 @@ static int store_traverse(PyObject *object, visitproc visit, void *arg)
 static int store_clear(PyObject *object)
 {
     kv_py_store_t *self = as_store(object);
-    if (self->store != NULL && self->updater != NULL && kv_store_check_open(self->store) == KV_OK) {
+    bool holds = self->updater != NULL || self->schedule != NULL;
+    if (self->store != NULL && holds && kv_store_check_open(self->store) == KV_OK) {
         self->updater = NULL;
+        self->schedule = NULL;
         kv_status_t status = kv_store_set_updater(self->store, NULL);
         (void)status; /* it can only say that the store is closed */
         kv_py_release_now();
@@ -132,12 +135,12 @@ static KV_PY_METHOD(store_set_updater)
     if (function == NULL)
         return NULL;
     if (!kv_py_store_check_open(as_store(self)) ||
-        !kv_py_store_use_updater(as_store(self), function))
+        !kv_py_store_use_updater(as_store(self), function, NULL))
         return NULL;
     Py_RETURN_NONE;
 }
 
-bool kv_py_store_use_updater(kv_py_store_t *self, PyObject *function)
+bool kv_py_store_use_updater(kv_py_store_t *self, PyObject *function, PyObject *owner)
 {
     if (function != Py_None && !PyCallable_Check(function)) {
         kv_py_fail(self->state, KV_BAD_TYPE,
@@ -155,8 +158,10 @@ bool kv_py_store_use_updater(kv_py_store_t *self, PyObject *function)
         kv_py_raise(self->state, status);
         return false;
     }
+    /* All in one go: what is given back may run Python code that sets another. */
     self->updater = updater;
-    Py_CLEAR(self->owner);
+    self->schedule = NULL;
+    Py_XSETREF(self->owner, Py_XNewRef(owner));
     kv_py_release_now();
     return true;
 }
@@ -214,18 +219,20 @@ static KV_PY_METHOD(store_delete)
         !kv_args_init(&call, store->state, "delete", key, NULL, NULL, false, false))
         return NULL;
     kv_status_t status = kv_store_delete(store->store, &call.call);
-    kv_args_fini(&call);
+    PyObject *keys = NULL, *owner = NULL, *result = NULL;
     if (status != KV_OK)
-        return kv_py_raise(store->state, status);
+        kv_py_raise(store->state, status);
+    else if ((keys = kv_args_keys(&call)) != NULL)
+        result = Py_NewRef(Py_None);
+    kv_args_fini(&call);
     kv_py_release_now();
     /* An optimizer in Python keeps its state itself. */
-    if (store->owner != NULL && PyObject_HasAttrString(store->owner, "forget")) {
-        PyObject *done = PyObject_CallMethod(store->owner, "forget", "O", key);
-        Py_XDECREF(done);
-        if (done == NULL)
-            return NULL;
-    }
-    Py_RETURN_NONE;
+    owner = Py_XNewRef(store->owner);
+    if (result != NULL && owner != NULL && PyObject_HasAttrString(owner, "forget"))
+        Py_SETREF(result, PyObject_CallMethod(owner, "forget", "O", keys));
+    Py_XDECREF(owner);
+    Py_XDECREF(keys);
+    return result;
 }
 
 /* What init fixed of one key. */
@@ -284,6 +291,7 @@ static PyObject *store_close(PyObject *object, PyObject *unused)
     if (kv_store_generation(self->store) != kv_fork_generation())
         Py_RETURN_NONE; /* the parent's; nothing of it can be closed here */
     self->updater = NULL;
+    self->schedule = NULL;
     kv_store_close(self->store);
     kv_py_release_now();
     Py_RETURN_NONE;

@@ -10,6 +10,7 @@ typedef struct kv_py_store {
     kv_state_t *state;
     kv_store_t *store;
     kv_updater_t *updater; /* the store's own, borrowed: for the garbage collector */
+    PyObject *schedule;    /* its optimizer's, likewise */
     PyObject *owner;       /* the optimizer as it was given, NULL if there is none */
     PyObject *pending;     /* dict: states that wait for the init of their keys, or NULL */
     int64_t timeout_ns;
@@ -44,8 +45,8 @@ KV_PY_METHOD(kv_py_store_pushpull);
 KV_PY_METHOD(kv_py_store_broadcast);
 KV_PY_METHOD(kv_py_store_row_sparse_pull);
 
-/* store.c: set_updater's work; `function` may be None. */
-bool kv_py_store_use_updater(kv_py_store_t *self, PyObject *function);
+/* store.c: set_updater's work; `function` may be None, `owner` NULL. */
+bool kv_py_store_use_updater(kv_py_store_t *self, PyObject *function, PyObject *owner);
 
 /* optimizer.c, states.c: private methods, and functions of the module. */
 PyObject *kv_py_optimizer_common(PyObject *module, PyObject *unused);
@@ -62,7 +63,8 @@ PyObject *kv_py_store_states_later(PyObject *self, PyObject *entries);
 
 /* kvstore._training.<function>(self, *args, **keywords). */
 PyObject *kv_py_training(PyObject *self, const char *function, PyObject *args, PyObject *keywords);
-/* Gives keys that were just initialised the states that wait for them. False with an exception. */
-bool kv_py_store_arrive(kv_py_store_t *self, PyObject *key);
+/* Gives keys (a list) that were just initialised the states that wait for them. False with an
+ * exception. */
+bool kv_py_store_arrive(kv_py_store_t *self, PyObject *keys);
 
 #endif

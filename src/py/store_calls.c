@@ -126,6 +126,14 @@ static bool warn_not_finite(const kv_args_t *args)
                             args->call.not_finite) == 0;
 }
 
+static bool arrive(kv_py_store_t *self, const kv_args_t *args)
+{
+    PyObject *keys = kv_args_keys(args);
+    bool good = keys != NULL && kv_py_store_arrive(self, keys);
+    Py_XDECREF(keys);
+    return good;
+}
+
 static PyObject *run_request(kv_py_store_t *self, const request_t *request)
 {
     kv_args_t local, *args = &local;
@@ -172,7 +180,7 @@ static PyObject *run_request(kv_py_store_t *self, const request_t *request)
     if (result != NULL && !warn_not_finite(args))
         Py_CLEAR(result);
     if (result != NULL && KV_UNLIKELY(self->pending != NULL) && request->call == kv_store_init &&
-        !kv_py_store_arrive(self, request->key)) {
+        !arrive(self, args)) {
         PyObject *cause = kv_py_take_exception();
         kv_status_t undone = kv_store_delete(self->store, &args->call);
         (void)undone; /* the keys are there: this call made them */

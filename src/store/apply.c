@@ -300,9 +300,8 @@ int64_t kv_entry_num_rows(const kv_entry_t *entry)
     return entry->ndim > 0 ? entry->shape[0] : 1;
 }
 
-/* One buffer of the optimizer's state: zeros, or a copy of the weight. */
-static kv_status_t make_slot(const kv_work_t *work, int64_t count, const void *weight,
-                             kv_buffer_t **out)
+kv_status_t kv_slot_make(const kv_work_t *work, int64_t count, const void *weight,
+                         kv_buffer_t **out)
 {
     const kv_entry_t *entry = work->group.entry;
     size_t wide = entry->dtype == KV_FLOAT64 ? sizeof(double) : sizeof(float);
@@ -325,18 +324,22 @@ kv_status_t kv_work_weight(const kv_work_t *work, kv_weight_t *out)
     int num_slots = slots->optim->slots(numbers, described);
     int64_t num_rows = kv_entry_num_rows(entry), count = num_rows * entry->row_count;
     void *data = entry->sparse ? kv_rowset_data(&entry->rows) : entry->stored->data;
+    if (entry->sparse)
+        KV_TRY(kv_slots_fit(work));
     if (numbers->multi_precision && is_narrow(entry->dtype) && slots->master == NULL)
-        KV_TRY(make_slot(work, count, data, &slots->master));
-    for (int i = 0; i < num_slots; i++)
-        if (slots->slot[i] == NULL)
-            KV_TRY(make_slot(work, kv_slot_count(entry, &described[i], num_rows),
-                             described[i].from_weight ? data : NULL, &slots->slot[i]));
+        KV_TRY(kv_slot_make(work, count, data, &slots->master));
     *out = (kv_weight_t){.dtype = entry->dtype,
                          .count = count,
                          .row_count = entry->row_count,
                          .data = data,
                          .master = slots->master != NULL ? slots->master->data : NULL};
-    for (int i = 0; i < num_slots; i++)
-        out->slots[i] = slots->slot[i]->data;
+    for (int i = 0; i < num_slots; i++) {
+        int place = kv_slots_place(slots, described[i].name);
+        if (slots->slot[place] == NULL)
+            KV_TRY(kv_slot_make(work, kv_slot_count(entry, &described[i], num_rows),
+                                described[i].from_weight ? data : NULL, &slots->slot[place]));
+        slots->kept[place] = described[i];
+        out->slots[i] = slots->slot[place]->data;
+    }
     return KV_OK;
 }

@@ -124,7 +124,18 @@ void kv_slots_rele(kv_slots_t *slots)
     kv_buffer_rele(slots->master);
     for (int i = 0; i < KV_MAX_SLOTS; i++)
         kv_buffer_rele(slots->slot[i]);
+    kv_buffer_rele(slots->indices);
     kv_free(slots);
+}
+
+int kv_slots_place(const kv_slots_t *slots, const char *name)
+{
+    int place = 0;
+    /* No class has more names than there are places. */
+    while (place < KV_MAX_SLOTS - 1 && slots->kept[place].name != NULL &&
+           strcmp(slots->kept[place].name, name) != 0)
+        place++;
+    return place;
 }
 
 /* --------------------------------------------------------------------- setting an optimizer */
@@ -143,6 +154,7 @@ void kv_store_forget_training_locked(kv_store_t *store)
         entry->slots = NULL;
         entry->updates = -1;
     }
+    store->counted++;
 }
 
 kv_status_t kv_store_set_optimizer(kv_store_t *store, kv_optimizer_t *optimizer)
@@ -253,6 +265,10 @@ static kv_status_t check_entries(const kv_optimizer_t *optimizer, const kv_plan_
     return KV_OK;
 }
 
+/* The store whose schedule runs in this thread. What the schedule itself pushes there would move
+ * the counts for which it is asked, again and again. */
+static _Thread_local const kv_store_t *asking_for;
+
 /* The rates of a call's keys, in order, as the schedule tells them now. */
 static kv_status_t ask_rates(kv_store_t *store, const kv_optimizer_t *optimizer,
                              const kv_plan_t *plan, double *rates, uint64_t *counted, bool *missing)
@@ -272,8 +288,14 @@ static kv_status_t ask_rates(kv_store_t *store, const kv_optimizer_t *optimizer,
     kv_mutex_unlock(&store->lock);
     for (int64_t g = 0; g < plan->num_groups; g++) {
         double rate = optimizer->numbers.learning_rate;
-        if (optimizer->schedule != NULL)
-            KV_TRY(optimizer->schedule->rate(optimizer->schedule, (int64_t)rates[g], &rate));
+        if (optimizer->schedule != NULL) {
+            const kv_store_t *outer = asking_for;
+            asking_for = store;
+            kv_status_t status =
+                optimizer->schedule->rate(optimizer->schedule, (int64_t)rates[g], &rate);
+            asking_for = outer;
+            KV_TRY(status);
+        }
         rates[g] = rate;
     }
     return KV_OK;
@@ -322,6 +344,8 @@ kv_status_t kv_plan_count(kv_store_t *store, kv_plan_t *plan)
     size_t count = (size_t)plan->num_groups;
     kv_status_t status = check_entries(plan->optimizer, plan);
     plan->steps = &plan->one_step;
+    if (status == KV_OK && asking_for == store)
+        status = kv_fail(KV_INVALID, "a push from inside the schedule of the store's optimizer");
     if (status == KV_OK && count > 1) {
         plan->steps = kv_calloc(count, sizeof(kv_step_t) + sizeof(double) + sizeof(kv_slots_t *));
         if (plan->steps == NULL) {
@@ -359,8 +383,11 @@ void kv_plan_uncount(kv_store_t *store, const kv_plan_t *plan, int64_t num_done)
     if (plan->counted != 0 && plan->counted == store->counted) {
         if (num_done == 0)
             store->state = plan->before;
-        for (int64_t g = num_done; g < plan->num_groups; g++)
-            plan->groups[g].entry->updates--;
+        for (int64_t g = num_done; g < plan->num_groups; g++) {
+            kv_entry_t *entry = plan->groups[g].entry;
+            if (--entry->updates == plan->optimizer->numbers.begin_num_update)
+                entry->updates = -1;
+        }
     }
     kv_mutex_unlock(&store->lock);
 }

@@ -33,21 +33,27 @@ static kv_status_t sum_init(const kv_work_t *work, kv_row_sum_t *sum)
     return status;
 }
 
-/* Row i of `old` becomes row place[i] of a new buffer, the others zero. */
-static kv_status_t spread(const kv_buffer_t *old, int64_t num_old, const int64_t *place,
-                          int64_t num_new, size_t row_bytes, kv_buffer_t **out)
+/* Rows of a buffer and where they stand. */
+typedef struct placed {
+    int64_t num_rows;
+    const int64_t *ids;
+    char *data;
+} placed_t;
+
+/* The rows that both have. */
+static void copy_common(const placed_t *from, const placed_t *to, size_t row_bytes)
 {
-    KV_TRY(kv_buffer_new_zero((size_t)num_new * row_bytes, out));
-    for (int64_t i = 0; i < num_old; i++)
-        memcpy((char *)(*out)->data + (size_t)place[i] * row_bytes,
-               (const char *)old->data + (size_t)i * row_bytes, row_bytes);
-    return KV_OK;
+    for (int64_t i = 0, j = 0; i < from->num_rows && j < to->num_rows;) {
+        if (from->ids[i] == to->ids[j])
+            memcpy(to->data + (size_t)j * row_bytes, from->data + (size_t)i * row_bytes, row_bytes);
+        int64_t id = from->ids[i];
+        i += id <= to->ids[j];
+        j += to->ids[j] <= id;
+    }
 }
 
-/* The union of the stored ids and `ids`, `missing` of which are not stored; place[i] is where the
- * i-th stored row goes. */
-static void merge_ids(const kv_rowset_t *stored, int64_t num_ids, const int64_t *ids, int64_t *all,
-                      int64_t *place)
+/* The union of the stored ids and `ids`. */
+static void merge_ids(const kv_rowset_t *stored, int64_t num_ids, const int64_t *ids, int64_t *all)
 {
     const int64_t *old = kv_rowset_ids(stored);
     int64_t i = 0, j = 0, n = 0;
@@ -56,59 +62,83 @@ static void merge_ids(const kv_rowset_t *stored, int64_t num_ids, const int64_t 
         int64_t id = from_old ? old[i] : ids[j];
         if (j < num_ids && ids[j] == id)
             j++;
-        if (from_old)
-            place[i++] = n;
+        i += from_old;
         all[n++] = id;
     }
 }
 
-/* Makes room for the rows of `ids` that are not stored, in the value and in all state. */
+/* Lays the optimizer's state out for the rows of `rows`: those that it has keep theirs, the others
+ * begin. */
+static kv_status_t lay_out(const kv_work_t *work, const kv_rowset_t *rows)
+{
+    enum { MASTER = KV_MAX_SLOTS, BUFFERS };
+    const kv_entry_t *entry = work->group.entry;
+    kv_slots_t *slots = work->group.slots;
+    size_t wide = entry->dtype == KV_FLOAT64 ? sizeof(double) : sizeof(float);
+    kv_buffer_t *fresh[BUFFERS] = {NULL};
+    kv_status_t status = KV_OK;
+    for (int i = 0; i < BUFFERS && status == KV_OK; i++) {
+        kv_buffer_t *old = i == MASTER ? slots->master : slots->slot[i];
+        kv_slot_t kept = i == MASTER ? (kv_slot_t){.from_weight = true} : slots->kept[i];
+        if (old == NULL)
+            continue;
+        status = kv_slot_make(work, kv_slot_count(entry, &kept, rows->num_rows),
+                              kept.from_weight ? kv_rowset_data(rows) : NULL, &fresh[i]);
+        if (status == KV_OK && slots->num_rows > 0)
+            copy_common(&(placed_t){slots->num_rows, slots->indices->data, old->data},
+                        &(placed_t){rows->num_rows, kv_rowset_ids(rows), fresh[i]->data},
+                        wide * (size_t)kv_slot_count(entry, &kept, 1));
+    }
+    for (int i = 0; i < BUFFERS; i++) {
+        kv_buffer_t **kept = i == MASTER ? &slots->master : &slots->slot[i], *gone = fresh[i];
+        if (status == KV_OK && fresh[i] != NULL) {
+            gone = *kept;
+            *kept = fresh[i];
+        }
+        kv_buffer_rele(gone);
+    }
+    if (status != KV_OK)
+        return status;
+    kv_buffer_rele(slots->indices);
+    slots->indices = rows->indices != NULL ? kv_buffer_hold(rows->indices) : NULL;
+    slots->num_rows = rows->num_rows;
+    return KV_OK;
+}
+
+kv_status_t kv_slots_fit(const kv_work_t *work)
+{
+    const kv_slots_t *slots = work->group.slots;
+    const kv_rowset_t *rows = &work->group.entry->rows;
+    /* Nobody writes into indices of which there are two shares. */
+    bool fit = slots->indices == rows->indices && slots->num_rows == rows->num_rows;
+    return fit ? KV_OK : lay_out(work, rows);
+}
+
+/* Makes room for the rows of `ids`, `missing` of which are not stored, in the value and in all
+ * state. */
 static kv_status_t insert_rows(const kv_work_t *work, int64_t missing, int64_t num_ids,
                                const int64_t *ids)
 {
-    enum { MASTER = KV_MAX_SLOTS, DATA, BUFFERS };
     kv_entry_t *entry = work->group.entry;
-    kv_slots_t *slots = work->group.slots;
-    kv_rowset_t *rows = &entry->rows;
-    kv_slot_t described[KV_MAX_SLOTS];
-    int num_slots = slots->optim->slots(&work->group.step->numbers, described);
-    int64_t num_old = rows->num_rows, num_new = num_old + missing;
-    size_t wide = entry->dtype == KV_FLOAT64 ? sizeof(double) : sizeof(float);
-    kv_buffer_t **kept[BUFFERS] = {NULL}, *fresh[BUFFERS] = {NULL}, *indices = NULL;
-    size_t bytes[BUFFERS] = {0};
-    for (int i = 0; i < KV_MAX_SLOTS; i++) {
-        kept[i] = &slots->slot[i];
-        bytes[i] = wide * (i < num_slots ? (size_t)kv_slot_count(entry, &described[i], 1) : 0);
-    }
-    kept[MASTER] = &slots->master;
-    bytes[MASTER] = wide * (size_t)entry->row_count;
-    kept[DATA] = &rows->data;
-    bytes[DATA] = entry->row_bytes;
-
-    int64_t *place = kv_alloc((size_t)num_old * sizeof *place);
-    KV_TRY_ALLOC(place, "new rows");
-    kv_status_t status = kv_buffer_new((size_t)num_new * sizeof(int64_t), &indices);
+    const kv_rowset_t *old = &entry->rows;
+    kv_rowset_t rows = {.num_rows = old->num_rows + missing};
+    size_t count = (size_t)rows.num_rows;
+    kv_status_t status = kv_buffer_new(count * sizeof(int64_t), &rows.indices);
     if (status == KV_OK)
-        merge_ids(rows, num_ids, ids, indices->data, place);
-    for (int i = 0; i < BUFFERS && status == KV_OK; i++)
-        if (*kept[i] != NULL || i == DATA)
-            status = spread(*kept[i], num_old, place, num_new, bytes[i], &fresh[i]);
-    kv_free(place);
+        status = kv_buffer_new_zero(count * entry->row_bytes, &rows.data);
+    if (status == KV_OK) {
+        merge_ids(old, num_ids, ids, rows.indices->data);
+        copy_common(&(placed_t){old->num_rows, kv_rowset_ids(old), kv_rowset_data(old)},
+                    &(placed_t){rows.num_rows, rows.indices->data, rows.data->data},
+                    entry->row_bytes);
+        status = lay_out(work, &rows);
+    }
     if (status != KV_OK) {
-        for (int i = 0; i < BUFFERS; i++)
-            kv_buffer_rele(fresh[i]);
-        kv_buffer_rele(indices);
+        kv_rowset_fini(&rows);
         return status;
     }
-    for (int i = 0; i < BUFFERS; i++) {
-        if (fresh[i] != NULL) {
-            kv_buffer_rele(*kept[i]);
-            *kept[i] = fresh[i];
-        }
-    }
-    kv_buffer_rele(rows->indices);
-    rows->indices = indices;
-    rows->num_rows = num_new;
+    kv_rowset_fini(&entry->rows);
+    entry->rows = rows;
     return KV_OK;
 }
 

@@ -70,37 +70,36 @@ static layout_t layout_of(const kv_entry_t *entry, bool per_row)
 }
 
 /* A copy of one buffer, with its full shape if the key is row-sparse. */
-static kv_status_t copy_part(const kv_entry_t *entry, const kv_buffer_t *buffer, bool per_row,
-                             bool rows_only, kv_state_part_t *part)
+static kv_status_t copy_part(const kv_entry_t *entry, const kv_slots_t *slots,
+                             const kv_buffer_t *buffer, bool per_row, kv_state_part_t *part)
 {
     layout_t layout = layout_of(entry, per_row);
-    bool spread = entry->sparse && rows_only;
-    int64_t stored = kv_entry_num_rows(entry);
     int64_t full = entry->ndim > 0 ? entry->shape[0] : 1;
     part->dtype = wide_type(entry->dtype);
     part->ndim = layout.ndim;
     part->shape = entry->shape;
-    if (!spread) {
+    if (!entry->sparse) {
         KV_TRY(kv_buffer_new((size_t)full * layout.row_bytes, &part->data));
         memcpy(part->data->data, buffer->data, (size_t)full * layout.row_bytes);
         return KV_OK;
     }
     KV_TRY(kv_buffer_new_zero((size_t)full * layout.row_bytes, &part->data));
-    const int64_t *ids = kv_rowset_ids(&entry->rows);
-    for (int64_t i = 0; i < stored; i++)
+    const int64_t *ids = slots->num_rows > 0 ? slots->indices->data : NULL;
+    for (int64_t i = 0; i < slots->num_rows; i++)
         memcpy((char *)part->data->data + (size_t)ids[i] * layout.row_bytes,
                (const char *)buffer->data + (size_t)i * layout.row_bytes, layout.row_bytes);
     return KV_OK;
 }
 
-static kv_status_t add_part(const kv_entry_t *entry, const kv_buffer_t *buffer, bool per_row,
-                            bool rows_only, const char *slot, kv_key_state_t *state)
+static kv_status_t add_part(const kv_entry_t *entry, const kv_slots_t *slots,
+                            const kv_buffer_t *buffer, bool per_row, const char *slot,
+                            kv_key_state_t *state)
 {
     kv_state_part_t *part = &state->parts[state->num_parts];
     if (buffer == NULL)
         return KV_OK;
     snprintf(part->slot, sizeof part->slot, "%s", slot);
-    KV_TRY(copy_part(entry, buffer, per_row, rows_only, part));
+    KV_TRY(copy_part(entry, slots, buffer, per_row, part));
     state->num_parts++;
     return KV_OK;
 }
@@ -119,20 +118,20 @@ static kv_status_t export_key(const kv_entry_t *entry, const kv_slots_t *slots,
         kv_slot_t described[KV_MAX_SLOTS];
         int num_slots = slots->optim->slots(numbers, described);
         for (int i = 0; i < num_slots; i++)
-            KV_TRY(add_part(entry, slots->slot[i], described[i].per_row, true, described[i].name,
-                            state));
-        KV_TRY(add_part(entry, slots->master, false, true, "master", state));
+            KV_TRY(add_part(entry, slots, slots->slot[kv_slots_place(slots, described[i].name)],
+                            described[i].per_row, described[i].name, state));
+        KV_TRY(add_part(entry, slots, slots->master, false, "master", state));
     }
     for (int32_t i = 0; i < num_residuals; i++) {
         char slot[32];
         snprintf(slot, sizeof slot, "residual.%" PRId32, i);
-        KV_TRY(add_part(entry, residuals->buffers[i], false, false, slot, state));
+        KV_TRY(add_part(entry, slots, residuals->buffers[i], false, slot, state));
     }
     return KV_OK;
 }
 
-static kv_status_t export_one(kv_store_t *store, kv_entry_t *entry, kv_key_state_t *state,
-                              kv_caller_t *caller)
+static kv_status_t export_one(kv_store_t *store, kv_entry_t *entry, uint64_t epoch,
+                              kv_key_state_t *state, kv_caller_t *caller)
 {
     kv_dep_t dep = {.var = &entry->var, .access = KV_READ};
     kv_op_t op;
@@ -147,7 +146,6 @@ static kv_status_t export_one(kv_store_t *store, kv_entry_t *entry, kv_key_state
         atomic_fetch_add(&slots->refs, 1);
     state->name = entry->name;
     state->count = optimizer != NULL ? entry->updates : -1;
-    uint64_t epoch = store->codec.type != KV_CODEC_NONE ? store->codec_epoch : UINT64_MAX;
     kv_mutex_unlock(&store->lock);
     kv_status_t status =
         export_key(entry, slots, optimizer != NULL ? &optimizer->numbers : NULL, epoch, state);
@@ -201,15 +199,20 @@ kv_status_t kv_store_export_states(kv_store_t *store, kv_states_t *out, kv_calle
     KV_TRY(pin_entries(store, &entries, &count));
     kv_states_t states = {0};
     kv_status_t status = make_keys(entries, count, &states);
+    /* The codec may be changed meanwhile: the residuals shall be those of the codec that is told.
+     */
+    kv_mutex_lock(&store->lock);
+    states.codec = store->codec;
+    uint64_t epoch = store->codec.type != KV_CODEC_NONE ? store->codec_epoch : UINT64_MAX;
+    kv_mutex_unlock(&store->lock);
     kv_caller_detach(caller);
     for (int64_t k = 0; k < count && status == KV_OK; k++)
-        status = export_one(store, entries[k], &states.keys[k], caller);
+        status = export_one(store, entries[k], epoch, &states.keys[k], caller);
     kv_caller_attach(caller);
     if (status == KV_OK) {
         own_names(entries, &states);
         kv_mutex_lock(&store->lock);
         states.whole = store->state;
-        states.codec = store->codec;
         kv_mutex_unlock(&store->lock);
         *out = states;
     } else {
@@ -249,19 +252,19 @@ static kv_status_t check_part(const kv_entry_t *entry, const kv_state_part_t *pa
 }
 
 /* The place of a part: a slot of the optimizer, KV_MAX_SLOTS for the master, or
- * KV_MAX_SLOTS + 1 + position for a residual; -1 if there is none. */
+ * KV_MAX_SLOTS + 1 + position for a residual; -1 if there is none. *what tells of a slot. */
 static int64_t place_of(const kv_entry_t *entry, const kv_optimizer_t *optimizer,
-                        const kv_state_part_t *part, bool *per_row)
+                        const kv_slots_t *slots, const kv_state_part_t *part, kv_slot_t *what)
 {
     kv_slot_t described[KV_MAX_SLOTS];
     int num_slots = optimizer != NULL ? optimizer->optim->slots(&optimizer->numbers, described) : 0;
     for (int i = 0; i < num_slots; i++) {
         if (strcmp(part->slot, described[i].name) == 0) {
-            *per_row = described[i].per_row;
-            return i;
+            *what = described[i];
+            return kv_slots_place(slots, described[i].name);
         }
     }
-    *per_row = false;
+    *what = (kv_slot_t){0};
     bool narrow = entry->dtype == KV_FLOAT16 || entry->dtype == KV_BFLOAT16;
     if (strcmp(part->slot, "master") == 0)
         return narrow && optimizer != NULL && optimizer->numbers.multi_precision ? KV_MAX_SLOTS
@@ -284,6 +287,8 @@ static kv_status_t take_rows(const kv_entry_t *entry, const kv_state_part_t *par
     int64_t stored = entry->rows.num_rows;
     const char *data = part->data->data;
     KV_TRY(kv_buffer_new((size_t)stored * row_bytes, out));
+    if (row_bytes == 0)
+        return KV_OK; /* there can be any number of such rows */
     for (int64_t row = 0, i = 0; row < entry->shape[0]; row++) {
         const char *from = data + (size_t)row * row_bytes;
         if (i < stored && ids[i] == row) {
@@ -304,11 +309,11 @@ static kv_status_t prepare_part(const kv_optimizer_t *optimizer, const kv_state_
                                 arrival_t *arrival)
 {
     const kv_entry_t *entry = arrival->entry;
-    bool per_row;
-    int64_t place = place_of(entry, optimizer, part, &per_row);
+    kv_slot_t what;
+    int64_t place = place_of(entry, optimizer, arrival->slots, part, &what);
     if (place < 0)
         return refuse(entry, part, "is none that the optimizer keeps for such a key");
-    KV_TRY(check_part(entry, part, per_row));
+    KV_TRY(check_part(entry, part, what.per_row));
     kv_buffer_t **target, *buffer = NULL;
     if (place <= KV_MAX_SLOTS) {
         target = place < KV_MAX_SLOTS ? &arrival->slots->slot[place] : &arrival->slots->master;
@@ -320,7 +325,8 @@ static kv_status_t prepare_part(const kv_optimizer_t *optimizer, const kv_state_
     if (*target != NULL)
         return refuse(entry, part, "stands there twice");
     if (entry->sparse) {
-        kv_status_t status = take_rows(entry, part, layout_of(entry, per_row).row_bytes, &buffer);
+        kv_status_t status =
+            take_rows(entry, part, layout_of(entry, what.per_row).row_bytes, &buffer);
         if (status != KV_OK) {
             kv_buffer_rele(buffer);
             return status;
@@ -330,6 +336,8 @@ static kv_status_t prepare_part(const kv_optimizer_t *optimizer, const kv_state_
         memcpy(buffer->data, part->data->data, part->data->bytes);
     }
     *target = buffer;
+    if (place < KV_MAX_SLOTS)
+        arrival->slots->kept[place] = what;
     return KV_OK;
 }
 
@@ -340,6 +348,9 @@ static kv_status_t prepare(const kv_optimizer_t *optimizer, const kv_key_state_t
     KV_TRY_ALLOC(arrival->slots, "the state of a key");
     arrival->slots->refs = 1;
     arrival->slots->optim = optimizer != NULL ? optimizer->optim : NULL;
+    const kv_rowset_t *rows = &arrival->entry->rows;
+    arrival->slots->num_rows = rows->num_rows;
+    arrival->slots->indices = rows->indices != NULL ? kv_buffer_hold(rows->indices) : NULL;
     for (int i = 0; i < state->num_parts; i++)
         KV_TRY(prepare_part(optimizer, &state->parts[i], arrival));
     return KV_OK;
