@@ -236,15 +236,6 @@ class Optimizer:
         """
         return None
 
-    def update(self, key: Any, weight: Any, grad: Any, state: Any) -> None:
-        """Change ``weight`` in place by the merged gradient ``grad``; to be overridden.
-
-        >>> kvstore.optimizer.Optimizer().update('w', np.ones(2), np.ones(2), None)
-        Traceback (most recent call last):
-        NotImplementedError: Optimizer has no update
-        """
-        raise NotImplementedError(f"{type(self).__name__} has no update")
-
     def get_lr(self, key: Any) -> float:
         """The rate of the push under way for ``key``: scheduled, times its ``lr_mult``.
 
@@ -556,7 +547,7 @@ def register(klass: _Class) -> _Class:
         raise InvalidArgumentError(
             f"{klass.__qualname__} cannot be registered: {name!r} is a built-in optimizer"
         )
-    if klass.update is Optimizer.update:
+    if not hasattr(klass, "update"):
         raise InvalidArgumentError(f"{klass.__qualname__} has no update")
     old = registered.get(name)
     if old is not None and identity(old) != identity(klass):

@@ -4,11 +4,11 @@ Keywords and values are those of MXNet 1.9.1. A schedule keeps its position in o
 replaced at the end of a call: two threads that ask at once both compute from a whole position.
 """
 
+import abc
 import itertools
 import math
 import numbers
 import operator
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from .errors import InvalidArgumentError
@@ -51,7 +51,7 @@ def _count(owner: str, name: str, value: Any, low: int) -> int:
     return number
 
 
-class LRScheduler:
+class LRScheduler(abc.ABC):
     """The base of the schedules; ``schedule(num_update)`` gives the rate.
 
     ``num_update`` is the largest number of pushes of any key. Up to ``warmup_steps`` the rate goes
@@ -103,9 +103,9 @@ class LRScheduler:
         }
         self._position = (base_lr, *([0] * len(self._KEPT)))
 
+    @abc.abstractmethod
     def __call__(self, num_update: int) -> float:
         """The rate when a key has been pushed ``num_update`` times."""
-        raise NotImplementedError(f"{type(self).__name__} has no __call__")
 
     def _warmup(self, num_update: int) -> float:
         begin: float = self.warmup_begin_lr
@@ -273,8 +273,6 @@ class MultiFactorScheduler(LRScheduler):
 class _Falling(LRScheduler):
     """From the rate it was built with down to ``final_lr``, along a curve."""
 
-    _curve: Callable[[float, Any], float]
-
     def _start(self, own: dict[str, Any], *common: Any) -> None:
         name = type(self).__name__
         own["max_update"] = _count(name, "max_update", own["max_update"], 1)
@@ -286,9 +284,9 @@ class _Falling(LRScheduler):
                 f"{self.max_update} against {self.warmup_steps}"
             )
 
+    @abc.abstractmethod
     def _fall(self, done: float) -> float:
         """How much of the way down is still ahead, 1 to 0, when `done` of the updates are over."""
-        raise NotImplementedError
 
     def __call__(self, num_update: int) -> float:
         if num_update < self.warmup_steps:

@@ -27,6 +27,23 @@ typedef enum kv_dtype {
 size_t kv_dtype_bytes(kv_dtype_t dtype);
 const char *kv_dtype_name(kv_dtype_t dtype);
 
+static inline bool kv_dtype_is_floating(kv_dtype_t dtype)
+{
+    return dtype <= KV_BFLOAT16; /* they stand first */
+}
+
+/* A floating type of 16 bits. */
+static inline bool kv_dtype_is_narrow(kv_dtype_t dtype)
+{
+    return dtype == KV_FLOAT16 || dtype == KV_BFLOAT16;
+}
+
+/* The type in which values of a floating type are summed and updated. */
+static inline kv_dtype_t kv_dtype_wide(kv_dtype_t dtype)
+{
+    return dtype == KV_FLOAT64 ? KV_FLOAT64 : KV_FLOAT32;
+}
+
 /* KV_DTYPE_NONE for a name that is not in the list. */
 kv_dtype_t kv_dtype_parse(const char *name);
 

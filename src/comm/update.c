@@ -111,21 +111,16 @@ static void dense_init(dense_source_t *dense, const kv_host_t *host, kv_dtype_t 
 
 /* ----------------------------------------------------------------------------- one span */
 
-static bool is_narrow(kv_dtype_t dtype)
-{
-    return dtype == KV_FLOAT16 || dtype == KV_BFLOAT16;
-}
-
 static int64_t weight_bytes(const kv_update_t *update)
 {
-    return update->is_double ? 8 : is_narrow(update->weight->dtype) ? 2 : 4;
+    return update->is_double ? 8 : kv_dtype_is_narrow(update->weight->dtype) ? 2 : 4;
 }
 
 /* The weight of [begin, end) in the wide type: where it lies, or widened into `block`. */
 static void *read_weight(const kv_update_t *update, int64_t begin, int64_t end, void *block)
 {
     const kv_weight_t *weight = update->weight;
-    if (!is_narrow(weight->dtype))
+    if (!kv_dtype_is_narrow(weight->dtype))
         return at_element(weight->data, begin, wide_bytes(update->is_double));
     if (weight->master != NULL)
         return weight->master + begin;
@@ -139,7 +134,7 @@ static void write_weight(const kv_update_t *update, int64_t begin, int64_t end, 
 {
     const kv_weight_t *weight = update->weight;
     const kv_kernels_t *kernels = update->host->kernels;
-    if (is_narrow(weight->dtype))
+    if (kv_dtype_is_narrow(weight->dtype))
         kernels->float32_to[weight->dtype](end - begin, wide, at_element(weight->data, begin, 2));
     if (update->num_dst > 0) {
         const void *from = weight->data;
@@ -483,7 +478,7 @@ static void compressed_chunk(void *context, int64_t chunk)
         int64_t count = smaller(end - at, KV_UPDATE_BLOCK);
         const void *from =
             read_compressed(&job->source->base, at, at + count, true, block, &unfinite);
-        if (is_narrow(dtype)) {
+        if (kv_dtype_is_narrow(dtype)) {
             kernels->float32_to[dtype](count, from, narrow);
             from = narrow;
         }

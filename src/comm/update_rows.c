@@ -169,7 +169,7 @@ void kv_host_update_rows(const kv_host_t *host, const kv_step_t *step, const kv_
         .sum = sum,
         .places = where != NULL ? where : sum->ids,
         .element = kv_dtype_bytes(weight->dtype),
-        .wide = weight->dtype == KV_FLOAT64 ? sizeof(double) : sizeof(float),
+        .wide = kv_dtype_bytes(kv_dtype_wide(weight->dtype)),
     };
     bool several = sum->parts != NULL && sum->num_rows > 0;
     int64_t num_parts = several ? sum->starts[sum->num_rows] / sum->num_rows + 1 : 1;

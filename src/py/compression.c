@@ -61,19 +61,13 @@ static bool look_again(kv_state_t *state, operand_t *operand)
     return true;
 }
 
-static bool is_floating(kv_dtype_t dtype)
-{
-    return dtype == KV_FLOAT64 || dtype == KV_FLOAT32 || dtype == KV_FLOAT16 ||
-           dtype == KV_BFLOAT16;
-}
-
 static bool check_floating(kv_state_t *state, const char *what, kv_dtype_t dtype)
 {
-    if (!is_floating(dtype))
+    if (!kv_dtype_is_floating(dtype))
         kv_py_fail(state, KV_BAD_TYPE,
                    "%s must be of type float64, float32, float16 or bfloat16, not %s", what,
                    kv_dtype_name(dtype));
-    return is_floating(dtype);
+    return kv_dtype_is_floating(dtype);
 }
 
 static bool same_shape(const kv_view_t *a, const kv_view_t *b)

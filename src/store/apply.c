@@ -32,17 +32,11 @@ int32_t kv_work_pointers(const kv_group_t *group)
     return group->num_values + group->num_outs + 1;
 }
 
-static bool is_floating(kv_dtype_t dtype)
-{
-    return dtype == KV_FLOAT64 || dtype == KV_FLOAT32 || dtype == KV_FLOAT16 ||
-           dtype == KV_BFLOAT16;
-}
-
 kv_work_t kv_work_of(const kv_host_t *host, const kv_plan_t *plan, const kv_group_t *group,
                      bool push, const void **pointers, char *staging)
 {
-    bool coded = push && plan->codec.type != KV_CODEC_NONE && is_floating(group->entry->dtype) &&
-                 group->values[0].sparse == NULL;
+    bool coded = push && plan->codec.type != KV_CODEC_NONE &&
+                 kv_dtype_is_floating(group->entry->dtype) && group->values[0].sparse == NULL;
     return (kv_work_t){.host = host,
                        .group = *group,
                        .push = push,
@@ -146,7 +140,7 @@ static kv_status_t make_residuals(const kv_work_t *work, void **out)
 {
     kv_entry_t *entry = work->group.entry;
     kv_residuals_t *residuals = &entry->residuals;
-    size_t wide = entry->dtype == KV_FLOAT64 ? sizeof(double) : sizeof(float);
+    size_t wide = kv_dtype_bytes(kv_dtype_wide(entry->dtype));
     if (residuals->epoch != work->codec_epoch)
         kv_residuals_fini(residuals);
     residuals->epoch = work->codec_epoch;
@@ -283,11 +277,6 @@ kv_status_t kv_work_merge(const kv_work_t *work)
 
 /* ---------------------------------------------------------------------------- the weight */
 
-static bool is_narrow(kv_dtype_t dtype)
-{
-    return dtype == KV_FLOAT16 || dtype == KV_BFLOAT16;
-}
-
 int64_t kv_slot_count(const kv_entry_t *entry, const kv_slot_t *slot, int64_t num_rows)
 {
     return slot->per_row ? num_rows : num_rows * entry->row_count;
@@ -304,11 +293,11 @@ kv_status_t kv_slot_make(const kv_work_t *work, int64_t count, const void *weigh
                          kv_buffer_t **out)
 {
     const kv_entry_t *entry = work->group.entry;
-    size_t wide = entry->dtype == KV_FLOAT64 ? sizeof(double) : sizeof(float);
+    size_t wide = kv_dtype_bytes(kv_dtype_wide(entry->dtype));
     if (weight == NULL || count == 0)
         return kv_buffer_new_zero((size_t)count * wide, out);
     KV_TRY(kv_buffer_new((size_t)count * wide, out));
-    if (is_narrow(entry->dtype))
+    if (kv_dtype_is_narrow(entry->dtype))
         kv_host_widen(work->host, entry->dtype, count, weight, (*out)->data);
     else
         memcpy((*out)->data, weight, (size_t)count * wide);
@@ -326,7 +315,7 @@ kv_status_t kv_work_weight(const kv_work_t *work, kv_weight_t *out)
     void *data = entry->sparse ? kv_rowset_data(&entry->rows) : entry->stored->data;
     if (entry->sparse)
         KV_TRY(kv_slots_fit(work));
-    if (numbers->multi_precision && is_narrow(entry->dtype) && slots->master == NULL)
+    if (numbers->multi_precision && kv_dtype_is_narrow(entry->dtype) && slots->master == NULL)
         KV_TRY(kv_slot_make(work, count, data, &slots->master));
     *out = (kv_weight_t){.dtype = entry->dtype,
                          .count = count,

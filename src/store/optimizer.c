@@ -91,13 +91,6 @@ void kv_optimizer_rele(kv_optimizer_t *optimizer)
     kv_free(optimizer);
 }
 
-static bool same_name(const kv_name_t *a, const kv_name_t *b)
-{
-    if (a->text == NULL || b->text == NULL)
-        return a->text == b->text && a->number == b->number;
-    return a->bytes == b->bytes && memcmp(a->text, b->text, a->bytes) == 0;
-}
-
 /* What the key has of its own, NULL: nothing. */
 static const kv_multiplier_t *find_multiplier(const kv_optimizer_t *optimizer,
                                               const kv_entry_t *entry)
@@ -112,7 +105,7 @@ static const kv_multiplier_t *find_multiplier(const kv_optimizer_t *optimizer,
             high = middle;
     }
     for (; low < optimizer->num_multipliers && sorted[low].hash == entry->hash; low++)
-        if (same_name(&sorted[low].multiplier.name, &entry->name))
+        if (kv_name_equal(&sorted[low].multiplier.name, &entry->name))
             return &sorted[low].multiplier;
     return NULL;
 }
@@ -246,7 +239,7 @@ static kv_status_t check_entries(const kv_optimizer_t *optimizer, const kv_plan_
     char name[NAME_BYTES], shape[NAME_BYTES];
     for (int64_t g = 0; g < plan->num_groups; g++) {
         const kv_entry_t *entry = plan->groups[g].entry;
-        if (entry->dtype > KV_BFLOAT16)
+        if (!kv_dtype_is_floating(entry->dtype))
             return kv_fail(KV_BAD_TYPE,
                            "push of key %s, whose element type is %s: the optimizer %s updates "
                            "floating types only",

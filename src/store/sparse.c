@@ -74,7 +74,7 @@ static kv_status_t lay_out(const kv_work_t *work, const kv_rowset_t *rows)
     enum { MASTER = KV_MAX_SLOTS, BUFFERS };
     const kv_entry_t *entry = work->group.entry;
     kv_slots_t *slots = work->group.slots;
-    size_t wide = entry->dtype == KV_FLOAT64 ? sizeof(double) : sizeof(float);
+    size_t wide = kv_dtype_bytes(kv_dtype_wide(entry->dtype));
     kv_buffer_t *fresh[BUFFERS] = {NULL};
     kv_status_t status = KV_OK;
     for (int i = 0; i < BUFFERS && status == KV_OK; i++) {

@@ -15,11 +15,6 @@
 
 enum { NAME_BYTES = 96, SHAPE_BYTES = 160 };
 
-static kv_dtype_t wide_type(kv_dtype_t dtype)
-{
-    return dtype == KV_FLOAT64 ? KV_FLOAT64 : KV_FLOAT32;
-}
-
 void kv_states_fini(kv_states_t *states)
 {
     for (int64_t k = 0; k < states->num_keys; k++) {
@@ -65,7 +60,7 @@ typedef struct layout {
 
 static layout_t layout_of(const kv_entry_t *entry, bool per_row)
 {
-    size_t wide = kv_dtype_bytes(wide_type(entry->dtype));
+    size_t wide = kv_dtype_bytes(kv_dtype_wide(entry->dtype));
     return per_row ? (layout_t){wide, 1} : (layout_t){wide * (size_t)entry->row_count, entry->ndim};
 }
 
@@ -75,7 +70,7 @@ static kv_status_t copy_part(const kv_entry_t *entry, const kv_slots_t *slots,
 {
     layout_t layout = layout_of(entry, per_row);
     int64_t full = entry->ndim > 0 ? entry->shape[0] : 1;
-    part->dtype = wide_type(entry->dtype);
+    part->dtype = kv_dtype_wide(entry->dtype);
     part->ndim = layout.ndim;
     part->shape = entry->shape;
     if (!entry->sparse) {
@@ -243,7 +238,7 @@ static kv_status_t refuse(const kv_entry_t *entry, const kv_state_part_t *part, 
 static kv_status_t check_part(const kv_entry_t *entry, const kv_state_part_t *part, bool per_row)
 {
     layout_t layout = layout_of(entry, per_row);
-    if (part->dtype != wide_type(entry->dtype))
+    if (part->dtype != kv_dtype_wide(entry->dtype))
         return refuse(entry, part, "has another element type than the optimizer keeps");
     bool same = part->ndim == layout.ndim;
     for (int i = 0; same && i < part->ndim; i++)
@@ -265,7 +260,7 @@ static int64_t place_of(const kv_entry_t *entry, const kv_optimizer_t *optimizer
         }
     }
     *what = (kv_slot_t){0};
-    bool narrow = entry->dtype == KV_FLOAT16 || entry->dtype == KV_BFLOAT16;
+    bool narrow = kv_dtype_is_narrow(entry->dtype);
     if (strcmp(part->slot, "master") == 0)
         return narrow && optimizer != NULL && optimizer->numbers.multi_precision ? KV_MAX_SLOTS
                                                                                  : -1;

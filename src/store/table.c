@@ -46,7 +46,7 @@ uint64_t kv_name_hash(const kv_name_t *name)
     return hash ^ hash >> 29;
 }
 
-static bool name_equal(const kv_name_t *a, const kv_name_t *b)
+bool kv_name_equal(const kv_name_t *a, const kv_name_t *b)
 {
     if (a->text == NULL || b->text == NULL)
         return a->text == b->text && a->number == b->number;
@@ -121,7 +121,7 @@ kv_entry_t *kv_table_find(const kv_table_t *table, const kv_name_t *name, uint64
         kv_entry_t *entry = table->slots[i];
         if (entry == NULL)
             return NULL;
-        if (entry->hash == hash && name_equal(&entry->name, name))
+        if (entry->hash == hash && kv_name_equal(&entry->name, name))
             return entry;
     }
 }

@@ -193,3 +193,19 @@ def hold(key):
     kv.set_updater(None)
     return release
 """
+
+
+def sparse_ones(*ids):
+    return sparse(dict.fromkeys(ids, 1))
+
+
+def poisoned_rows(kv):
+    """A RowSparse whose last write has failed, and nobody has been told."""
+    out = sparse_ones(0)
+    kvstore._core.fault_set("engine.run", 1)
+    with held(kv, "s"):
+        kv.pull("s", out=out, ignore_sparse=False)
+    while kvstore._core.counters()["tasks"] > 0:
+        pass
+    assert kvstore._core.fault_set("engine.run", 0) >= 1
+    return out

@@ -142,7 +142,8 @@ def test_a_packed_schedule_is_json_and_comes_back(make):
     packed = json.loads(json.dumps(_pack(schedule)))
     assert _unpack(packed) == schedule
     assert _pack(lambda n: 1.0) is None
-    assert _pack(LRScheduler()) is None
+    own = type("Own", (LRScheduler,), {"__call__": lambda self, num_update: 1.0})
+    assert _pack(own()) is None
 
 
 @pytest.mark.parametrize(
@@ -195,8 +196,8 @@ def test_a_schedule_of_ones_own_keeps_its_attributes():
     schedule.half = 0.25
     assert schedule(1) == 0.125
     assert schedule.state_dict() == {"base_lr": 0.5}
-    with pytest.raises(NotImplementedError):
-        LRScheduler()(1)
+    with pytest.raises(TypeError, match="abstract"):
+        LRScheduler()
 
 
 @pytest.mark.parametrize("factor", [0, 0.5, 1])

@@ -6,6 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
+from samples import Momentum, Plain
 
 import kvstore
 from kvstore import _core, _optimizer, lr_scheduler, optimizer
@@ -24,39 +25,11 @@ def value(kv, key="w"):
 
 
 @pytest.fixture
-def w(kv):
-    kv.init("w", ONES)
-    return kv
-
-
-@pytest.fixture
 def registry():
     before = dict(_optimizer.registered)
     yield _optimizer.registered
     _optimizer.registered.clear()
     _optimizer.registered.update(before)
-
-
-class Plain(Optimizer):
-    """w -= lr*(g + wd*w)"""
-
-    def update(self, key, weight, grad, state):
-        weight -= self.get_lr(key) * (grad + self.get_wd(key) * weight)
-
-
-class Momentum(Optimizer):
-    def __init__(self, momentum=0.5, **common):
-        super().__init__(**common)
-        self.momentum = momentum
-
-    def create_state(self, key, weight):
-        return {"m": np.zeros_like(weight), "none": None, "two": (np.zeros(1), np.zeros(1))}
-
-    def update(self, key, weight, grad, state):
-        m = state["m"]
-        m *= self.momentum
-        m -= self.get_lr(key) * grad
-        weight += m
 
 
 # ------------------------------------------------------------------------------- the classes

@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+from samples import Momentum, Plain
 
 import kvstore
 from kvstore.optimizer import SGD, Optimizer
@@ -17,34 +18,6 @@ def refused(*, match, of=kvstore.InvalidArgumentError):
 
 def value(kv, key="w"):
     return kv.pull(key).asnumpy().tolist()
-
-
-@pytest.fixture
-def w(kv):
-    kv.init("w", ONES)
-    return kv
-
-
-class Plain(Optimizer):
-    """w -= lr*(g + wd*w)"""
-
-    def update(self, key, weight, grad, state):
-        weight -= self.get_lr(key) * (grad + self.get_wd(key) * weight)
-
-
-class Momentum(Optimizer):
-    def __init__(self, momentum=0.5, **common):
-        super().__init__(**common)
-        self.momentum = momentum
-
-    def create_state(self, key, weight):
-        return {"m": np.zeros_like(weight), "none": None, "two": (np.zeros(1), np.zeros(1))}
-
-    def update(self, key, weight, grad, state):
-        m = state["m"]
-        m *= self.momentum
-        m -= self.get_lr(key) * grad
-        weight += m
 
 
 def test_a_users_class_updates(kv):
@@ -224,7 +197,7 @@ def test_multi_precision_of_a_users_class_updates_in_float32(kv, dtype):
             weight -= np.float32(2**-12)
 
     kv.set_optimizer(Small(multi_precision=True))
-    ml_dtypes = pytest.importorskip("ml_dtypes")
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="ml_dtypes is not installed")
     kind = np.dtype(np.float16 if dtype == "float16" else ml_dtypes.bfloat16)
     kv.init("w", np.ones(2, kind))
     for _ in range(16):
@@ -234,7 +207,7 @@ def test_multi_precision_of_a_users_class_updates_in_float32(kv, dtype):
 
 
 def test_torch_gradients_reach_a_users_class_as_numpy(w):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     w.set_optimizer(Plain(lr=0.5))
     w.push("w", torch.ones(2))
     assert value(w) == [0.5, 0.5]

@@ -10,7 +10,7 @@ import weakref
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import Worker, has_rows, held, sparse
+from helpers import Worker, has_rows, held, poisoned_rows, sparse, sparse_ones
 
 import kvstore
 from kvstore import RowSparse, _core
@@ -25,28 +25,6 @@ def dense(data, indices, shape):
     whole = np.zeros(shape, np.asarray(data).dtype)
     whole[indices] = data
     return whole
-
-
-def ones(*ids):
-    return sparse(dict.fromkeys(ids, 1))
-
-
-@pytest.fixture
-def s(kv):
-    kv.init("s", sparse({1: 10, 4: 40}))
-    return kv
-
-
-def poisoned(kv):
-    """A RowSparse whose last write has failed, and nobody has been told."""
-    out = ones(0)
-    _core.fault_set("engine.run", 1)
-    with held(kv, "s"):
-        kv.pull("s", out=out, ignore_sparse=False)
-    while _core.counters()["tasks"] > 0:
-        pass
-    assert _core.fault_set("engine.run", 0) >= 1
-    return out
 
 
 # ------------------------------------------------------------------------------------- the type
@@ -94,7 +72,7 @@ def test_an_attribute_tells_what_the_array_is():
 
 
 def test_an_array_has_no_truth_value_no_items_and_no_iterator():
-    x = ones(0)
+    x = sparse_ones(0)
     with pytest.raises(ValueError, match="truth value"):
         bool(x)
     with pytest.raises(TypeError):
@@ -105,7 +83,7 @@ def test_an_array_has_no_truth_value_no_items_and_no_iterator():
 
 def test_an_array_can_be_referenced_weakly_and_is_freed_at_once():
     before = _core.counters()
-    x = ones(0, 3)
+    x = sparse_ones(0, 3)
     alive = weakref.ref(x)
     assert _core.counters()["arrays"] == before["arrays"] + 1
     del x
@@ -116,12 +94,12 @@ def test_an_array_can_be_referenced_weakly_and_is_freed_at_once():
 def test_an_array_is_not_pickled():
     for call in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="pickle"):
-            call(ones(0))
+            call(sparse_ones(0))
 
 
 def test_arrays_are_compared_by_identity():
-    x = ones(0)
-    assert x == x and x != ones(0) and len({x, x}) == 1
+    x = sparse_ones(0)
+    assert x == x and x != sparse_ones(0) and len({x, x}) == 1
 
 
 # ---------------------------------------------------------------------------------------- views
@@ -129,7 +107,7 @@ def test_arrays_are_compared_by_identity():
 
 @pytest.mark.parametrize("name", ["data", "indices"])
 def test_a_view_is_of_the_same_memory(name):
-    x = ones(0, 3)
+    x = sparse_ones(0, 3)
     first, second = getattr(x, name), getattr(x, name)
     assert np.shares_memory(first, second)
     assert first.flags.c_contiguous and first.flags.aligned and not first.flags.owndata
@@ -137,7 +115,7 @@ def test_a_view_is_of_the_same_memory(name):
 
 
 def test_indices_stay_read_only():
-    x = ones(0, 3)
+    x = sparse_ones(0, 3)
     with pytest.raises(ValueError, match="WRITEABLE"):
         x.indices.flags.writeable = True
     with pytest.raises(ValueError, match="read-only"):
@@ -145,7 +123,7 @@ def test_indices_stay_read_only():
 
 
 def test_what_is_written_to_data_is_the_arrays():
-    x = ones(0, 3)
+    x = sparse_ones(0, 3)
     x.data[1] = 7
     x.data[:, 0] *= 2
     assert x.asnumpy()[[0, 3]].tolist() == [[2, 1], [14, 7]]
@@ -168,7 +146,7 @@ def test_a_view_keeps_the_array_alive(name):
 
 
 def test_a_view_shows_the_old_rows_when_others_come(s):
-    x = ones(0, 3)
+    x = sparse_ones(0, 3)
     data, ids = x.data, x.indices
     for replace in (
         lambda: s.pull("s", out=x, ignore_sparse=False),
@@ -191,7 +169,7 @@ def test_views_of_no_rows():
 
 @pytest.mark.parametrize("name", ["data", "indices"])
 def test_while_a_view_is_alive_calls_are_synchronous(s, name):
-    x = ones(0)
+    x = sparse_ones(0)
     view = getattr(x, name)
     with held(s, "s") as release:
         pusher = Worker(s.push, "s", x)
@@ -220,7 +198,7 @@ VALUES = {
 @pytest.mark.parametrize("key", [slice(None), ...], ids=str)
 def test_all_rows_can_be_replaced(case, key):
     make, rows = VALUES[case]
-    x, value = ones(0, 3), make()
+    x, value = sparse_ones(0, 3), make()
     before = sys.getrefcount(value)
     x[key] = value
     assert has_rows(x, rows)
@@ -231,13 +209,13 @@ def test_all_rows_can_be_replaced(case, key):
 
 
 def test_an_array_can_be_assigned_to_itself():
-    x = ones(0, 3)
+    x = sparse_ones(0, 3)
     x[:] = x
     assert has_rows(x, {0: 1, 3: 1})
 
 
 def test_an_assignment_of_anything_else_is_refused_and_changes_nothing():
-    x = ones(0, 3)
+    x = sparse_ones(0, 3)
     for key, value, error, pattern in [
         (0, 1, TypeError, r"x\[:\] = value"),
         ([0], 0, TypeError, r"x\[:\] = value"),
@@ -261,7 +239,7 @@ def test_an_assignment_of_anything_else_is_refused_and_changes_nothing():
 
 
 def test_an_assignment_wipes_out_a_stored_error(s):
-    x = poisoned(s)
+    x = poisoned_rows(s)
     x[:] = sparse({2: 5})
     assert has_rows(x, {2: 5})
     with pytest.raises(MemoryError):
@@ -307,7 +285,7 @@ def test_repr_of_many_rows_is_short():
 
 
 def test_repr_of_an_array_that_is_being_written_does_not_wait_for_long(s):
-    x = ones(0)
+    x = sparse_ones(0)
     pending = "kvstore.RowSparse(<pending>, shape=(6, 2), dtype=float64, device=cpu)"
     with held(s, "s"):
         s.pull("s", out=x, ignore_sparse=False)
@@ -316,7 +294,7 @@ def test_repr_of_an_array_that_is_being_written_does_not_wait_for_long(s):
 
 
 def test_repr_leaves_a_stored_error_where_it_is(s):
-    x = poisoned(s)
+    x = poisoned_rows(s)
     for _ in range(2):
         assert repr(x) == "kvstore.RowSparse(<failed>, shape=(6, 2), dtype=float64, device=cpu)"
     with pytest.raises(MemoryError):

@@ -4,7 +4,16 @@ import sys
 
 import numpy as np
 import pytest
-from helpers import Worker, assert_clean, has_rows, held, run_script, sparse
+from helpers import (
+    Worker,
+    assert_clean,
+    has_rows,
+    held,
+    poisoned_rows,
+    run_script,
+    sparse,
+    sparse_ones,
+)
 
 import kvstore
 from kvstore import RowSparse, _core
@@ -13,33 +22,11 @@ SHAPE = (6, 2)
 BAD = kvstore.InvalidArgumentError
 
 
-def ones(*ids):
-    return sparse(dict.fromkeys(ids, 1))
-
-
-@pytest.fixture
-def s(kv):
-    kv.init("s", sparse({1: 10, 4: 40}))
-    return kv
-
-
-def poisoned(kv):
-    """A RowSparse whose last write has failed, and nobody has been told."""
-    out = ones(0)
-    _core.fault_set("engine.run", 1)
-    with held(kv, "s"):
-        kv.pull("s", out=out, ignore_sparse=False)
-    while _core.counters()["tasks"] > 0:
-        pass
-    assert _core.fault_set("engine.run", 0) >= 1
-    return out
-
-
 # ----------------------------------------------------------------------------- waits and errors
 
 
 def test_waits_return_when_what_was_called_before_is_done(s):
-    read, written = ones(0), ones(0)
+    read, written = sparse_ones(0), sparse_ones(0)
     with held(s, "s") as release:
         s.push("s", read)
         s.pull("s", out=written, ignore_sparse=False)
@@ -54,7 +41,7 @@ def test_waits_return_when_what_was_called_before_is_done(s):
 
 @pytest.mark.parametrize("wait", ["wait_to_read", "wait_to_write"])
 def test_a_wait_has_a_timeout(s, wait):
-    x = ones(0)
+    x = sparse_ones(0)
     with held(s, "s"):
         s.pull("s", out=x, ignore_sparse=False)
         with pytest.raises(kvstore.TimeoutError):
@@ -66,7 +53,7 @@ def test_a_wait_has_a_timeout(s, wait):
 
 
 def test_pending_reads_delay_the_view_that_can_be_written_and_no_other(s):
-    x = ones(0)
+    x = sparse_ones(0)
     with held(s, "s") as release:
         s.push("s", x)
         assert x.indices.tolist() == [0] and x.num_rows == 1 and x.asnumpy().sum() == 2
@@ -92,13 +79,13 @@ USES = {
     "sum": np.sum,
     "from_dense": RowSparse.from_dense,
     "array": kvstore.array,
-    "assigned": lambda x: ones(2).__setitem__(..., x),
+    "assigned": lambda x: sparse_ones(2).__setitem__(..., x),
 }
 
 
 @pytest.mark.parametrize("use", USES)
 def test_each_use_raises_the_error_of_a_failed_write_once(s, use):
-    x = poisoned(s)
+    x = poisoned_rows(s)
     with pytest.raises(MemoryError):
         USES[use](x)
     USES[use](x)
@@ -228,8 +215,8 @@ view = x.data
 
 def test_an_array_is_used_by_many_threads_at_once(s):
     x = RowSparse.zeros((6, 2), "float64")
-    x[:] = ones(0, 3)
-    values = [ones(0, 3), ones(1, 2, 4), 0]
+    x[:] = sparse_ones(0, 3)
+    values = [sparse_ones(0, 3), sparse_ones(1, 2, 4), 0]
 
     def use(i):
         for n in range(200):
@@ -276,10 +263,10 @@ MAKERS = {
     "of NDArrays": lambda: RowSparse(kvstore.ones((2, 2)), kvstore.array([0, 3]), SHAPE),
     "zeros": lambda: RowSparse.zeros(SHAPE),
     "from_dense": lambda: RowSparse.from_dense(np.ones(SHAPE)[::-1]),
-    "copy": lambda: ones(0, 3).copy(),
-    "assigned": lambda: ones(0, 3).__setitem__(..., np.ones(SHAPE)),
-    "views": lambda: (ones(0).data, ones(0).indices),
-    "dense": lambda: ones(0).asnumpy(),
+    "copy": lambda: sparse_ones(0, 3).copy(),
+    "assigned": lambda: sparse_ones(0, 3).__setitem__(..., np.ones(SHAPE)),
+    "views": lambda: (sparse_ones(0).data, sparse_ones(0).indices),
+    "dense": lambda: sparse_ones(0).asnumpy(),
 }
 
 

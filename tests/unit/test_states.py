@@ -206,7 +206,12 @@ def test_a_dump_restores_everything(path):
         assert other.optimizer.lr_scheduler.state_dict() == schedule.state_dict()
 
 
-@pytest.mark.parametrize("schedule", [lambda n: 0.5, lr_scheduler.LRScheduler()])
+class Constant(lr_scheduler.LRScheduler):
+    def __call__(self, num_update):
+        return self.base_lr
+
+
+@pytest.mark.parametrize("schedule", [lambda n: 0.5, Constant()])
 def test_a_schedule_of_ones_own_cannot_be_dumped(kv, path, schedule):
     kv.set_optimizer(SGD(lr_scheduler=schedule))
     with refused("a schedule of your own cannot be written"):
