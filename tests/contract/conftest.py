@@ -1,9 +1,7 @@
 """Fixtures of the contract tests."""
 
 import pytest
-from helpers import PRELUDE, only_young_garbage, run_script
-
-__all__ = ["only_young_garbage", "script"]
+from helpers import PRELUDE, run_script
 
 
 @pytest.fixture(params=["local", "device"])

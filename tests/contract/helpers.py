@@ -1,7 +1,6 @@
 """What the tests of the store share."""
 
 import contextlib
-import gc
 import os
 import re
 import subprocess
@@ -26,15 +25,6 @@ ALSO = {
     kvstore.NotBuiltError: ImportError,
     kvstore.ClosedError: RuntimeError,
 }
-
-
-@pytest.fixture(scope="session", autouse=True)
-def only_young_garbage():
-    """What was imported is not looked through again at each test's start and end."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def pulled(kv, key):
