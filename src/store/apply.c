@@ -315,8 +315,14 @@ kv_status_t kv_work_weight(const kv_work_t *work, kv_weight_t *out)
     void *data = entry->sparse ? kv_rowset_data(&entry->rows) : entry->stored->data;
     if (entry->sparse)
         KV_TRY(kv_slots_fit(work));
-    if (numbers->multi_precision && kv_dtype_is_narrow(entry->dtype) && slots->master == NULL)
+    bool doubled = numbers->multi_precision && kv_dtype_is_narrow(entry->dtype);
+    if (doubled && slots->master == NULL)
         KV_TRY(kv_slot_make(work, count, data, &slots->master));
+    if (!doubled && slots->master != NULL) {
+        /* From now on it would fall behind the weight. */
+        kv_buffer_rele(slots->master);
+        slots->master = NULL;
+    }
     *out = (kv_weight_t){.dtype = entry->dtype,
                          .count = count,
                          .row_count = entry->row_count,

@@ -282,6 +282,22 @@ def test_momentum_may_be_switched_on_while_training(kv):
     assert pulled(kv, "w")[0] == -3.5
 
 
+def test_a_float32_copy_goes_when_multi_precision_is_switched_off(kv):
+    small = np.full(1, 2**-13, np.float16)
+    kv.init("w", np.ones(1, np.float16))
+
+    def steps(multi_precision):
+        kv.set_optimizer(optimizer.SGD(learning_rate=1.0, multi_precision=multi_precision))
+        for _ in range(4):
+            kv.push("w", small)
+        return pulled(kv, "w")[0]
+
+    assert steps(True) == 1 - 4 * 2**-13
+    before = pulled(kv, "w")[0]
+    assert steps(False) == before  # each step is less than half a unit of the weight
+    assert [k[3].keys() for k in kv._states_export()["keys"]] == [{}.keys()]
+
+
 def test_ndarrays_and_lists_of_keys_are_updated_too(kv):
     kv.set_optimizer(optimizer.SGD(learning_rate=0.5))
     keys = [f"k{i}" for i in range(50)]
