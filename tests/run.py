@@ -320,7 +320,13 @@ def versions(options):
         shutil.rmtree(venv, ignore_errors=True)
         run(interpreter, "-m", "venv", venv, quiet=True)
         python = (venv / "bin" / "python",)
-        packages = (ROOT, "pytest", "hypothesis", "ml_dtypes", OLD_NUMPY.get(version, "numpy"))
+        packages = (
+            f"{ROOT}[state]",
+            "pytest",
+            "hypothesis",
+            "ml_dtypes",
+            OLD_NUMPY.get(version, "numpy"),
+        )
         run(*python, "-m", "pip", "install", "--quiet", *packages, quiet=True)
         print(f"CPython {version}", flush=True)
         pytest(*suite, python=python)
