@@ -27,9 +27,11 @@
 
 typedef enum kv_lock_rank {
     KV_RANK_STORE = 1,  /* key table and settings of one store */
-    KV_RANK_ENGINE = 2, /* queues of all variables of one engine */
-    KV_RANK_TEAM = 3,   /* the helpers of the kernels */
-    KV_RANK_LEAF = 4,   /* counters, log, start of a process-wide object */
+    KV_RANK_PS = 2,     /* a client or a server of the cluster */
+    KV_RANK_NET = 3,    /* one endpoint: its queues and peers */
+    KV_RANK_ENGINE = 4, /* queues of all variables of one engine */
+    KV_RANK_TEAM = 5,   /* the helpers of the kernels */
+    KV_RANK_LEAF = 6,   /* counters, log, start of a process-wide object */
 } kv_lock_rank_t;
 
 typedef struct KV_CAPABILITY kv_mutex {

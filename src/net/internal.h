@@ -81,7 +81,8 @@ typedef struct kv_net_accepted {
     struct kv_net_accepted *next, *prev;
 } kv_net_accepted_t;
 
-/* ------------------------------------------------------- net.c, called by transports, its thread */
+/* ------------------------------------------------------- net.c, called by transports, its thread
+ */
 
 /* A wire header has come. Checks it and asks the handler. Gives NULL when the message is to be
  * thrown away (a greeting, a stranger, a dead session, a refusal: that peer is dropped), else what

@@ -29,10 +29,10 @@
 #include <stdint.h>
 
 enum {
-    KV_NET_HEADER_BYTES = 96,        /* of a message's own header, at most */
-    KV_NET_ADDRESS_BYTES = 4096,     /* of an endpoint's address, at most */
-    KV_NET_SESSION_BYTES = 16,       /* random, the same for all nodes of one cluster */
-    KV_NET_PEER_NAME = 32,           /* "server 1" */
+    KV_NET_HEADER_BYTES = 96,    /* of a message's own header, at most */
+    KV_NET_ADDRESS_BYTES = 4096, /* of an endpoint's address, at most */
+    KV_NET_SESSION_BYTES = 16,   /* random, the same for all nodes of one cluster */
+    KV_NET_PEER_NAME = 32,       /* "server 1" */
 };
 
 typedef struct kv_net kv_net_t;
@@ -88,7 +88,7 @@ typedef struct kv_net_config {
     const char *library;    /* a folder with libucp.so.0, NULL: the system's loader finds it */
     const char *interface;  /* network device ("eth0"); NULL: chosen by UCX */
     const char *port_range; /* "20000-20100", NULL: any */
-    bool same_host_copies;  /* cma; every process of a host has the same boot, pid namespace, user */
+    bool same_host_copies; /* cma; every process of a host has the same boot, pid namespace, user */
     bool inet6;
     /* faulty: */
     uint64_t seed;
