@@ -62,7 +62,8 @@ struct kv_net_arrival {
     size_t header_bytes;
     size_t payload_bytes;
     /* To be filled in by the handler that accepts it: where the payload goes (room for
-     * payload_bytes; NULL when there are none), and who is told when it is there. */
+     * payload_bytes; NULL: it is thrown away), and who is told when it is there. `done` may be NULL
+     * when `target` is. */
     void *target;
     void (*done)(void *context, kv_status_t status);
     void *context;
