@@ -14,6 +14,7 @@
 #include "array/array.h"
 #include "array/sparse.h"
 #include "base/caller.h"
+#include "base/name.h"
 #include "base/status.h"
 #include "comm/host.h"
 #include "compress/codec.h"
@@ -80,16 +81,6 @@ void kv_store_free(kv_store_t *store); /* closes; no call may be under way */
 KV_MUST_CHECK kv_status_t kv_store_check_open(const kv_store_t *store);
 const char *kv_store_kind(const kv_store_t *store);    /* lower case, as asked for */
 uint64_t kv_store_generation(const kv_store_t *store); /* of the process that made it */
-
-/* A key: text (UTF-8, any bytes but none missing) or a number. */
-typedef struct kv_name {
-    const char *text; /* NULL: a number */
-    size_t bytes;
-    int64_t number;
-} kv_name_t;
-
-/* "'w'" or "3": for messages; long text is cut. Returns `text`. */
-const char *kv_name_format(const kv_name_t *name, char *text, size_t bytes);
 
 /* One key of a call with its values and outs. A name may stand in several items of a call; its
  * values and outs are then taken together (init, broadcast: KV_INVALID). */

@@ -111,9 +111,6 @@ struct kv_optimizer {
 
 /* ------------------------------------------------------------------------------- table.c */
 
-uint64_t kv_name_hash(const kv_name_t *name);
-bool kv_name_equal(const kv_name_t *a, const kv_name_t *b);
-
 /* Gives an entry for a value like this one, its memory not yet filled. */
 KV_MUST_CHECK kv_status_t kv_entry_new(const kv_name_t *name, const kv_view_t *value,
                                        kv_entry_t **out);

@@ -1,0 +1,118 @@
+/* A worker's side of the cluster: calls on keys become messages to servers.
+ *
+ * A call concerns many keys. Its slices go to their servers at once: large ones from the caller's
+ * memory, small ones of the call together, one message a server. Answers come in any order; the
+ * call is done when all have come.
+ *
+ * Order. Calls on a key take effect in the order of kv_client_start, whatever their priorities: a
+ * message never overtakes an older one of the same key on its way to a server (its priority is
+ * lowered to that of the one before it), and servers keep the order of a worker. A push that would
+ * be two unfinished rounds ahead of its key waits here, and everything behind it on that key.
+ *
+ * Nothing here blocks but cancel and close. Callbacks run in the endpoint's thread or inside
+ * kv_client_lose, _cancel and _close, never inside kv_client_start, with no lock held.
+ */
+#ifndef KV_PS_CLIENT_H
+#define KV_PS_CLIENT_H
+
+#include "array/array.h"
+#include "base/name.h"
+#include "net/net.h"
+#include "ps/pool.h"
+
+typedef struct kv_client kv_client_t;
+
+typedef struct kv_client_config {
+    int32_t rank, num_workers, num_servers;
+} kv_client_config_t;
+
+/* Nodes' numbers for the endpoint: workers first, by rank, then servers. */
+static inline int32_t kv_node_of_server(int32_t num_workers, int32_t server)
+{
+    return num_workers + server;
+}
+
+KV_MUST_CHECK kv_status_t kv_client_new(const kv_client_config_t *config, kv_client_t **out);
+/* What the endpoint calls; it is opened with these, then attached. */
+kv_net_handlers_t kv_client_handlers(kv_client_t *client);
+/* The endpoint outlives the client's calls; it is borrowed. */
+void kv_client_attach(kv_client_t *client, kv_net_t *net);
+
+/* From now on every call, also those under way, fails with KV_PEER_LOST and this sentence. The
+ * first reason stays. */
+void kv_client_lose(kv_client_t *client, const char *why);
+/* Refuses calls with KV_CLOSED and ends those under way with it, once their memory is free. The
+ * endpoint is closed already. */
+void kv_client_close(kv_client_t *client);
+void kv_client_free(kv_client_t *client); /* after close; all remotes are freed */
+
+/* KV_OK, or why no call can work: KV_PEER_LOST, KV_CLOSED. */
+KV_MUST_CHECK kv_status_t kv_client_check(kv_client_t *client);
+
+kv_pool_t *kv_client_pool(kv_client_t *client);
+int32_t kv_client_rank(const kv_client_t *client);
+int32_t kv_client_num_workers(const kv_client_t *client);
+
+/* What the client knows of one key. Owned by whoever declared the key; freed when no call on it is
+ * under way. */
+typedef struct kv_remote kv_remote_t;
+void kv_remote_free(kv_remote_t *remote); /* NULL is allowed */
+
+/* A key that is declared. */
+typedef struct kv_declared {
+    kv_name_t name;
+    kv_dtype_t dtype;
+    bool sparse;
+    int ndim;
+    const int64_t *shape;
+    size_t bytes, row_bytes;
+    const void *value;   /* contiguous; looked at on rank 0 only */
+    kv_remote_t *remote; /* out, set before `done` of a call that succeeds: the caller's */
+} kv_declared_t;
+
+/* One key of a call on values; each key stands once. */
+typedef struct kv_client_part {
+    kv_remote_t *remote;
+    const void *value; /* contiguous elements to push, NULL: none */
+    void *out;         /* contiguous memory for the value, NULL: none. May be `value` */
+} kv_client_part_t;
+
+typedef enum kv_client_verb {
+    KV_CLIENT_MOVE,    /* parts: push, pull, pushpull */
+    KV_CLIENT_DECLARE, /* keys: rank 0's values become the stored ones */
+    KV_CLIENT_DELETE,  /* parts, without memory: every worker does it */
+} kv_client_verb_t;
+
+/* A call. The caller fills in the first part and keeps everything in place until `done`. */
+typedef struct kv_client_call kv_client_call_t;
+struct kv_client_call {
+    kv_client_verb_t verb;
+    int32_t priority;
+    int64_t timeout_ms; /* told to the servers; 0: they wait for ever */
+    const kv_client_part_t *parts;
+    int64_t num_parts;
+    kv_declared_t *keys; /* DECLARE */
+    int64_t num_keys;
+    /* No value is read any more (also after an error). Once, before `done`. May be NULL. */
+    void (*sent)(kv_client_call_t *call);
+    /* It has ended: all answers are there, or it failed. Once, the client's last word. A failed
+     * call names the key and the node in its sentence (kv_status_message of this thread). Outs of a
+     * call that failed may have been written in part. */
+    void (*done)(kv_client_call_t *call, kv_status_t status);
+    /* The client's own: */
+    struct kv_client_work *work;
+    kv_client_call_t *next, *prev;
+};
+
+/* Begins a call. On an error it has not begun and no callback comes. */
+KV_MUST_CHECK kv_status_t kv_client_start(kv_client_t *client, kv_client_call_t *call);
+
+/* The caller gives up waiting: after this has returned nothing reads the values or writes the outs
+ * of the call. What has not been sent is not sent any more, unless a part of its key has. A session
+ * whose transfer from or to that memory cannot be stopped is closed. Blocks, for a second or so at
+ * most. `done` (before that `sent`) comes as always, before or after the return. *begun (may be
+ * NULL): whether a push of it may count. `missing` gets who has not answered yet ("server 1"). */
+void kv_client_cancel(kv_client_t *client, kv_client_call_t *call, bool *begun, char *missing,
+                      size_t missing_bytes);
+
+#endif

@@ -1,0 +1,48 @@
+/* A server of the cluster: slices of values, sums of rounds, answers.
+ *
+ * The endpoint's thread takes messages apart and never waits. A pushed slice is received into a
+ * pooled buffer and kept until every worker's of that round has come whole; then all are summed in
+ * one pass in the order of ranks (so results repeat bit for bit, and 16-bit floats are rounded
+ * once), by an engine's thread when the slice is large, and the sum becomes the new version of the
+ * slice. What is being sent out is never written: a version is a buffer of its own. With one worker
+ * the received buffer becomes the version.
+ *
+ * Answers to one worker that come from one message are sent together, in the priority of their
+ * requests.
+ */
+#ifndef KV_PS_SERVER_H
+#define KV_PS_SERVER_H
+
+#include "comm/host.h"
+#include "engine/engine.h"
+#include "net/net.h"
+
+typedef struct kv_server kv_server_t;
+
+typedef struct kv_server_config {
+    kv_engine_t *engine; /* borrowed */
+    kv_host_t host;
+    int32_t index, num_workers, num_servers;
+    bool async; /* dist_async: a push is applied at once; without an optimizer that is an error */
+} kv_server_config_t;
+
+KV_MUST_CHECK kv_status_t kv_server_new(const kv_server_config_t *config, kv_server_t **out);
+kv_net_handlers_t kv_server_handlers(kv_server_t *server);
+void kv_server_attach(kv_server_t *server, kv_net_t *net); /* borrowed */
+
+/* A node of the cluster is gone: every request under way and to come is answered with KV_PEER_LOST
+ * and this sentence. The first reason stays. */
+void kv_server_lose(kv_server_t *server, const char *why);
+
+/* The endpoint is closed already: waits for the engine's share of the work, drops all values. */
+void kv_server_stop(kv_server_t *server);
+void kv_server_free(kv_server_t *server); /* after stop */
+
+typedef struct kv_server_counters {
+    int64_t keys, slices, value_bytes; /* stored */
+    int64_t rounds;                    /* of slices, completed */
+    int64_t waiting;                   /* requests not yet answered */
+} kv_server_counters_t;
+void kv_server_counters(kv_server_t *server, kv_server_counters_t *out);
+
+#endif

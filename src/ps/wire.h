@@ -1,0 +1,154 @@
+/* What workers and servers say to each other.
+ *
+ * Every message has the same header: a few fields and one record. A record names one slice of one
+ * key and what is wanted of it, or what became of it. A message about one slice has its record in
+ * the header and the bare elements as payload, so that they go from the sender's memory into the
+ * receiver's; a message about many small ones has `count` records at the start of its payload and
+ * their data behind, in order, each at a multiple of KV_WIRE_ALIGN.
+ *
+ *   worker → server   PUSH     one slice: KV_WIRE_INIT, _PUSH or _PUSHPULL with its elements
+ *                     BATCH    many of them
+ *                     PULL     records only; each is answered when its round is complete
+ *                     DECLARE  server 0 only: `count` keys by name (kv_wire_put_key). From rank 0
+ *                              with their numbers and places; the others ask for these
+ *                     DELETE   records only (slice 0 stands for the key): counted, done when every
+ *                              worker has said so
+ *   server → worker   VALUE    one slice, in answer to _PUSHPULL or PULL
+ *                     REPLIES  many answers: values, acknowledgements (no data), errors (`status`,
+ *                              data: the sentence)
+ *                     DECLARED the keys of a DECLARE with numbers and places
+ *
+ * Rounds. The n-th push of a worker on a key (from 0) is of round n. A synchronous server adds it
+ * to the sum of round n and to no other, and completes round n when all workers' pushes of it have
+ * come whole; the value then has version n + 1. A PULL has in `round` how often its worker had
+ * pushed the key before, and is answered by a version of at least that. A server that applies each
+ * push on its own (dist_async) answers a PULL when as many pushes of that worker were applied.
+ *
+ * An answer repeats `request` and `tag` of what it answers: the worker's own, opaque to the server.
+ * `timeout_ms` is how long the worker will wait, 0: for ever; a server answers shortly before, with
+ * KV_TIMEOUT and whom it waits for.
+ */
+#ifndef KV_PS_WIRE_H
+#define KV_PS_WIRE_H
+
+#include "array/array.h"
+#include "base/name.h"
+#include "base/status.h"
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+    KV_WIRE_VERSION = 1,
+    KV_WIRE_ALIGN = 64,
+    KV_WIRE_SLICE_BYTES = 1 << 20, /* of a slice, and of a batch with its records, at most */
+};
+
+typedef enum kv_wire_kind {
+    KV_WIRE_PUSH_ONE = 1,
+    KV_WIRE_BATCH,
+    KV_WIRE_PULL,
+    KV_WIRE_DECLARE,
+    KV_WIRE_DELETE,
+    KV_WIRE_VALUE,
+    KV_WIRE_REPLIES,
+    KV_WIRE_DECLARED,
+    KV_WIRE_KINDS
+} kv_wire_kind_t;
+
+typedef enum kv_wire_action {
+    KV_WIRE_INIT = 1, /* the first value of the slice */
+    KV_WIRE_PUSH,
+    KV_WIRE_PUSHPULL, /* the answer is the value after this round */
+    KV_WIRE_GET,      /* of PULL */
+    KV_WIRE_DROP,     /* of DELETE */
+    KV_WIRE_ACTIONS
+} kv_wire_action_t;
+
+/* X(bits, name), little-endian, in this order, without gaps. */
+#define KV_WIRE_RECORD_FIELDS(X)                                                                   \
+    X(64, request)                                                                                 \
+    X(64, key)                                                                                     \
+    X(64, round)                                                                                   \
+    X(64, bytes) /* of data */                                                                     \
+    X(32, tag)                                                                                     \
+    X(32, slice)                                                                                   \
+    X(8, action)                                                                                   \
+    X(8, dtype)                                                                                    \
+    X(8, status) /* kv_status_t, of answers */                                                     \
+    X(8, codec)  /* kv_codec_type_t of the data; 0: bare elements */
+
+#define KV_WIRE_HEADER_FIELDS(X)                                                                   \
+    X(16, version)                                                                                 \
+    X(8, kind)                                                                                     \
+    X(8, unused)                                                                                   \
+    X(32, priority) /* int32_t; of the answers too */                                              \
+    X(32, timeout_ms)                                                                              \
+    X(32, count) /* of records or keys in the payload */
+
+#define KV_WIRE_DECLARE_FIELD(bits, name) uint##bits##_t name;
+typedef struct kv_wire_record {
+    KV_WIRE_RECORD_FIELDS(KV_WIRE_DECLARE_FIELD)
+} kv_wire_record_t;
+typedef struct kv_wire_header {
+    KV_WIRE_HEADER_FIELDS(KV_WIRE_DECLARE_FIELD)
+    kv_wire_record_t record;
+} kv_wire_header_t;
+
+enum { KV_WIRE_RECORD_BYTES = 44, KV_WIRE_HEADER_BYTES = 16 + KV_WIRE_RECORD_BYTES };
+
+void kv_wire_put_record(const kv_wire_record_t *record, unsigned char *out);
+void kv_wire_put_header(const kv_wire_header_t *header, unsigned char *out);
+
+/* KV_INVALID for a length, version, kind, action, element type or codec that there is none of. What
+ * keys and slices mean is the caller's to check. */
+KV_MUST_CHECK kv_status_t kv_wire_get_header(const void *data, size_t bytes, kv_wire_header_t *out);
+
+/* Reads a payload of records and their data from front to end; nothing outside of it is ever
+ * touched. */
+typedef struct kv_wire_cursor {
+    const unsigned char *data;
+    size_t bytes;
+    size_t record, value; /* where the next ones begin */
+    uint32_t left;
+} kv_wire_cursor_t;
+
+/* KV_INVALID when `count` records do not fit. */
+KV_MUST_CHECK kv_status_t kv_wire_cursor_init(kv_wire_cursor_t *cursor, const void *payload,
+                                              size_t bytes, uint32_t count);
+/* The next record; *value is its data inside the payload. KV_INVALID when it does not fit or a
+ * field is none. Not called when cursor->left is 0. */
+KV_MUST_CHECK kv_status_t kv_wire_next(kv_wire_cursor_t *cursor, kv_wire_record_t *record,
+                                       const void **value);
+
+/* Where the data of `count` records begin, and how much room one value takes. */
+size_t kv_wire_table_bytes(uint32_t count);
+size_t kv_wire_value_bytes(size_t bytes);
+
+/* A key as it is declared. */
+typedef struct kv_wire_key {
+    kv_name_t name; /* decoded: the text lies in the payload */
+    uint8_t dtype;
+    uint8_t sparse;
+    int32_t ndim;
+    int64_t shape[KV_MAX_DIMS];
+    uint8_t placed; /* number and places are there */
+    uint64_t number;
+    uint64_t slice_bytes;
+    uint32_t num_slices;
+    const unsigned char *servers; /* uint16 each, little-endian: kv_wire_server_of */
+    uint8_t status;               /* DECLARED: what became of it, and … */
+    const char *sentence;         /* … why, of an error; lies in the payload */
+    uint32_t sentence_bytes;
+} kv_wire_key_t;
+
+size_t kv_wire_key_bytes(const kv_wire_key_t *key);
+/* Writes one key; `servers` are copied as they are. Returns past the end. */
+unsigned char *kv_wire_put_key(const kv_wire_key_t *key, unsigned char *out);
+/* Reads one key at *offset and moves it. KV_INVALID for what does not fit or is none. */
+KV_MUST_CHECK kv_status_t kv_wire_get_key(const void *payload, size_t bytes, size_t *offset,
+                                          kv_wire_key_t *out);
+int32_t kv_wire_server_of(const kv_wire_key_t *key, uint32_t slice);
+void kv_wire_put_server(unsigned char *servers, uint32_t slice, int32_t server);
+
+#endif
