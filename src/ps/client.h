@@ -108,11 +108,12 @@ struct kv_client_call {
 KV_MUST_CHECK kv_status_t kv_client_start(kv_client_t *client, kv_client_call_t *call);
 
 /* The caller gives up waiting: after this has returned nothing reads the values or writes the outs
- * of the call. What has not been sent is not sent any more, unless a part of its key has. A session
- * whose transfer from or to that memory cannot be stopped is closed. Blocks, for a second or so at
- * most. `done` (before that `sent`) comes as always, before or after the return. *begun (may be
- * NULL): whether a push of it may count. `missing` gets who has not answered yet ("server 1"). */
-void kv_client_cancel(kv_client_t *client, kv_client_call_t *call, bool *begun, char *missing,
+ * of the call. The call itself goes on: values that have not gone out are copied first (a round
+ * that lacks some slices of a key would never end), answers are thrown away. A session whose
+ * transfer from or to that memory cannot be stopped is closed. Blocks, for a second or so at most.
+ * `sent` and `done` come as always, before or after the return. `missing` gets who has not answered
+ * yet ("server 1"). */
+void kv_client_cancel(kv_client_t *client, kv_client_call_t *call, char *missing,
                       size_t missing_bytes);
 
 #endif
