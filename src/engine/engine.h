@@ -126,6 +126,9 @@ struct kv_op {
      * `finish` is called last, once, with no lock held, also for a task that failed before it ran;
      * it frees the task. The handle is done only after that. */
     kv_status_t (*run)(kv_op_t *op);
+    /* Instead of `run`: begins work that goes on elsewhere and is ended by kv_engine_end, perhaps
+     * before `start` returns. */
+    void (*start)(kv_op_t *op);
     void (*finish)(kv_op_t *op);
     kv_handle_t *handle; /* one share, the task's own: `finish` gives it back. May be NULL */
     kv_op_t *handle_prev, *handle_next; /* engine lock: the unfinished tasks of the handle */
@@ -197,6 +200,21 @@ int kv_callback_depth(void);
  * is poisoned. On an error of this call (KV_CLOSED, no thread could be started: KV_NO_MEMORY) the
  * task is still the caller's and `finish` was not called. */
 KV_MUST_CHECK kv_status_t kv_engine_submit(kv_engine_t *engine, kv_op_t *op);
+
+/* For a task that the calling thread begins itself, its variables entered (kv_engine_try_inline) or
+ * none: from now on it is pending, as if it had been submitted and had started, until
+ * kv_engine_end. KV_CLOSED, KV_NO_MEMORY: it is still the caller's. */
+KV_MUST_CHECK kv_status_t kv_engine_begin(kv_engine_t *engine, kv_op_t *op);
+
+/* Gives back the variables from `first` on, in the order that kv_op_init left; the operation, which
+ * holds all of them, goes on with the rest. */
+void kv_engine_give_back(kv_engine_t *engine, kv_op_t *op, int32_t first);
+
+/* Ends a task that was begun: once, any thread, no lock held. An error (its sentence this thread's)
+ * is stored on the variables that it still holds and writes, on its handle, and on `also`, which
+ * are pinned. */
+void kv_engine_end(kv_engine_t *engine, kv_op_t *op, kv_status_t status, kv_var_t *const *also,
+                   int64_t num_also);
 
 /* Waits until no task is pending, then raises the first error (in order of submission) that nobody
  * has been told of; the engine remembers KV_UNTOLD_ERRORS of them.

@@ -97,7 +97,8 @@ void kv_task_ready_locked(kv_engine_t *engine, kv_op_t *op)
     engine->kind->runnable_locked(engine);
 }
 
-static kv_status_t queue_task_locked(kv_engine_t *engine, kv_op_t *op) KV_REQUIRES(engine->lock)
+/* Counts a task as pending. */
+static kv_status_t begin_locked(kv_engine_t *engine, kv_op_t *op) KV_REQUIRES(engine->lock)
 {
     if (atomic_load(&engine->closed))
         return kv_fail(KV_CLOSED, "kvstore has shut down");
@@ -109,21 +110,30 @@ static kv_status_t queue_task_locked(kv_engine_t *engine, kv_op_t *op) KV_REQUIR
     op->sequence = ++engine->sequence;
     if (op->handle != NULL)
         kv_handle_link_locked(op->handle, op);
-    kv_queue_enter_locked(engine, op);
     return KV_OK;
 }
 
 kv_status_t kv_engine_submit(kv_engine_t *engine, kv_op_t *op)
 {
     kv_mutex_lock(&engine->lock);
-    kv_status_t status = queue_task_locked(engine, op);
+    kv_status_t status = begin_locked(engine, op);
+    if (status == KV_OK)
+        kv_queue_enter_locked(engine, op);
+    kv_engine_unlock(engine);
+    return status;
+}
+
+kv_status_t kv_engine_begin(kv_engine_t *engine, kv_op_t *op)
+{
+    kv_mutex_lock(&engine->lock);
+    kv_status_t status = begin_locked(engine, op);
     kv_engine_unlock(engine);
     return status;
 }
 
 /* The last access of the task to its variables. */
-static void end_locked(kv_engine_t *engine, kv_op_t *op, kv_error_t *error)
-    KV_REQUIRES(engine->lock)
+static void end_locked(kv_engine_t *engine, kv_op_t *op, kv_error_t *error, kv_var_t *const *also,
+                       int64_t num_also) KV_REQUIRES(engine->lock)
 {
     if (error != NULL) {
         /* The newest error stands on a variable, told or not, so that what is delivered does not
@@ -132,6 +142,8 @@ static void end_locked(kv_engine_t *engine, kv_op_t *op, kv_error_t *error)
             if (op->deps[i].access != KV_READ)
                 kv_var_store_error_locked(engine, op->deps[i].var, error);
         }
+        for (int64_t i = 0; i < num_also; i++)
+            kv_var_store_error_locked(engine, also[i], error);
         kv_untold_add_locked(engine, error, op->sequence);
     }
     if (op->handle != NULL)
@@ -139,22 +151,16 @@ static void end_locked(kv_engine_t *engine, kv_op_t *op, kv_error_t *error)
     kv_queue_leave_locked(engine, op, 0);
 }
 
-void kv_task_run(kv_engine_t *engine, kv_op_t *op)
+void kv_engine_end(kv_engine_t *engine, kv_op_t *op, kv_status_t status, kv_var_t *const *also,
+                   int64_t num_also)
 {
-    kv_status_t status;
-    if (op->error != NULL)
-        status = kv_fail(op->error->status, "%s", op->error->message);
-    else if (kv_fault_hit(KV_FAULT_ENGINE_RUN))
-        status = kv_fail(KV_NO_MEMORY, "injected");
-    else
-        status = op->run(op);
     kv_error_t *error = status != KV_OK ? kv_error_capture(status) : NULL;
     kv_error_rele(op->error);
     /* `finish` gives back the task's share. */
     kv_handle_t *handle = op->handle != NULL ? kv_handle_hold(op->handle) : NULL;
 
     kv_mutex_lock(&engine->lock);
-    end_locked(engine, op, error);
+    end_locked(engine, op, error, also, num_also);
     kv_engine_unlock(engine);
 
     kv_error_rele(error);
@@ -169,4 +175,18 @@ void kv_task_run(kv_engine_t *engine, kv_op_t *op)
     if (--engine->pending == 0)
         kv_cond_broadcast(&engine->ended);
     kv_engine_unlock(engine);
+}
+
+void kv_task_run(kv_engine_t *engine, kv_op_t *op)
+{
+    kv_status_t status = KV_OK;
+    if (op->error != NULL)
+        status = kv_fail(op->error->status, "%s", op->error->message);
+    else if (kv_fault_hit(KV_FAULT_ENGINE_RUN))
+        status = kv_fail(KV_NO_MEMORY, "injected");
+    if (status == KV_OK && op->start != NULL) {
+        op->start(op);
+        return;
+    }
+    kv_engine_end(engine, op, status == KV_OK ? op->run(op) : status, NULL, 0);
 }

@@ -121,11 +121,16 @@ bool kv_engine_try_enter(kv_engine_t *engine, kv_op_t *op)
     return true;
 }
 
+void kv_engine_give_back(kv_engine_t *engine, kv_op_t *op, int32_t first)
+{
+    leave_from(engine, op, first);
+    if (op->num_deps > first)
+        op->num_deps = first;
+}
+
 void kv_engine_begin_callback(kv_engine_t *engine, kv_op_t *op)
 {
-    leave_from(engine, op, 1);
-    if (op->num_deps > 1)
-        op->num_deps = 1;
+    kv_engine_give_back(engine, op, 1);
     op->callback = kv_actor_self();
     op->callback->depth++;
     if (op->num_deps == 1 && op->deps[0].access != KV_READ)
