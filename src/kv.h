@@ -64,8 +64,14 @@ const char *kv_kind_name(int i);
 
 typedef struct kv_store kv_store_t;
 
+typedef struct kv_client kv_client_t; /* ps/client.h */
+typedef struct kv_remote kv_remote_t;
+
 typedef struct kv_store_options {
     int num_threads; /* of the kernels; 0: the runtime's */
+    kv_client_t
+        *client; /* of a dist store: this worker's, borrowed for the life of the store. NULL:
+                    the process is a server or the scheduler, and the store only says so */
 } kv_store_options_t;
 
 /* Gives an open store. KV_INVALID for an unknown kind; KV_NOT_BUILT for one that this build cannot
@@ -77,9 +83,12 @@ KV_MUST_CHECK kv_status_t kv_store_new(kv_runtime_t *runtime, const char *kind,
 void kv_store_close(kv_store_t *store);
 void kv_store_free(kv_store_t *store); /* closes; no call may be under way */
 
-/* KV_CLOSED when it is closed or belongs to the parent of a forked process. */
+/* KV_CLOSED when it is closed or belongs to the parent of a forked process; KV_PEER_LOST when a
+ * node of its cluster is gone. */
 KV_MUST_CHECK kv_status_t kv_store_check_open(const kv_store_t *store);
 const char *kv_store_kind(const kv_store_t *store);    /* lower case, as asked for */
+int32_t kv_store_rank(const kv_store_t *store);        /* of this worker; 0 in one process */
+int32_t kv_store_num_workers(const kv_store_t *store); /* 1 in one process */
 uint64_t kv_store_generation(const kv_store_t *store); /* of the process that made it */
 
 /* One key of a call with its values and outs. A name may stand in several items of a call; its
@@ -268,10 +277,11 @@ void kv_states_fini(kv_states_t *states);
 
 /* ---------------------------------------------------------------------------------- keys */
 
-/* Drops the keys of a call's items, all or none; a name that stands twice is dropped once. Does not
- * block: operations that entered before keep what they use. KV_INVALID inside a key's own updater.
- */
-KV_MUST_CHECK kv_status_t kv_store_delete(kv_store_t *store, const kv_call_t *call);
+/* Drops the keys of a call's items, all or none; a name that stands twice is dropped once.
+ * Operations that entered before keep what they use. Blocks in a dist store only: until all workers
+ * have called it. KV_INVALID inside a key's own updater. */
+KV_MUST_CHECK kv_status_t kv_store_delete(kv_store_t *store, const kv_call_t *call,
+                                          kv_caller_t *caller);
 
 /* What a call on these keys would find wrong with them. */
 KV_MUST_CHECK kv_status_t kv_store_check_keys(kv_store_t *store, const kv_call_t *call,

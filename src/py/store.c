@@ -218,7 +218,9 @@ static KV_PY_METHOD(store_delete)
     if (!kv_py_store_check_open(store) ||
         !kv_args_init(&call, store->state, "delete", key, NULL, NULL, false, false))
         return NULL;
-    kv_status_t status = kv_store_delete(store->store, &call.call);
+    kv_py_caller_t caller;
+    kv_py_caller_init(&caller, store->timeout_ns);
+    kv_status_t status = kv_store_delete(store->store, &call.call, &caller.base);
     PyObject *keys = NULL, *owner = NULL, *result = NULL;
     if (status != KV_OK)
         kv_py_raise(store->state, status);

@@ -182,7 +182,7 @@ static PyObject *run_request(kv_py_store_t *self, const request_t *request)
     if (result != NULL && KV_UNLIKELY(self->pending != NULL) && request->call == kv_store_init &&
         !arrive(self, args)) {
         PyObject *cause = kv_py_take_exception();
-        kv_status_t undone = kv_store_delete(self->store, &args->call);
+        kv_status_t undone = kv_store_delete(self->store, &args->call, &caller.base);
         (void)undone; /* the keys are there: this call made them */
         PyErr_SetObject((PyObject *)Py_TYPE(cause), cause);
         Py_DECREF(cause);

@@ -53,9 +53,10 @@ struct kv_entry {
     size_t bytes;      /* of a dense value of the shape */
     int64_t row_count; /* elements of a row */
     size_t row_bytes;
-    kv_buffer_t *stored;     /* NULL: row-sparse */
+    kv_remote_t *remote;     /* of a dist store: what its client knows of the key */
+    kv_buffer_t *stored;     /* NULL: row-sparse, or on servers */
     kv_rowset_t rows;        /* row-sparse */
-    kv_buffer_t *merged;     /* what an updater gets as `recv`, NULL until there was one */
+    kv_buffer_t *merged;     /* what an updater gets as `recv` or servers are sent, or NULL */
     kv_rowset_t merged_rows; /* the same for a row-sparse push */
     kv_residuals_t residuals;
     kv_cache_t cache;
@@ -82,6 +83,8 @@ typedef enum kv_key_type { KV_KEYS_OPEN, KV_KEYS_TEXT, KV_KEYS_NUMBER } kv_key_t
 
 struct kv_store {
     kv_runtime_t *runtime;
+    kv_kind_t kind;
+    kv_client_t *client; /* of a dist store; NULL in a server's process */
     kv_host_t host;
     char name[32];
     kv_mutex_t lock;
@@ -111,8 +114,9 @@ struct kv_optimizer {
 
 /* ------------------------------------------------------------------------------- table.c */
 
-/* Gives an entry for a value like this one, its memory not yet filled. */
-KV_MUST_CHECK kv_status_t kv_entry_new(const kv_name_t *name, const kv_view_t *value,
+/* Gives an entry for a value like this one, its memory not yet filled. `remote`: the value lies on
+ * servers and the entry has no memory. */
+KV_MUST_CHECK kv_status_t kv_entry_new(const kv_name_t *name, const kv_view_t *value, bool remote,
                                        kv_entry_t **out);
 
 kv_entry_t *kv_table_find(const kv_table_t *table, const kv_name_t *name, uint64_t hash);
@@ -264,6 +268,21 @@ KV_MUST_CHECK kv_status_t kv_work_pull_rows(const kv_work_t *work);
 /* Carries out a checked call as one task a key, without waiting. */
 KV_MUST_CHECK kv_status_t kv_plan_submit(kv_store_t *store, const kv_plan_t *plan, kv_call_t *call,
                                          bool push);
+
+/* -------------------------------------------------------------- dist.c, dist_keys.c: servers */
+
+/* Carries out a checked call: as kv_plan_run, over the wire. */
+KV_MUST_CHECK kv_status_t kv_dist_run(kv_store_t *store, const kv_plan_t *plan, kv_call_t *call,
+                                      bool push, kv_caller_t *caller);
+/* Agrees with all workers on new keys; their entries get what the client knows of them. */
+KV_MUST_CHECK kv_status_t kv_dist_declare(kv_store_t *store, const kv_group_t *groups,
+                                          int64_t num_groups, kv_caller_t *caller);
+/* Agrees with all workers that the keys go. */
+KV_MUST_CHECK kv_status_t kv_dist_delete(kv_store_t *store, const kv_plan_t *plan,
+                                         kv_caller_t *caller);
+
+/* KV_NOT_BUILT for a dist store: `call` works in one process only. */
+KV_MUST_CHECK kv_status_t kv_store_check_local(const kv_store_t *store, const char *call);
 
 /* -------------------------------------------------------------------------------- work.c */
 

@@ -153,6 +153,7 @@ void kv_store_forget_training_locked(kv_store_t *store)
 kv_status_t kv_store_set_optimizer(kv_store_t *store, kv_optimizer_t *optimizer)
 {
     KV_TRY(kv_store_check_open(store));
+    KV_TRY(kv_store_check_local(store, "set_optimizer"));
     kv_mutex_lock(&store->lock);
     kv_optimizer_t *before = store->optimizer;
     kv_updater_t *updater = store->updater;
@@ -173,6 +174,8 @@ kv_status_t kv_store_set_optimizer(kv_store_t *store, kv_optimizer_t *optimizer)
 kv_status_t kv_store_set_compression(kv_store_t *store, const kv_codec_t *codec)
 {
     KV_TRY(kv_store_check_open(store));
+    if (codec->type != KV_CODEC_NONE)
+        KV_TRY(kv_store_check_local(store, "set_gradient_compression"));
     if (codec->type != KV_CODEC_NONE)
         KV_TRY(kv_codec_check(codec));
     kv_mutex_lock(&store->lock);

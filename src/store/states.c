@@ -191,6 +191,7 @@ kv_status_t kv_store_export_states(kv_store_t *store, kv_states_t *out, kv_calle
     kv_entry_t **entries = NULL;
     int64_t count = 0;
     KV_TRY(kv_store_check_open(store));
+    KV_TRY(kv_store_check_local(store, "saving and loading of optimizer states"));
     KV_TRY(pin_entries(store, &entries, &count));
     kv_states_t states = {0};
     kv_status_t status = make_keys(entries, count, &states);
@@ -421,6 +422,7 @@ kv_status_t kv_store_import_states(kv_store_t *store, const kv_states_t *states,
                                    kv_caller_t *caller)
 {
     KV_TRY(kv_store_check_open(store));
+    KV_TRY(kv_store_check_local(store, "saving and loading of optimizer states"));
     kv_optimizer_t *optimizer = NULL;
     size_t count = (size_t)states->num_keys;
     arrival_t *arrivals = kv_calloc(count, sizeof *arrivals + sizeof(kv_dep_t));

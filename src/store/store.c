@@ -1,4 +1,4 @@
-/* Stores of the kinds that live in one process: opening, closing, and the calls on keys.
+/* Stores: opening, closing, and the calls on keys.
  *
  * `local` and `device` do the same with values in host memory: each position of a value list stands
  * for one device, and the sum is made where the values are.
@@ -7,6 +7,7 @@
  * key's engine variable.
  */
 #include "base/memory.h"
+#include "ps/client.h"
 #include "store/internal.h"
 
 #include <ctype.h>
@@ -22,11 +23,6 @@ static kv_status_t check_kind(const char *name, const kv_kind_t *kind)
                        "'%.64s' needs CUDA devices and NCCL, which this version of kvstore cannot "
                        "use yet; use 'local' or 'device'",
                        name);
-    case KV_KIND_DIST:
-        return kv_fail(KV_NOT_BUILT,
-                       "'%.64s' needs several processes, which this version of kvstore cannot "
-                       "connect yet; use 'local' or 'device'",
-                       name);
     default:
         return KV_OK;
     }
@@ -41,6 +37,8 @@ kv_status_t kv_store_new(kv_runtime_t *runtime, const char *name, const kv_store
     kv_store_t *store = kv_calloc(1, sizeof *store);
     KV_TRY_ALLOC(store, "a store");
     store->runtime = runtime;
+    store->kind = kind;
+    store->client = options->client;
     store->host = (kv_host_t){.kernels = runtime->kernels,
                               .team = runtime->team,
                               .num_threads = options->num_threads > 0 ? options->num_threads
@@ -90,7 +88,29 @@ kv_status_t kv_store_check_open(const kv_store_t *store)
                                   "a new one here");
     if (KV_UNLIKELY(store->closed))
         return kv_fail(KV_CLOSED, "the store is closed; create a new one");
-    return KV_OK;
+    if (KV_LIKELY(store->kind.family != KV_KIND_DIST))
+        return KV_OK;
+    if (store->client == NULL)
+        return kv_fail(KV_INVALID, "this process is a server or the scheduler of its cluster and "
+                                   "has no values to push or pull; call kvstore.serve()");
+    return kv_client_check(store->client);
+}
+
+kv_status_t kv_store_check_local(const kv_store_t *store, const char *call)
+{
+    if (KV_LIKELY(store->kind.family != KV_KIND_DIST))
+        return KV_OK;
+    return kv_fail(KV_NOT_BUILT, "%s is not built for dist stores yet; use a local store", call);
+}
+
+int32_t kv_store_rank(const kv_store_t *store)
+{
+    return store->client != NULL ? kv_client_rank(store->client) : 0;
+}
+
+int32_t kv_store_num_workers(const kv_store_t *store)
+{
+    return store->client != NULL ? kv_client_num_workers(store->client) : 1;
 }
 
 uint64_t kv_store_generation(const kv_store_t *store)
@@ -106,6 +126,9 @@ const char *kv_store_kind(const kv_store_t *store)
 kv_status_t kv_store_set_updater(kv_store_t *store, kv_updater_t *updater)
 {
     KV_TRY(kv_store_check_open(store));
+    if (store->kind.family == KV_KIND_DIST)
+        return kv_fail(KV_INVALID, "an updater runs in one process, and the values of a dist store "
+                                   "lie on its servers: use set_optimizer");
     kv_mutex_lock(&store->lock);
     kv_updater_t *before = store->updater;
     kv_optimizer_t *optimizer = store->optimizer;
@@ -123,8 +146,8 @@ kv_status_t kv_store_set_updater(kv_store_t *store, kv_updater_t *updater)
 /* -------------------------------------------------------------------------- init, broadcast */
 
 /* Makes an entry for each item; `fresh` finds the names that stand twice. */
-static kv_status_t make_entries(const kv_call_t *call, const char *verb, kv_table_t *fresh,
-                                kv_group_t *groups, int64_t *made)
+static kv_status_t make_entries(const kv_call_t *call, const char *verb, bool remote,
+                                kv_table_t *fresh, kv_group_t *groups, int64_t *made)
 {
     char name[NAME_BYTES];
     for (int64_t i = 0; i < call->num_items; i++) {
@@ -140,7 +163,7 @@ static kv_status_t make_entries(const kv_call_t *call, const char *verb, kv_tabl
                            "int64)",
                            name, value->type_name != NULL ? value->type_name : "unknown");
         kv_entry_t *entry;
-        KV_TRY(kv_entry_new(&item->name, value, &entry));
+        KV_TRY(kv_entry_new(&item->name, value, remote, &entry));
         kv_table_insert(fresh, entry);
         groups[i] = (kv_group_t){.entry = entry,
                                  .num_values = item->num_values,
@@ -185,6 +208,13 @@ static kv_status_t publish(kv_store_t *store, const kv_call_t *call, const kv_gr
     return status;
 }
 
+static kv_status_t run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, bool push,
+                       kv_caller_t *caller)
+{
+    return store->client != NULL ? kv_dist_run(store, plan, call, push, caller)
+                                 : kv_plan_run(store, plan, call, push, caller);
+}
+
 kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *caller)
 {
     const char *verb = call->num_outs > 0 ? "broadcast" : "init";
@@ -199,16 +229,19 @@ kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *calle
     KV_TRY(status);
 
     kv_table_t fresh = {0};
+    bool remote = store->kind.family == KV_KIND_DIST;
     int64_t made = 0;
     kv_plan_t plan = {.steps = &plan.one_step,
                       .groups = kv_alloc((size_t)call->num_items * sizeof(kv_group_t))};
     KV_TRY_ALLOC(plan.groups, "the keys of a call");
     status = kv_table_reserve(&fresh, call->num_items);
     if (status == KV_OK)
-        status = make_entries(call, verb, &fresh, plan.groups, &made);
+        status = make_entries(call, verb, remote, &fresh, plan.groups, &made);
     if (status == KV_OK)
         status = kv_groups_check(store->runtime->engine, plan.groups, call->num_items, call, verb);
-    for (int64_t i = 0; i < call->num_items && status == KV_OK; i++)
+    if (status == KV_OK && remote)
+        status = kv_dist_declare(store, plan.groups, call->num_items, caller);
+    for (int64_t i = 0; i < call->num_items && status == KV_OK && !remote; i++)
         status = kv_entry_fill(store, plan.groups[i].entry, &plan.groups[i].values[0], caller);
     kv_table_fini(&fresh);
     if (status == KV_OK)
@@ -224,7 +257,7 @@ kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *calle
     for (int64_t i = 0; i < plan.num_groups; i++)
         plan.groups[i].num_values = 0;
     if (call->num_outs > 0)
-        status = kv_plan_run(store, &plan, call, false, caller);
+        status = run(store, &plan, call, false, caller);
     kv_plan_fini(&plan);
     if (status == KV_OK || status == KV_INTERRUPTED)
         return status;
@@ -256,7 +289,7 @@ static kv_status_t plan_and_run(kv_store_t *store, kv_call_t *call, const char *
     kv_status_t status = plan.optimizer != NULL ? kv_plan_count(store, &plan) : KV_OK;
     if (status == KV_OK) {
         call->checked = true;
-        status = kv_plan_run(store, &plan, call, push, caller);
+        status = run(store, &plan, call, push, caller);
         if (status != KV_OK)
             kv_plan_uncount(store, &plan, call->num_done);
     }
@@ -308,13 +341,16 @@ kv_status_t kv_store_check_keys(kv_store_t *store, const kv_call_t *call, const 
     return KV_OK;
 }
 
-kv_status_t kv_store_delete(kv_store_t *store, const kv_call_t *call)
+kv_status_t kv_store_delete(kv_store_t *store, const kv_call_t *call, kv_caller_t *caller)
 {
     kv_plan_t plan;
     KV_TRY(kv_store_check_open(store));
     KV_TRY(kv_plan_init(store, call, "delete", &plan));
+    kv_status_t status = KV_OK;
+    if (store->client != NULL && plan.num_groups > 0)
+        status = kv_dist_delete(store, &plan, caller);
     kv_mutex_lock(&store->lock);
-    for (int64_t g = 0; g < plan.num_groups; g++) {
+    for (int64_t g = 0; g < plan.num_groups && status == KV_OK; g++) {
         kv_entry_t *entry = plan.groups[g].entry;
         if (kv_table_find(&store->table, &entry->name, entry->hash) == entry) {
             kv_table_remove(&store->table, entry);
@@ -323,7 +359,7 @@ kv_status_t kv_store_delete(kv_store_t *store, const kv_call_t *call)
     }
     kv_mutex_unlock(&store->lock);
     kv_plan_fini(&plan);
-    return KV_OK;
+    return status;
 }
 
 kv_status_t kv_store_describe(kv_store_t *store, const kv_name_t *name, const char *verb,

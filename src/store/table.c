@@ -1,5 +1,6 @@
 /* Keys: their entries, and the table that finds them. */
 #include "base/memory.h"
+#include "ps/client.h"
 #include "store/internal.h"
 
 #include <string.h>
@@ -11,6 +12,7 @@ static void entry_free(void *context)
     kv_entry_t *entry = context;
     if (entry->cache.drop != NULL)
         entry->cache.drop(entry->cache.data);
+    kv_remote_free(entry->remote);
     kv_buffer_rele(entry->stored);
     kv_buffer_rele(entry->merged);
     kv_rowset_fini(&entry->rows);
@@ -21,7 +23,8 @@ static void entry_free(void *context)
     kv_count(KV_COUNT_KEYS, -1);
 }
 
-kv_status_t kv_entry_new(const kv_name_t *name, const kv_view_t *value, kv_entry_t **out)
+kv_status_t kv_entry_new(const kv_name_t *name, const kv_view_t *value, bool remote,
+                         kv_entry_t **out)
 {
     int64_t count, row_count = 1;
     size_t bytes, row_bytes = kv_dtype_bytes((kv_dtype_t)value->dtype);
@@ -34,7 +37,7 @@ kv_status_t kv_entry_new(const kv_name_t *name, const kv_view_t *value, kv_entry
         kv_calloc(1, sizeof *entry + extents + (name->text != NULL ? name->bytes : 0));
     KV_TRY_ALLOC(entry, "a key");
     entry->sparse = value->sparse != NULL;
-    kv_status_t status = entry->sparse ? KV_OK : kv_buffer_new(bytes, &entry->stored);
+    kv_status_t status = entry->sparse || remote ? KV_OK : kv_buffer_new(bytes, &entry->stored);
     if (status != KV_OK) {
         kv_free(entry);
         return status;

@@ -86,8 +86,9 @@ static void a_thousand_keys_survive_growth_and_deletion(void)
             CHECK_STATUS(one(&f, kv_store_init, name, 1, &value, 0, NULL), KV_OK);
         } else {
             kv_item_t item = {.name = name};
-            CHECK_STATUS(kv_store_delete(f.store, &(kv_call_t){.items = &item, .num_items = 1}),
-                         KV_OK);
+            CHECK_STATUS(
+                kv_store_delete(f.store, &(kv_call_t){.items = &item, .num_items = 1}, &f.caller),
+                KV_OK);
         }
         there[number] = !there[number];
     }

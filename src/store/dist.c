@@ -1,0 +1,489 @@
+/* Calls of a dist store: the values go to servers and come from there.
+ *
+ * A call is one operation on all its keys and arrays. While it holds the keys it merges what has to
+ * be merged and hands everything to the client (ps/client.h), which keeps the order of calls on a
+ * key from there on; so the keys are given back at once, and the next call on them can follow over
+ * the wire. Values are held until they have gone out, outs until the answers are there.
+ *
+ * The part of a call that outlives it, if it does, is a request: a task that is pending until its
+ * last answer has come. A synchronous call holds the arrays itself and waits only as long as its
+ * memory is in use; a push therefore returns when its values have been sent, and what becomes of it
+ * later is told as of any asynchronous operation.
+ *
+ * Three things happen to a request, in this order but for the first, which may come last: it was
+ * issued (the starting thread is through with it), its values were sent, it is done. Whoever
+ * completes the set ends the task.
+ */
+#include "base/memory.h"
+#include "ps/client.h"
+#include "store/internal.h"
+
+#include <string.h>
+
+enum { NAME_BYTES = 96, ISSUED = 1, SENT = 2, DONE = 4 };
+
+/* One key of a request. Its views are the request's own copies. */
+typedef struct target {
+    kv_entry_t *entry; /* pinned */
+    int32_t num_values, num_outs;
+    kv_view_t *values, *outs;
+    kv_buffer_t *merged;  /* what goes out, when it is not a value itself */
+    kv_buffer_t *arrived; /* where the answer goes, when it is not an out itself */
+} target_t;
+
+typedef struct request {
+    kv_client_call_t call;
+    kv_op_t op;
+    kv_op_t copy; /* writes the outs that the answer did not go to */
+    _Atomic int32_t refs;
+    _Atomic int state; /* ISSUED | SENT | DONE */
+    kv_engine_t *engine;
+    kv_client_t *client;
+    kv_host_t host;
+    kv_hold_t *hold;
+    kv_handle_t *sent;   /* for the thread that waits until the values have gone out; may be NULL */
+    bool push, own_outs; /* the outs are written here, not by a waiting caller */
+    int32_t first_value, first_key; /* in op.deps */
+    kv_status_t status;
+    kv_sentence_t sentence;
+    int64_t num_targets;
+    target_t *targets;
+    kv_client_part_t *parts;
+    kv_var_t **keys; /* that an error of a push is stored on */
+    kv_dep_t *deps;
+    int32_t num_deps;
+} request_t;
+
+static request_t *of_call(kv_client_call_t *call)
+{
+    return (request_t *)((char *)call - offsetof(request_t, call));
+}
+
+static kv_var_t *var_of(const kv_view_t *view)
+{
+    return view->array != NULL ? &view->array->var : NULL;
+}
+
+static void request_rele(request_t *request)
+{
+    if (atomic_fetch_sub(&request->refs, 1) > 1)
+        return;
+    for (int64_t i = 0; i < request->num_targets; i++) {
+        kv_buffer_rele(request->targets[i].merged);
+        kv_buffer_rele(request->targets[i].arrived);
+        kv_var_unpin(&request->targets[i].entry->var);
+    }
+    kv_handle_rele(request->sent);
+    kv_free(request);
+}
+
+static void request_finish(kv_op_t *op)
+{
+    request_t *request = (request_t *)((char *)op - offsetof(request_t, op));
+    kv_handle_rele(op->handle);
+    if (request->hold != NULL && atomic_fetch_sub(&request->hold->refs, 1) == 1)
+        request->hold->release(request->hold);
+    request_rele(request);
+}
+
+/* ------------------------------------------------------------------------ the three events */
+
+static void end(request_t *request)
+{
+    kv_status_t status = request->status;
+    if (status != KV_OK)
+        kv_sentence_restore(&request->sentence);
+    kv_engine_end(request->engine, &request->op, status, request->keys,
+                  request->push ? request->num_targets : 0);
+}
+
+/* The starting thread's last word. */
+static void note_issued(request_t *request)
+{
+    kv_engine_give_back(request->engine, &request->op, request->first_key);
+    int state = atomic_load(&request->state);
+    do {
+        if (state & SENT)
+            kv_engine_give_back(request->engine, &request->op, request->first_value);
+    } while (!atomic_compare_exchange_strong(&request->state, &state, state | ISSUED));
+    if (state & DONE)
+        end(request);
+}
+
+static void note_done(request_t *request, kv_status_t status)
+{
+    request->status = status;
+    if (status != KV_OK)
+        kv_sentence_save(&request->sentence);
+    if (atomic_fetch_or(&request->state, DONE) & ISSUED)
+        end(request);
+}
+
+static void call_sent(kv_client_call_t *call)
+{
+    request_t *request = of_call(call);
+    if (atomic_fetch_or(&request->state, SENT) & ISSUED)
+        kv_engine_give_back(request->engine, &request->op, request->first_value);
+    if (request->sent != NULL)
+        kv_handle_end_one(request->sent, KV_OK);
+}
+
+/* Where the answer is goes to all outs of the key. */
+static kv_status_t deliver(const request_t *request)
+{
+    for (int64_t i = 0; i < request->num_targets; i++) {
+        const target_t *target = &request->targets[i];
+        if (target->num_outs == 0 || (target->num_outs == 1 && target->arrived == NULL))
+            continue;
+        const void **pointers = kv_alloc((size_t)(1 + target->num_outs) * sizeof *pointers);
+        KV_TRY_ALLOC(pointers, "the outs of a call");
+        kv_work_t work = {
+            .host = &request->host,
+            .group = {.entry = target->entry, .num_outs = target->num_outs, .outs = target->outs},
+            .stored = request->parts[i].out,
+            .pointers = pointers};
+        kv_status_t status = kv_work_copy_out(&work);
+        kv_free(pointers);
+        KV_TRY(status);
+    }
+    return KV_OK;
+}
+
+static size_t delivery_bytes(const request_t *request)
+{
+    size_t bytes = 0;
+    for (int64_t i = 0; i < request->num_targets; i++) {
+        const target_t *target = &request->targets[i];
+        if (target->num_outs > 1 || target->arrived != NULL)
+            bytes += target->entry->bytes * (size_t)target->num_outs;
+    }
+    return bytes;
+}
+
+static kv_status_t copy_run(kv_op_t *op)
+{
+    return deliver((request_t *)((char *)op - offsetof(request_t, copy)));
+}
+
+static void copy_finish(kv_op_t *op)
+{
+    note_done((request_t *)((char *)op - offsetof(request_t, copy)), KV_OK);
+}
+
+/* In the endpoint's thread, which has other things to do than to copy much. */
+static void call_done(kv_client_call_t *call, kv_status_t status)
+{
+    request_t *request = of_call(call);
+    size_t bytes = status == KV_OK && request->own_outs ? delivery_bytes(request) : 0;
+    if (bytes > KV_DETACH_BYTES) {
+        kv_op_init(&request->copy, NULL, 0, request->op.priority);
+        request->copy.run = copy_run;
+        request->copy.finish = copy_finish;
+        if (kv_engine_submit(request->engine, &request->copy) == KV_OK)
+            return;
+    }
+    if (bytes > 0)
+        status = deliver(request);
+    note_done(request, status);
+}
+
+/* -------------------------------------------------------------------------------- issuing */
+
+/* The sum of the values of a key, or its only one without strides, in memory of its own. */
+static kv_status_t merge(request_t *request, target_t *target)
+{
+    kv_entry_t *entry = target->entry;
+    /* What an earlier push has sent from may still be on its way. */
+    if (entry->merged != NULL && atomic_load(&entry->merged->refs) > 1) {
+        kv_buffer_rele(entry->merged);
+        entry->merged = NULL;
+    }
+    kv_group_t group = {.entry = entry, .num_values = target->num_values, .values = target->values};
+    size_t bytes = kv_work_staging(&group);
+    char *block = kv_alloc_elements(bytes + (size_t)kv_work_pointers(&group) * sizeof(void *));
+    KV_TRY_ALLOC(block, "merging the values of a key");
+    kv_work_t work = {.host = &request->host,
+                      .group = group,
+                      .pointers = (const void **)(block + bytes),
+                      .staging = block};
+    kv_status_t status = kv_work_merge(&work);
+    kv_free(block);
+    if (status == KV_OK)
+        target->merged = kv_buffer_hold(entry->merged);
+    return status;
+}
+
+static kv_status_t prepare(request_t *request, target_t *target, kv_client_part_t *part)
+{
+    *part = (kv_client_part_t){.remote = target->entry->remote};
+    if (target->num_values == 1 && target->values[0].strides == NULL) {
+        part->value = target->values[0].data;
+    } else if (target->num_values > 0) {
+        KV_TRY(merge(request, target));
+        part->value = target->merged->data;
+    }
+    if (target->num_outs > 0 && target->outs[0].strides == NULL) {
+        part->out = target->outs[0].data;
+    } else if (target->num_outs > 0) {
+        KV_TRY(
+            kv_pool_get(kv_client_pool(request->client), target->entry->bytes, &target->arrived));
+        part->out = target->arrived->data;
+    }
+    return KV_OK;
+}
+
+/* With all variables held, and the task begun: always ends in note_issued or end. */
+static void issue(request_t *request)
+{
+    kv_status_t status = KV_OK;
+    for (int64_t i = 0; i < request->num_targets && status == KV_OK; i++)
+        status = prepare(request, &request->targets[i], &request->parts[i]);
+    if (status == KV_OK)
+        status = kv_client_start(request->client, &request->call);
+    if (status != KV_OK) {
+        call_sent(&request->call);
+        note_done(request, status);
+    }
+    note_issued(request);
+}
+
+static void request_start(kv_op_t *op)
+{
+    issue((request_t *)((char *)op - offsetof(request_t, op)));
+}
+
+/* ------------------------------------------------------------------------------- requests */
+
+static void fill_deps(request_t *request)
+{
+    kv_dep_t *next = request->deps;
+    kv_var_t *var;
+    for (int64_t i = 0; i < request->num_targets; i++)
+        for (int32_t j = 0; j < request->targets[i].num_outs; j++)
+            if ((var = var_of(&request->targets[i].outs[j])) != NULL)
+                *next++ = (kv_dep_t){.var = var, .access = KV_OVERWRITE};
+    request->first_value = (int32_t)(next - request->deps);
+    for (int64_t i = 0; i < request->num_targets; i++)
+        for (int32_t j = 0; j < request->targets[i].num_values; j++)
+            if ((var = var_of(&request->targets[i].values[j])) != NULL)
+                *next++ = (kv_dep_t){.var = var, .access = KV_READ};
+    for (int64_t i = 0; i < request->num_targets; i++)
+        *next++ = (kv_dep_t){.var = &request->targets[i].entry->var,
+                             .access = request->push ? KV_WRITE : KV_READ};
+    request->num_deps = (int32_t)(next - request->deps);
+}
+
+static int64_t timeout_ms(const kv_caller_t *caller)
+{
+    int64_t ms = caller->timeout_ns / 1000000;
+    return ms > 0 ? ms : 1;
+}
+
+static kv_status_t request_new(kv_store_t *store, const kv_plan_t *plan, const kv_call_t *call,
+                               bool push, const kv_caller_t *caller, request_t **out)
+{
+    size_t groups = (size_t)plan->num_groups;
+    size_t views = (size_t)(call->num_values + call->num_outs);
+    request_t *request =
+        kv_calloc(1, sizeof *request +
+                         groups * (sizeof(target_t) + sizeof(kv_client_part_t) + sizeof(void *)) +
+                         (views + groups) * sizeof(kv_dep_t) + views * sizeof(kv_view_t));
+    KV_TRY_ALLOC(request, "a request");
+    request->targets = (target_t *)(request + 1);
+    request->parts = (kv_client_part_t *)(request->targets + groups);
+    request->keys = (kv_var_t **)(request->parts + groups);
+    request->deps = (kv_dep_t *)(request->keys + groups);
+    kv_view_t *next = (kv_view_t *)(request->deps + views + groups);
+    for (int64_t g = 0; g < plan->num_groups; g++) {
+        const kv_group_t *group = &plan->groups[g];
+        if (!push && group->num_outs == 0)
+            continue; /* its row-sparse outs were left out */
+        request->keys[request->num_targets] = &group->entry->var;
+        target_t *target = &request->targets[request->num_targets++];
+        *target = (target_t){.entry = group->entry,
+                             .num_values = push ? group->num_values : 0,
+                             .num_outs = group->num_outs,
+                             .values = next};
+        if (target->num_values > 0)
+            memcpy(next, group->values, (size_t)target->num_values * sizeof *next);
+        next += target->num_values;
+        target->outs = next;
+        if (target->num_outs > 0)
+            memcpy(next, group->outs, (size_t)target->num_outs * sizeof *next);
+        next += target->num_outs;
+        kv_var_pin(&group->entry->var);
+    }
+    atomic_init(&request->refs, 1);
+    request->engine = store->runtime->engine;
+    request->client = store->client;
+    request->host = store->host;
+    request->push = push;
+    fill_deps(request);
+    request->call = (kv_client_call_t){.verb = KV_CLIENT_MOVE,
+                                       .priority = call->priority,
+                                       .timeout_ms = timeout_ms(caller),
+                                       .parts = request->parts,
+                                       .num_parts = request->num_targets,
+                                       .sent = call_sent,
+                                       .done = call_done};
+    *out = request;
+    return KV_OK;
+}
+
+static void op_prepare(request_t *request, bool held_here)
+{
+    kv_op_init(&request->op, request->deps, held_here ? 0 : request->num_deps,
+               request->call.priority);
+    request->op.start = request_start;
+    request->op.finish = request_finish;
+    request->first_key = request->op.num_deps - (held_here ? 0 : (int32_t)request->num_targets);
+    if (held_here)
+        request->first_value = 0;
+}
+
+/* ---------------------------------------------------------------------------------- calls */
+
+static size_t merge_bytes(const request_t *request)
+{
+    size_t bytes = 0;
+    for (int64_t i = 0; i < request->num_targets; i++) {
+        const target_t *target = &request->targets[i];
+        if (target->num_values > 1 || (target->num_values == 1 && target->values[0].strides))
+            bytes += target->entry->bytes * (size_t)target->num_values;
+    }
+    return bytes;
+}
+
+/* Hands a request over; it has one share for the engine. */
+static kv_status_t run_later(request_t *request, kv_call_t *call)
+{
+    kv_engine_t *engine = request->engine;
+    kv_handle_t *handle = NULL;
+    if (call->handle != NULL) {
+        kv_status_t status = kv_handle_new(engine, 1, &handle);
+        if (status != KV_OK) {
+            request_rele(request);
+            return status;
+        }
+    }
+    request->own_outs = true;
+    op_prepare(request, false);
+    request->op.handle = handle != NULL ? kv_handle_hold(handle) : NULL;
+    request->hold = call->hold;
+    if (request->hold != NULL)
+        atomic_fetch_add(&request->hold->refs, 1);
+    kv_status_t status;
+    if (kv_engine_try_inline(engine, &request->op, merge_bytes(request))) {
+        status = kv_engine_begin(engine, &request->op);
+        if (status == KV_OK)
+            issue(request);
+        else
+            kv_engine_leave(engine, &request->op);
+    } else {
+        status = kv_engine_submit(engine, &request->op);
+    }
+    if (status == KV_OK) {
+        if (handle != NULL)
+            *call->handle = handle;
+        return KV_OK;
+    }
+    request_finish(&request->op);
+    kv_handle_rele(handle);
+    return status;
+}
+
+/* The sentence for a wait that ended early; the memory of the caller is free afterwards. */
+static kv_status_t give_up(request_t *request, kv_status_t status, const kv_caller_t *caller)
+{
+    char missing[128], name[NAME_BYTES];
+    kv_client_cancel(request->client, &request->call, missing, sizeof missing);
+    if (status != KV_TIMEOUT)
+        return status;
+    kv_name_format(&request->targets[0].entry->name, name, sizeof name);
+    return kv_fail(KV_TIMEOUT, "key %s: %s %s not answered within the deadline of %.3g s%s", name,
+                   missing[0] != '\0' ? missing : "the servers",
+                   missing[0] != '\0' ? "has" : "have", (double)caller->timeout_ns * 1e-9,
+                   request->push ? "; the push may have counted" : "");
+}
+
+/* With arrays and keys held by `op`. */
+static kv_status_t run_held(request_t *request, kv_op_t *op, kv_caller_t *caller)
+{
+    kv_engine_t *engine = request->engine;
+    kv_handle_t *handle;
+    bool wants_outs = request->targets[0].num_outs > 0;
+    KV_TRY(kv_handle_new(engine, 1, &handle));
+    op_prepare(request, true);
+    if (wants_outs)
+        request->op.handle = kv_handle_hold(handle);
+    else
+        request->sent = kv_handle_hold(handle);
+    kv_status_t status = kv_engine_begin(engine, &request->op);
+    if (status != KV_OK) {
+        kv_handle_rele(request->op.handle);
+        kv_handle_rele(handle);
+        return status;
+    }
+    atomic_fetch_add(&request->refs, 1); /* the task's */
+    issue(request);
+    kv_engine_give_back(engine, op, op->num_deps - (int32_t)request->num_targets);
+    status = kv_handle_wait(handle, caller);
+    kv_caller_detach(caller);
+    if (status != KV_OK) {
+        status = give_up(request, status, caller);
+    } else if (wants_outs) {
+        kv_error_t *error = kv_handle_error(handle);
+        status = error != NULL ? kv_error_raise(error) : deliver(request);
+    }
+    kv_handle_rele(handle);
+    return status;
+}
+
+static kv_status_t run_now(request_t *request, kv_call_t *call, kv_caller_t *caller)
+{
+    kv_engine_t *engine = request->engine;
+    kv_dep_t local[8], *deps = local;
+    if (request->num_deps > (int32_t)(sizeof local / sizeof *local)) {
+        deps = kv_alloc((size_t)request->num_deps * sizeof *deps);
+        KV_TRY_ALLOC(deps, "the arrays of a call");
+    }
+    memcpy(deps, request->deps, (size_t)request->num_deps * sizeof *deps);
+    kv_op_t op;
+    kv_op_init(&op, deps, request->num_deps, call->priority);
+    kv_status_t status = kv_engine_enter(engine, &op, caller);
+    if (status == KV_OK) {
+        kv_caller_detach(caller);
+        status = run_held(request, &op, caller);
+        kv_engine_leave(engine, &op);
+        kv_caller_attach(caller);
+    }
+    if (deps != local)
+        kv_free(deps);
+    return status;
+}
+
+kv_status_t kv_dist_run(kv_store_t *store, const kv_plan_t *plan, kv_call_t *call, bool push,
+                        kv_caller_t *caller)
+{
+    request_t *request;
+    for (int64_t g = 0; g < plan->num_groups; g++) {
+        const kv_group_t *group = &plan->groups[g];
+        if ((push && group->values[0].sparse != NULL) ||
+            (group->num_outs > 0 && (group->outs[0].sparse != NULL || group->row_ids != NULL)))
+            return kv_fail(KV_NOT_BUILT, "row-sparse values in a dist store are not built yet; use "
+                                         "dense ones, or a local store");
+    }
+    if (plan->num_groups == 0 || (!push && call->num_outs == 0))
+        return KV_OK;
+    KV_TRY(request_new(store, plan, call, push, caller, &request));
+    kv_status_t status;
+    if (call->async) {
+        status = run_later(request, call);
+    } else {
+        status = run_now(request, call, caller);
+        request_rele(request);
+    }
+    if (status == KV_OK)
+        call->num_done = plan->num_groups;
+    return status;
+}
