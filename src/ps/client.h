@@ -46,6 +46,10 @@ void kv_client_lose(kv_client_t *client, const char *why);
 void kv_client_close(kv_client_t *client);
 void kv_client_free(kv_client_t *client); /* after close; all remotes are freed */
 
+/* Waits until no call is under way. KV_TIMEOUT, KV_INTERRUPTED, KV_CALLBACK as any wait; detaches
+ * the caller meanwhile. */
+KV_MUST_CHECK kv_status_t kv_client_drain(kv_client_t *client, kv_caller_t *caller);
+
 /* KV_OK, or why no call can work: KV_PEER_LOST, KV_CLOSED. */
 KV_MUST_CHECK kv_status_t kv_client_check(kv_client_t *client);
 

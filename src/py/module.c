@@ -1,5 +1,6 @@
 /* kvstore._core: the module, its state, and the functions that belong to no object. */
 #include "base/config.h"
+#include "py/node.h"
 #include "py/py.h"
 #include "py/store.h"
 
@@ -227,6 +228,10 @@ static PyMethodDef FUNCTIONS[] = {
     {"compression_decode", kv_py_compression_decode, METH_VARARGS,
      "compression_decode($module, codes, shape, dtype, type, threshold, /)\n--\n\n"
      "See kvstore.compression.decode."},
+    {"options_check", (PyCFunction)(void (*)(void))kv_py_options_check,
+     METH_VARARGS | METH_KEYWORDS,
+     "options_check($module, kind, /, **options)\n--\n\n"
+     "Raise for an option that the kind of store has not, or a value that it cannot have."},
     {"_shut_down", shut_down, METH_NOARGS,
      "_shut_down($module, /)\n--\n\nThe exit hook. Returns how many references are left to leak."},
     {NULL, NULL, 0, NULL},
@@ -289,7 +294,8 @@ static int module_exec(PyObject *module)
         intern(&state->str_stream, "stream") < 0 || (state->exchange_cache = PyDict_New()) == NULL)
         return -1;
     if (kv_ndarray_setup(module, state) < 0 || kv_rowsparse_setup(module, state) < 0 ||
-        kv_handle_setup(module, state) < 0 || kv_store_setup(module, state) < 0)
+        kv_handle_setup(module, state) < 0 || kv_node_setup(module, state) < 0 ||
+        kv_store_setup(module, state) < 0)
         return -1;
     return register_exit_hook(module);
 }
@@ -302,6 +308,7 @@ static int module_exec(PyObject *module)
         X((state)->ndarray_type);                                                                  \
         X((state)->handle_type);                                                                   \
         X((state)->rowsparse_type);                                                                \
+        X((state)->node_type);                                                                     \
         X((state)->numpy_bfloat16);                                                                \
         X((state)->exchange_cache);                                                                \
         X((state)->str_dlpack);                                                                    \

@@ -34,7 +34,7 @@ static bool parse_count(kv_state_t *state, const char *name, PyObject *value, in
     return true;
 }
 
-/* What only the dist kinds have: no kind of this version uses it. */
+/* What only the dist kinds have; kvstore/cluster uses it before it makes the store. */
 static bool parse_dist_option(kv_state_t *state, const char *name, PyObject *value)
 {
     int unused;
@@ -60,6 +60,10 @@ static bool parse_option(kv_state_t *state, const kv_kind_t *kind, PyObject *key
     /* In one process the order of a sum is always that of the list. */
     if (strcmp(name, "deterministic") == 0)
         return PyBool_Check(value) || refuse(state, name, "True or False", value);
+    if (strcmp(name, "_member") == 0 && kind->family == KV_KIND_DIST) {
+        options->member = value;
+        return true;
+    }
     for (int i = 0; DIST[i] != NULL; i++) {
         if (strcmp(name, DIST[i]) == 0) {
             if (kind->family == KV_KIND_DIST)
@@ -69,7 +73,10 @@ static bool parse_option(kv_state_t *state, const kv_kind_t *kind, PyObject *key
         }
     }
     kv_py_fail(state, KV_INVALID,
-               "there is no option '%.64s' (options: timeout, deterministic, num_threads)", name);
+               "there is no option '%.64s' (options: timeout, deterministic, num_threads%s)", name,
+               kind->family == KV_KIND_DIST
+                   ? ", token, scheduler, role, rank, num_workers, num_servers"
+                   : "");
     return false;
 }
 
@@ -84,4 +91,20 @@ bool kv_py_parse_options(kv_state_t *state, const kv_kind_t *kind, PyObject *key
             return false;
     }
     return true;
+}
+
+PyObject *kv_py_options_check(PyObject *module, PyObject *args, PyObject *keywords)
+{
+    kv_state_t *state = kv_py_state(module);
+    const char *name;
+    kv_kind_t kind;
+    kv_py_options_t options = {.timeout_ns = KV_PY_DEFAULT_TIMEOUT_NS};
+    if (!PyArg_ParseTuple(args, "s:options_check", &name))
+        return NULL;
+    kv_status_t status = kv_kind_parse(name, &kind);
+    if (status != KV_OK)
+        return kv_py_raise(state, status);
+    if (!kv_py_parse_options(state, &kind, keywords, &options))
+        return NULL;
+    Py_RETURN_NONE;
 }

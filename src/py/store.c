@@ -1,6 +1,7 @@
 /* kvstore.KVStore: making and ending a store, and the calls that move no values. The public class
  * is this type itself; no Python function stands between a user and push, pull, pushpull.
  */
+#include "py/node.h"
 #include "py/store.h"
 #include "py/store_doc.h"
 #include "py/training_doc.h"
@@ -19,6 +20,31 @@ bool kv_py_store_check_open(kv_py_store_t *self)
 }
 
 /* -------------------------------------------------------------------------- construction */
+
+/* The data plane of a member of a cluster: a new reference, NULL in a process that has no worker.
+ */
+static bool take_node(kv_state_t *state, kv_py_options_t *options, PyObject **node)
+{
+    if (options->member == NULL) {
+        kv_py_fail(state, KV_INVALID,
+                   "a dist store is made by kvstore.create, which joins the "
+                   "cluster");
+        return false;
+    }
+    if (options->member == Py_None)
+        return true;
+    PyObject *core = PyObject_GetAttrString(options->member, "core");
+    if (core == NULL)
+        return false;
+    options->store.client = kv_py_node_client(state, core);
+    if (options->store.client == NULL) {
+        kv_py_fail(state, KV_BAD_TYPE, "the core of a member must be a worker's Node");
+        Py_DECREF(core);
+        return false;
+    }
+    *node = core;
+    return true;
+}
 
 static PyObject *store_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
@@ -56,15 +82,23 @@ static PyObject *store_new(PyTypeObject *type, PyObject *args, PyObject *keyword
         return NULL;
     if (!kv_py_parse_options(state, &parsed, keywords, &options))
         return NULL;
+    PyObject *node = NULL;
+    if (parsed.family == KV_KIND_DIST && !take_node(state, &options, &node))
+        return NULL;
     kv_store_t *store;
     status = kv_store_new(runtime, kind, &options.store, &store);
-    if (status != KV_OK)
+    if (status != KV_OK) {
+        Py_XDECREF(node);
         return kv_py_raise(state, status);
+    }
     kv_py_store_t *self = (kv_py_store_t *)type->tp_alloc(type, 0);
     if (self == NULL) {
         kv_store_free(store);
+        Py_XDECREF(node);
         return NULL;
     }
+    self->node = node;
+    self->member = node != NULL ? Py_NewRef(options.member) : NULL;
     self->state = state;
     self->store = store;
     self->timeout_ns = options.timeout_ns;
@@ -80,6 +114,8 @@ static int store_traverse(PyObject *object, visitproc visit, void *arg)
     Py_VISIT(self->schedule);
     Py_VISIT(self->owner);
     Py_VISIT(self->pending);
+    Py_VISIT(self->member);
+    Py_VISIT(self->node);
     return 0;
 }
 
@@ -96,6 +132,7 @@ static int store_clear(PyObject *object)
     }
     Py_CLEAR(self->owner);
     Py_CLEAR(self->pending);
+    Py_CLEAR(self->member);
     return 0;
 }
 
@@ -111,6 +148,8 @@ static void store_dealloc(PyObject *object)
         kv_store_free(self->store);
     Py_XDECREF(self->owner);
     Py_XDECREF(self->pending);
+    Py_XDECREF(self->member);
+    Py_XDECREF(self->node);
     kv_py_release_now();
     type->tp_free(object);
     Py_DECREF(type);
@@ -284,101 +323,6 @@ static KV_PY_METHOD(store_stype)
                : NULL;
 }
 
-/* -------------------------------------------------------- cluster calls, in one process */
-
-static PyObject *store_close(PyObject *object, PyObject *unused)
-{
-    (void)unused;
-    kv_py_store_t *self = as_store(object);
-    if (kv_store_generation(self->store) != kv_fork_generation())
-        Py_RETURN_NONE; /* the parent's; nothing of it can be closed here */
-    self->updater = NULL;
-    self->schedule = NULL;
-    kv_store_close(self->store);
-    kv_py_release_now();
-    Py_RETURN_NONE;
-}
-
-static PyObject *store_enter(PyObject *object, PyObject *unused)
-{
-    (void)unused;
-    return kv_py_store_check_open(as_store(object)) ? Py_NewRef(object) : NULL;
-}
-
-static PyObject *store_exit(PyObject *object, PyObject *args)
-{
-    (void)args;
-    return store_close(object, NULL);
-}
-
-static PyObject *store_barrier(PyObject *object, PyObject *unused)
-{
-    (void)unused;
-    if (!kv_py_store_check_open(as_store(object)))
-        return NULL;
-    Py_RETURN_NONE;
-}
-
-static const kv_param_t BARRIER_BEFORE_EXIT_PARAMS[] = {{"barrier_before_exit", false}};
-static const kv_signature_t BARRIER_BEFORE_EXIT = {"set_barrier_before_exit", 1, 1,
-                                                   BARRIER_BEFORE_EXIT_PARAMS};
-
-static KV_PY_METHOD(store_set_barrier_before_exit)
-{
-    PyObject *value;
-    if (!kv_py_store_check_open(as_store(self)) ||
-        !kv_py_parse(&BARRIER_BEFORE_EXIT, args, num_args, names, &value))
-        return NULL;
-    if (value != NULL && !PyBool_Check(value))
-        return kv_py_fail(as_store(self)->state, KV_BAD_TYPE,
-                          "barrier_before_exit must be True or False, not %.100s",
-                          Py_TYPE(value)->tp_name);
-    Py_RETURN_NONE;
-}
-
-static const kv_param_t COMMAND_PARAMS[] = {{"head", true}, {"body", true}};
-static const kv_signature_t COMMAND = {"send_command_to_servers", 2, 2, COMMAND_PARAMS};
-
-static KV_PY_METHOD(store_send_command)
-{
-    PyObject *values[2];
-    if (!kv_py_store_check_open(as_store(self)) ||
-        !kv_py_parse(&COMMAND, args, num_args, names, values))
-        return NULL;
-    return kv_py_fail(
-        as_store(self)->state, KV_INVALID,
-        "a store of kind '%s' runs in one process and has no server to send a command "
-        "to",
-        kv_store_kind(as_store(self)->store));
-}
-
-static const kv_param_t DEAD_PARAMS[] = {{"role", false}, {"timeout", false}};
-static const kv_signature_t DEAD = {"num_dead_node", 2, 2, DEAD_PARAMS};
-
-static KV_PY_METHOD(store_num_dead_node)
-{
-    PyObject *values[2];
-    kv_state_t *state = as_store(self)->state;
-    int64_t timeout_ns;
-    if (!kv_py_store_check_open(as_store(self)) ||
-        !kv_py_parse(&DEAD, args, num_args, names, values) ||
-        !kv_py_timeout(state, values[1], 0, &timeout_ns))
-        return NULL;
-    if (values[0] == NULL || (PyIndex_Check(values[0]) && !PyBool_Check(values[0])))
-        return PyLong_FromLong(0);
-    static const char *const ROLES[] = {"worker", "server", "scheduler"};
-    for (int i = 0; PyUnicode_Check(values[0]) && i < 3; i++)
-        if (PyUnicode_CompareWithASCIIString(values[0], ROLES[i]) == 0)
-            return PyLong_FromLong(0);
-    PyObject *shown = PyObject_Repr(values[0]);
-    if (shown != NULL)
-        kv_py_fail(state, KV_INVALID,
-                   "role must be 'worker', 'server' or 'scheduler', or an integer mask; got %.100s",
-                   PyUnicode_AsUTF8(shown));
-    Py_XDECREF(shown);
-    return NULL;
-}
-
 static KV_PY_METHOD(store_is_capable)
 {
     PyObject *capability = only_argument("is_capable", "capability", args, num_args, names);
@@ -388,7 +332,8 @@ static KV_PY_METHOD(store_is_capable)
         return kv_py_fail(as_store(self)->state, KV_BAD_TYPE,
                           "a capability is named by a str, not %.100s",
                           Py_TYPE(capability)->tp_name);
-    return PyBool_FromLong(PyUnicode_CompareWithASCIIString(capability, "optimizer") == 0);
+    return PyBool_FromLong(as_store(self)->member == NULL &&
+                           PyUnicode_CompareWithASCIIString(capability, "optimizer") == 0);
 }
 
 /* Calls that take long anyway and are written in Python. */
@@ -423,16 +368,14 @@ static PyObject *store_type_name(PyObject *object, void *unused)
 
 static PyObject *store_rank(PyObject *object, void *unused)
 {
-    (void)object;
     (void)unused;
-    return PyLong_FromLong(0);
+    return PyLong_FromLong(kv_store_rank(as_store(object)->store));
 }
 
 static PyObject *store_num_workers(PyObject *object, void *unused)
 {
-    (void)object;
     (void)unused;
-    return PyLong_FromLong(1);
+    return PyLong_FromLong(kv_store_num_workers(as_store(object)->store));
 }
 
 static PyObject *store_repr(PyObject *object)
@@ -472,17 +415,18 @@ static PyMethodDef METHODS[] = {
     VECTORCALL("shape", store_shape, SHAPE_DOC),
     VECTORCALL("dtype", store_dtype, DTYPE_DOC),
     VECTORCALL("stype", store_stype, STYPE_DOC),
-    {"close", store_close, METH_NOARGS, CLOSE_DOC},
-    {"__enter__", store_enter, METH_NOARGS, NULL},
-    {"__exit__", store_exit, METH_VARARGS, NULL},
+    {"close", kv_py_store_close, METH_NOARGS, CLOSE_DOC},
+    {"__enter__", kv_py_store_enter, METH_NOARGS, NULL},
+    {"__exit__", kv_py_store_exit, METH_VARARGS, NULL},
     VECTORCALL("is_capable", store_is_capable, IS_CAPABLE_DOC),
-    {"barrier", store_barrier, METH_NOARGS, BARRIER_DOC},
-    {"_barrier", store_barrier, METH_NOARGS, BARRIER_DOC},
-    VECTORCALL("set_barrier_before_exit", store_set_barrier_before_exit, BARRIER_BEFORE_EXIT_DOC),
-    VECTORCALL("send_command_to_servers", store_send_command, COMMAND_DOC),
-    VECTORCALL("_send_command_to_servers", store_send_command, COMMAND_DOC),
-    VECTORCALL("num_dead_node", store_num_dead_node, DEAD_DOC),
-    VECTORCALL("get_num_dead_node", store_num_dead_node, DEAD_DOC),
+    {"barrier", kv_py_store_barrier, METH_NOARGS, BARRIER_DOC},
+    {"_barrier", kv_py_store_barrier, METH_NOARGS, BARRIER_DOC},
+    VECTORCALL("set_barrier_before_exit", kv_py_store_set_barrier_before_exit,
+               BARRIER_BEFORE_EXIT_DOC),
+    VECTORCALL("send_command_to_servers", kv_py_store_send_command, COMMAND_DOC),
+    VECTORCALL("_send_command_to_servers", kv_py_store_send_command, COMMAND_DOC),
+    VECTORCALL("num_dead_node", kv_py_store_num_dead_node, DEAD_DOC),
+    VECTORCALL("get_num_dead_node", kv_py_store_num_dead_node, DEAD_DOC),
     VECTORCALL("row_sparse_pull", kv_py_store_row_sparse_pull, ROW_SPARSE_PULL_DOC),
     KEYWORDS("set_optimizer", store_set_optimizer, SET_OPTIMIZER_DOC),
     KEYWORDS("set_optimizer_params", store_set_optimizer_params, SET_OPTIMIZER_PARAMS_DOC),

@@ -13,6 +13,8 @@ typedef struct kv_py_store {
     PyObject *schedule;    /* its optimizer's, likewise */
     PyObject *owner;       /* the optimizer as it was given, NULL if there is none */
     PyObject *pending;     /* dict: states that wait for the init of their keys, or NULL */
+    PyObject *member;      /* of a dist store: this process's place in the cluster … */
+    PyObject *node;        /* … and its data plane, kept as long as the store; else NULL */
     int64_t timeout_ns;
     PyObject *weakrefs;
 } kv_py_store_t;
@@ -26,11 +28,15 @@ static inline kv_py_store_t *as_store(PyObject *object)
 typedef struct kv_py_options {
     int64_t timeout_ns;
     kv_store_options_t store;
+    PyObject *member; /* borrowed; NULL: not given */
 } kv_py_options_t;
 
 /* Reads all keywords but `name`. False with an exception. */
 bool kv_py_parse_options(kv_state_t *state, const kv_kind_t *kind, PyObject *keywords,
                          kv_py_options_t *options);
+
+/* kvstore._core.options_check. */
+PyObject *kv_py_options_check(PyObject *module, PyObject *args, PyObject *keywords);
 
 /* Every method begins with it: ClosedError, and references given back meanwhile. */
 bool kv_py_store_check_open(kv_py_store_t *self);
@@ -44,6 +50,15 @@ KV_PY_METHOD(kv_py_store_pull);
 KV_PY_METHOD(kv_py_store_pushpull);
 KV_PY_METHOD(kv_py_store_broadcast);
 KV_PY_METHOD(kv_py_store_row_sparse_pull);
+
+/* store_cluster.c. */
+PyObject *kv_py_store_close(PyObject *self, PyObject *unused);
+PyObject *kv_py_store_enter(PyObject *self, PyObject *unused);
+PyObject *kv_py_store_exit(PyObject *self, PyObject *args);
+PyObject *kv_py_store_barrier(PyObject *self, PyObject *unused);
+KV_PY_METHOD(kv_py_store_set_barrier_before_exit);
+KV_PY_METHOD(kv_py_store_send_command);
+KV_PY_METHOD(kv_py_store_num_dead_node);
 
 /* store.c: set_updater's work; `function` may be None, `owner` NULL. */
 bool kv_py_store_use_updater(kv_py_store_t *self, PyObject *function, PyObject *owner);
