@@ -32,7 +32,9 @@ class Member:
 class Cluster:
     """``with Cluster(2, 2) as cluster: kv = cluster.store(rank)``."""
 
-    def __init__(self, num_workers=1, num_servers=2, kind="dist_sync", transport="inproc", **options):
+    def __init__(
+        self, num_workers=1, num_servers=2, kind="dist_sync", transport="inproc", **options
+    ):
         self.kind, self.num_workers, self.num_servers = kind, num_workers, num_servers
         self.options = {"transport": transport, "session": SESSION, **options}
         self.barrier = threading.Barrier(num_workers)
