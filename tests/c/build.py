@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("base", "engine", "array", "kernels", "compress", "optim", "comm", "store")
+FOLDERS = ("base", "net", "engine", "array", "kernels", "compress", "optim", "comm", "store")
 COMMON = (
     "-std=c17 -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math -D_GNU_SOURCE "
     "-Isrc -fvisibility=hidden -pthread"
