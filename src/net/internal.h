@@ -3,7 +3,8 @@
  *   net.c       the endpoint: its thread, the queues of messages, sessions, the ends of things
  *   inproc.c    endpoints of one process
  *   faulty.c    inproc with faults chosen by a seed
- *   ucx.c       UCX active messages; the only file that sees UCX's headers
+ *   ucx.c       UCX active messages
+ *   ucx_load.c  its library, found at run time, and its settings; only these two see its headers
  *
  * The thread of net.c runs the same loop for every transport:
  *

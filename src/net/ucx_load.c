@@ -1,0 +1,272 @@
+/* Finds libucp, checks its version, fills the table of its functions, and makes contexts with our
+ * settings. The library is never closed: UCX patches functions of the C library in memory, and its
+ * threads may still run. */
+#ifdef KV_WITH_UCX
+
+#include "net/ucx_load.h"
+#include "base/memory.h"
+#include "base/thread.h"
+#include <dlfcn.h>
+#include <limits.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define SONAME "libucp.so.0"
+
+static kv_mutex_t lock = KV_MUTEX_INIT(KV_RANK_LEAF);
+static kv_ucx_t table;
+static bool loaded;
+static uint64_t generation;
+
+/* A copy that another module has brought is taken: two in one process would patch the same
+ * functions of the C library. */
+static void *open_library(const char *folder)
+{
+    int how = RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE;
+    void *library = dlopen(SONAME, how | RTLD_NOLOAD);
+    if (library != NULL || folder == NULL)
+        return library != NULL ? library : dlopen(SONAME, how);
+    /* What libucp needs stands beside it. A library's own search path cannot be trusted with that,
+     * but one that is loaded is found by its name. */
+    static const char *const names[] = {"libucm.so.0", "libucs.so.0", "libuct.so.0", SONAME};
+    for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+        char path[PATH_MAX];
+        if (snprintf(path, sizeof(path), "%s/%s", folder, names[i]) >= (int)sizeof(path))
+            return NULL;
+        library = dlopen(path, how);
+    }
+    return library;
+}
+
+static kv_status_t fill(void *library, kv_ucx_t *out)
+{
+    kv_ucx_t found;
+    const char *missing = NULL;
+#define FIND(name)                                                                                 \
+    do {                                                                                           \
+        void *symbol = dlsym(library, #name);                                                      \
+        memcpy(&found.name, &symbol, sizeof(symbol));                                              \
+        if (symbol == NULL)                                                                        \
+            missing = #name;                                                                       \
+    } while (0);
+    KV_UCX_LIST(FIND)
+#undef FIND
+    unsigned major = 0;
+    unsigned minor = 0;
+    unsigned patch = 0;
+    if (found.ucp_get_version != NULL)
+        found.ucp_get_version(&major, &minor, &patch);
+    if (missing != NULL || major != KV_UCX_MAJOR || minor < KV_UCX_MINOR)
+        return kv_fail(KV_NOT_BUILT,
+                       "UCX %u.%u of this machine is not of the versions from %d.%d that are "
+                       "needed%s%s: pip install 'mlkvstore[dist]'",
+                       major, minor, KV_UCX_MAJOR, KV_UCX_MINOR,
+                       missing == NULL ? "" : ", it lacks ", missing == NULL ? "" : missing);
+    *out = found;
+    return KV_OK;
+}
+
+static kv_status_t load_locked(const char *folder)
+{
+    if (loaded && generation != kv_fork_generation())
+        return kv_fail(KV_NOT_BUILT, "UCX does not work in a process forked from one that has used "
+                                     "it: start that process anew (spawn)");
+    if (loaded)
+        return KV_OK;
+    kv_ucx_signals_t signals;
+    kv_ucx_signals_keep(&signals);
+    void *library = open_library(folder);
+    kv_ucx_signals_restore(&signals);
+    if (library == NULL) {
+        const char *why = dlerror();
+        return kv_fail(KV_NOT_BUILT,
+                       "UCX is not on this machine: pip install 'mlkvstore[dist]' (%s)",
+                       why == NULL ? SONAME " was not found" : why);
+    }
+    KV_TRY(fill(library, &table));
+    generation = kv_fork_generation();
+    loaded = true;
+    return KV_OK;
+}
+
+kv_status_t kv_ucx_load(const char *folder, const kv_ucx_t **out)
+{
+    kv_mutex_lock(&lock);
+    kv_status_t status = load_locked(folder);
+    kv_mutex_unlock(&lock);
+    if (status == KV_OK)
+        *out = &table;
+    return status;
+}
+
+void kv_ucx_signals_keep(kv_ucx_signals_t *signals)
+{
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
+    sigset_t others;
+    sigfillset(&others);
+    for (size_t i = 0; i < sizeof(faults) / sizeof(faults[0]); i++)
+        sigdelset(&others, faults[i]);
+    pthread_sigmask(SIG_SETMASK, &others, &signals->blocked);
+    for (int number = 1; number < 32; number++)
+        sigaction(number, NULL, &signals->handlers[number]);
+}
+
+void kv_ucx_signals_restore(const kv_ucx_signals_t *signals)
+{
+    for (int number = 1; number < 32; number++) {
+        struct sigaction now;
+        const struct sigaction *before = &signals->handlers[number];
+        /* The handler's place in this union is the same for both of its types. */
+        if (sigaction(number, NULL, &now) == 0 && now.sa_handler != before->sa_handler)
+            sigaction(number, before, NULL);
+    }
+    pthread_sigmask(SIG_SETMASK, &signals->blocked, NULL);
+}
+
+void kv_ucx_names(char *text, const char *mark, const char *until, char *out, size_t bytes)
+{
+    size_t used = 0;
+    out[0] = '\0';
+    char *rest = NULL;
+    for (char *line = strtok_r(text, "\n", &rest); line != NULL;
+         line = strtok_r(NULL, "\n", &rest)) {
+        char *name = strstr(line, mark);
+        name = name == NULL ? NULL : strstr(name + strlen(mark), until);
+        if (name == NULL)
+            continue;
+        name += strlen(until);
+        name += strspn(name, " 0123456789:"); /* the number of a lane's resource */
+        size_t length = strcspn(name, " ");
+        size_t path = length; /* ".0": one of several paths of a device */
+        while (path > 0 && '0' <= name[path - 1] && name[path - 1] <= '9')
+            path--;
+        if (0 < path && path < length && name[path - 1] == '.')
+            length = path - 1;
+        int added =
+            snprintf(out + used, bytes - used, "%s%.*s", used == 0 ? "" : " ", (int)length, name);
+        if (added < 0 || (size_t)added >= bytes - used)
+            return;
+        used += (size_t)added;
+    }
+}
+
+/* Sets what the user has not set by KVSTORE_UCX_<name>; UCX_<name> is for the process's other users
+ * of UCX. Versions spell a transport's settings with its name (from 1.18) or without, and the older
+ * ones take the long name and ignore it: both are set. */
+static kv_status_t set(const kv_ucx_t *ucx, ucp_config_t *config, const char *transport,
+                       const char *name, const char *value)
+{
+    const char *const prefixes[] = {transport, ""};
+    bool taken = false;
+    for (int i = transport[0] == '\0'; i < 2; i++) {
+        char full[64];
+        snprintf(full, sizeof(full), "KVSTORE_UCX_%s%s", prefixes[i], name);
+        taken |= getenv(full) != NULL ||
+                 ucx->ucp_config_modify(config, full + strlen("KVSTORE_UCX_"), value) == UCS_OK;
+    }
+    if (taken)
+        return KV_OK;
+    return kv_fail(KV_INVALID, "UCX does not take the setting %s%s=%s", transport, name, value);
+}
+
+static kv_status_t set_all(const kv_ucx_t *ucx, ucp_config_t *ucx_config,
+                           const kv_net_config_t *config)
+{
+    const struct {
+        const char *transport, *name, *value; /* NULL: as UCX has it */
+    } settings[] = {
+        {"", "TLS", config->same_host_copies ? "tcp,cma" : "tcp"},
+        {"", "NET_DEVICES", config->interface},
+        /* The newer way to choose protocols has no fast one for tcp between worker addresses. */
+        {"", "PROTO_ENABLE", "n"},
+        {"", "RNDV_THRESH", "256k"},
+        {"", "KEEPALIVE_INTERVAL", "1s"},
+        /* Without it cma is left out where errors of peers are to be told. */
+        {"CMA_", "MEMORY_INVALIDATE", config->same_host_copies ? "y" : NULL},
+        {"TCP_", "PORT_RANGE", config->port_range},
+        {"TCP_", "AF_PRIO", config->inet6 ? "inet6" : NULL},
+    };
+    for (size_t i = 0; i < sizeof(settings) / sizeof(settings[0]); i++) {
+        if (settings[i].value != NULL)
+            KV_TRY(
+                set(ucx, ucx_config, settings[i].transport, settings[i].name, settings[i].value));
+    }
+    return KV_OK;
+}
+
+/* UCX takes any text. */
+static kv_status_t check_ports(const char *range)
+{
+    unsigned low = 0;
+    unsigned high = 0;
+    int used = -1;
+    if (range == NULL || (sscanf(range, "%5u-%5u%n", &low, &high, &used) == 2 &&
+                          range[used] == '\0' && 0 < low && low <= high && high <= UINT16_MAX))
+        return KV_OK;
+    return kv_fail(KV_INVALID, "ports are given as two numbers, \"20000-20100\", not as \"%s\"",
+                   range);
+}
+
+/* A transport that the context does not have cannot become a lane of any of its endpoints. */
+static kv_status_t check_transports(const kv_ucx_t *ucx, ucp_context_h context)
+{
+    char *text = NULL;
+    size_t bytes = 0;
+    FILE *stream = open_memstream(&text, &bytes);
+    KV_TRY_ALLOC(stream, "the transports of UCX");
+    ucx->ucp_context_print_info(context, stream);
+    char names[1024] = "";
+    if (fclose(stream) == 0)
+        kv_ucx_names(text, "resource", " flags -- ", names, sizeof(names));
+    free(text);
+    if (names[0] == '\0')
+        return kv_fail(KV_NOT_BUILT, "this version of UCX does not name its transports");
+    if (strstr(names, "posix/") != NULL || strstr(names, "sysv/") != NULL ||
+        strstr(names, "xpmem/") != NULL)
+        return kv_fail(KV_INVALID,
+                       "UCX would use shared memory (%s), where one process that is killed stops "
+                       "all others: leave it out of KVSTORE_UCX_TLS",
+                       names);
+    return KV_OK;
+}
+
+kv_status_t kv_ucx_context(const kv_ucx_t *ucx, const kv_net_config_t *config, ucp_context_h *out)
+{
+    KV_TRY(check_ports(config->port_range));
+    ucp_config_t *settings = NULL;
+    ucs_status_t made = ucx->ucp_config_read("KVSTORE", NULL, &settings);
+    if (made != UCS_OK)
+        return kv_fail(KV_INVALID, "UCX does not take its settings (KVSTORE_UCX_*): %s",
+                       ucx->ucs_status_string(made));
+    kv_status_t status = set_all(ucx, settings, config);
+    ucp_context_h context = NULL;
+    if (status == KV_OK) {
+        ucp_params_t params = {
+            .field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_ESTIMATED_NUM_EPS,
+            .features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP,
+            .estimated_num_eps = (size_t)config->num_peers,
+        };
+        /* The version that we need, not the one of the headers: UCX warns of an older one. */
+        made = ucx->ucp_init_version(KV_UCX_MAJOR, KV_UCX_MINOR, &params, settings, &context);
+        if (made != UCS_OK)
+            status = kv_fail(config->interface != NULL ? KV_INVALID : KV_DEVICE,
+                             "UCX cannot use the network interface %s: %s",
+                             config->interface != NULL ? config->interface : "of this machine",
+                             ucx->ucs_status_string(made));
+    }
+    ucx->ucp_config_release(settings);
+    KV_TRY(status);
+    status = check_transports(ucx, context);
+    if (status != KV_OK)
+        ucx->ucp_cleanup(context);
+    else
+        *out = context;
+    return status;
+}
+
+#else
+typedef int kv_ucx_not_in_this_build_t; /* a file may not be empty */
+#endif
