@@ -116,4 +116,43 @@ def create(name: str = "local", **options: Any) -> Any:
     make: Callable[..., Any] | None = None
     if isinstance(name, str):
         make = _registered.get(name.lower())
+        if make is None and name.lower() in _core.kinds() and name.lower().startswith("dist"):
+            return _create_dist(name, options)
     return _core.KVStore(name, **options) if make is None else make(**options)
+
+
+_STORE_OPTIONS = ("timeout", "deterministic", "num_threads")
+
+
+def _create_dist(name: str, options: dict[str, Any]) -> Any:
+    """A store of a dist kind: this process joins its cluster first, if it is a worker."""
+    if not hasattr(_core, "Node"):
+        return _core.KVStore(name, **options)  # which says what is missing
+    from .cluster import settings
+    from .cluster.member import Member, of_this_process
+
+    known = (*_STORE_OPTIONS, *(option for option in settings.BY_OPTION if option != "timeout"))
+    for option in options:
+        if option not in known:
+            raise InvalidArgumentError(
+                f"there is no option {option!r} (options: {', '.join(known)})"
+            )
+    # All is checked before the cluster hears anything.
+    own = {option: options[option] for option in _STORE_OPTIONS if option in options}
+    _core.KVStore("local", **own).close()
+    found = settings.read({o: v for o, v in options.items() if o not in _STORE_OPTIONS[1:]})
+    own["timeout"] = found.timeout
+    if found.role != "worker":
+        return _core.KVStore(name, _member=None, **own)
+    member = of_this_process()
+    if member is not None:
+        raise InvalidArgumentError(
+            f"this process already is {member.role} {member.rank} of the cluster at "
+            f"{member.settings.address}: close that store before you make another"
+        )
+    member = Member.join(found, asynchronous="async" in name.lower().split("_"))
+    try:
+        return _core.KVStore(name, _member=member, **own)
+    except BaseException as error:
+        member.fail(f"its store could not be made: {type(error).__name__}: {error}")
+        raise

@@ -259,8 +259,8 @@ def test_a_server_is_made_of_a_store():
         (None, kvstore.InvalidArgumentError, "set DMLC_ROLE to server or scheduler"),
         ("worker", kvstore.InvalidArgumentError, "a worker does not serve"),
         ("king", kvstore.InvalidArgumentError, "one of worker, server, scheduler"),
-        ("server", kvstore.NotBuiltError, "this version has no dist stores"),
-        ("scheduler", kvstore.NotBuiltError, "this version has no dist stores"),
+        ("server", kvstore.InvalidArgumentError, "a server must know where the scheduler is"),
+        ("scheduler", kvstore.InvalidArgumentError, "KVSTORE_SCHEDULER or the option scheduler"),
     ],
 )
 def test_serve_says_why_it_cannot(monkeypatch, role, error, message):
@@ -280,7 +280,7 @@ def test_the_server_module_prints_its_error_and_fails():
     done = python("-m", "kvstore.server", DMLC_ROLE="server")
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr.startswith("kvstore.server: DMLC_ROLE=server:")
+    assert done.stderr.startswith("kvstore.server: a server must know where the scheduler is")
     assert done.stderr.count("\n") == 1
 
 

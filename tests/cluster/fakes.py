@@ -1,0 +1,130 @@
+"""What the tests of the control plane share: a data plane that moves nothing, clusters whose nodes
+are threads of this process, and nodes that are processes of their own."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from kvstore.cluster import control, settings
+from kvstore.cluster.member import Member
+from kvstore.cluster.scheduler import Scheduler
+from kvstore.errors import PeerLostError
+
+HERE = Path(__file__).parent
+# How long something may take that is due at once: a loaded machine under a sanitizer is slow.
+LONG = 60
+
+
+class FakeCore:
+    """The methods of the data plane. `lost` is what it was told of a broken cluster."""
+
+    def __init__(self, role, rank, num_workers, num_servers, **options):
+        self.role, self.rank, self.options = role, rank, options
+        self.peers, self.lost, self.closed = None, None, False
+
+    def address(self):
+        return f"{self.role} {self.rank} \0\xff".encode("latin-1")
+
+    def connect(self, peers):
+        self.peers = peers
+
+    def wait_ready(self, timeout):
+        if self.lost is not None:
+            raise PeerLostError(self.lost)
+
+    def lose(self, why):
+        self.lost = why
+
+    def close(self):
+        self.closed = True
+
+
+def make_settings(role, address, **options):
+    """Settings of a node, with numbers as the scheduler's unless given."""
+    options.setdefault("timeout", LONG)
+    return settings.read({"role": role, "scheduler": address, **options})
+
+
+class Cluster:
+    """A scheduler in this process; `join` makes members of it in threads."""
+
+    def __init__(self, num_workers, num_servers, host="127.0.0.1", **options):
+        self.numbers = {"num_workers": num_workers, "num_servers": num_servers}
+        address = settings.join_address(host, 0)
+        self.scheduler = Scheduler(make_settings("scheduler", address, **self.numbers, **options))
+        control.run(self.scheduler.listen())
+        self.address = settings.join_address(host, self.scheduler.address[1])
+        self.options = {k: v for k, v in options.items() if k == "token"}
+        self.ended = control.start(self.scheduler.run())
+        self.pool = ThreadPoolExecutor(num_workers + num_servers + 8)
+        self.members = []
+
+    def settings(self, role, **options):
+        return make_settings(role, self.address, **{**self.options, **options})
+
+    def join(self, role, asynchronous=False, make_core=FakeCore, **options):
+        """A future of a member."""
+
+        def work():
+            node = self.settings(role, **options)
+            member = Member.join(node, asynchronous=asynchronous, make_core=make_core)
+            self.members.append(member)
+            return member
+
+        return self.pool.submit(work)
+
+    def start(self):
+        """All members, joined: workers by rank, then servers by rank."""
+        futures = [self.join("worker") for _ in range(self.numbers["num_workers"])]
+        futures += [self.join("server") for _ in range(self.numbers["num_servers"])]
+        members = [future.result(LONG) for future in futures]
+        members.sort(key=lambda member: (member.role != "worker", member.rank))
+        return members
+
+    def serve(self, server, controller=None):
+        """Let a member be a server until the cluster ends."""
+        from kvstore import _dist
+
+        def work():
+            for command in server.commands():
+                _dist.run_command(server, command, controller)
+            server.close()
+
+        return self.pool.submit(work)
+
+    def close(self):
+        """End it however far it is."""
+        for member in self.members:
+            member.close(LONG, together=False)
+        self.ended.cancel()
+        with contextlib.suppress(BaseException):
+            control.wait(self.ended)
+        self.pool.shutdown()
+
+
+def child(code, *arguments, **variables):
+    """A process that runs code with this folder on its path; its output is piped."""
+    env = {name: value for name, value in os.environ.items() if name != "KVSTORE_ROLE"}
+    paths = [str(HERE), *filter(None, [env.get("PYTHONPATH")])]
+    env.update(PYTHONPATH=os.pathsep.join(paths), **variables)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=env,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def until(condition, timeout=LONG):
+    """Wait until a condition of another thread's making holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        threading.Event().wait(0.005)
