@@ -423,6 +423,32 @@ void kv_client_close(kv_client_t *client)
     kv_mutex_unlock(&client->lock);
 }
 
+kv_status_t kv_client_drain(kv_client_t *client, kv_caller_t *caller)
+{
+    int64_t deadline = kv_caller_deadline(caller);
+    kv_status_t status = KV_OK;
+    kv_caller_detach(caller);
+    kv_mutex_lock(&client->lock);
+    while (client->calls != NULL && status == KV_OK) {
+        int64_t now = kv_clock_ns(), until = now + KV_POLL_NS;
+        kv_cond_wait_until(&client->changed, &client->lock, until < deadline ? until : deadline);
+        if (client->calls == NULL)
+            break;
+        if (kv_clock_ns() >= deadline) {
+            char missing[128];
+            list_missing(client->calls->work, missing, sizeof missing);
+            status = kv_fail(KV_TIMEOUT, "%s has not answered all calls within %.3g s", missing,
+                             (double)caller->timeout_ns * 1e-9);
+        } else {
+            kv_mutex_unlock(&client->lock);
+            status = caller->poll(caller);
+            kv_mutex_lock(&client->lock);
+        }
+    }
+    kv_mutex_unlock(&client->lock);
+    return status;
+}
+
 void kv_client_free(kv_client_t *client)
 {
     kv_pool_free(client->pool);

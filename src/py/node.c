@@ -85,17 +85,18 @@ static void close_node(kv_py_node_t *self)
 
 static PyObject *node_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
+    /* Without a session there are no bytes of one, which is refused below. */
     static char *names[] = {"role",        "rank",         "num_workers",      "num_servers",
                             "session",     "asynchronous", "transport",        "library",
                             "interface",   "port_range",   "same_host_copies", "inet6",
                             "num_threads", "seed",         "faults",           NULL};
     kv_state_t *state = PyType_GetModuleState(type);
-    const char *role, *session;
-    Py_ssize_t session_bytes;
+    const char *role, *session = NULL;
+    Py_ssize_t session_bytes = 0;
     int rank, num_workers, num_servers, asynchronous = 0, copies = 0, inet6 = 0, num_threads = 0;
     unsigned long long seed = 0;
     kv_net_config_t config = {.transport = "ucx"};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "siii$y#pszzzppiKz:Node", names, &role, &rank,
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "siii|$y#pszzzppiKz:Node", names, &role, &rank,
                                      &num_workers, &num_servers, &session, &session_bytes,
                                      &asynchronous, &config.transport, &config.library,
                                      &config.interface, &config.port_range, &copies, &inet6,

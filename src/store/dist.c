@@ -465,7 +465,7 @@ static kv_status_t run_now(request_t *request, kv_call_t *call, kv_caller_t *cal
 kv_status_t kv_dist_run(kv_store_t *store, const kv_plan_t *plan, kv_call_t *call, bool push,
                         kv_caller_t *caller)
 {
-    request_t *request;
+    request_t *request = NULL;
     for (int64_t g = 0; g < plan->num_groups; g++) {
         const kv_group_t *group = &plan->groups[g];
         if ((push && group->values[0].sparse != NULL) ||
