@@ -45,6 +45,11 @@ def dead_nodes(member: Member, role: str | int, timeout_s: float) -> int:
     return sum(member.dead_nodes(name, timeout_s) for name in roles)
 
 
+def set_barrier_before_exit(member: Member, wait: bool) -> None:
+    """Whether the worker's close waits for the others'."""
+    member.barrier_before_exit = wait
+
+
 def close(member: Member, timeout_s: float, together: bool | None = None) -> None:
     """Leave the cluster; a worker waits for the others to leave too, unless told otherwise."""
     member.close(timeout_s, together)

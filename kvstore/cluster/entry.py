@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import importlib.util
 import os
 import socket
 import struct
@@ -169,4 +170,13 @@ def _interface6(near: str) -> str | None:
         parts = line.split()
         if parts and parts[0] == wanted:
             return parts[-1]
+    return None
+
+
+def ucx_library() -> str | None:
+    """The folder of UCX's libraries in the package of the extra `dist`; None: the system's."""
+    spec = importlib.util.find_spec("libucx")
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        if os.path.isdir(os.path.join(folder, "lib")):
+            return os.path.join(folder, "lib")
     return None

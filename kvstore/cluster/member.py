@@ -184,7 +184,7 @@ class Member:
             session=bytes.fromhex(field(place, "session", str)),
             asynchronous=self.asynchronous,
             transport="ucx",
-            library=None,
+            library=entry.ucx_library(),
             interface=settings.interface or entry.interface(settings.bind, self._socket),
             port_range=settings.port_range or None,
             same_host_copies=field(place, "same_host_copies", bool),

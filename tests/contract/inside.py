@@ -23,7 +23,7 @@ class Member:
     def barrier(self, timeout_s):
         self.cluster.barrier.wait(timeout_s)
 
-    def close(self, timeout_s):
+    def close(self, timeout_s, together=None):
         if not self.closed:
             self.closed = True
             self.core.close()
