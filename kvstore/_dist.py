@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .cluster.member import Command, Member
-from .errors import ArrayTypeError, InvalidArgumentError
+from .errors import ArrayTypeError, InvalidArgumentError, PeerLostError, TimeoutError
 
 Controller = Callable[[int, Any], object]
 
@@ -52,7 +52,16 @@ def set_barrier_before_exit(member: Member, wait: bool) -> None:
 
 def close(member: Member, timeout_s: float, together: bool | None = None) -> None:
     """Leave the cluster; a worker waits for the others to leave too, unless told otherwise."""
-    member.close(timeout_s, together)
+    try:
+        # What was pushed may still be on its way, and a session that closes drops it.
+        member.core.drain(timeout_s)
+    except PeerLostError:
+        pass
+    except TimeoutError:
+        together = False
+        raise
+    finally:
+        member.close(timeout_s, together)
 
 
 def run_command(member: Member, asked: Command, controller: Controller | None) -> None:

@@ -215,6 +215,11 @@ static kv_status_t merge(request_t *request, target_t *target)
 
 static kv_status_t prepare(request_t *request, target_t *target, kv_client_part_t *part)
 {
+    if (target->entry->deleted) {
+        char name[NAME_BYTES];
+        return kv_fail(KV_NO_KEY, "key %s was deleted before this call came to its turn",
+                       kv_name_format(&target->entry->name, name, sizeof name));
+    }
     *part = (kv_client_part_t){.remote = target->entry->remote};
     if (target->num_values == 1 && target->values[0].strides == NULL) {
         part->value = target->values[0].data;

@@ -208,6 +208,8 @@ kv_status_t kv_dist_delete(kv_store_t *store, const kv_plan_t *plan, kv_caller_t
         status = kv_engine_enter(agreement->engine, &op, caller);
         if (status == KV_OK) {
             status = agree(store, agreement, caller);
+            for (int64_t i = 0; i < plan->num_groups && status == KV_OK; i++)
+                plan->groups[i].entry->deleted = true;
             kv_engine_leave(agreement->engine, &op);
             kv_caller_attach(caller);
         }
