@@ -6,9 +6,9 @@ import sys
 import time
 
 import pytest
+from inside import Cluster
 
 import kvstore
-from inside import Cluster
 from kvstore import _core
 
 # Set by the sanitizers' runs: PyTorch is much code that no sanitizer has seen.

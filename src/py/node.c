@@ -253,11 +253,11 @@ static PyObject *node_drain(PyObject *object, PyObject *timeout)
     kv_py_node_t *self = as_node(object);
     kv_py_caller_t caller;
     int64_t timeout_ns;
+    if (self->closed || self->client == NULL)
+        Py_RETURN_NONE;
     if (!check_open(self) ||
         !kv_py_timeout(self->state, timeout, KV_PY_DEFAULT_TIMEOUT_NS, &timeout_ns))
         return NULL;
-    if (self->client == NULL)
-        Py_RETURN_NONE;
     kv_py_caller_init(&caller, timeout_ns);
     kv_status_t status = kv_client_drain(self->client, &caller.base);
     kv_caller_attach(&caller.base);
