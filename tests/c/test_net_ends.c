@@ -365,6 +365,12 @@ ON_EACH_TRANSPORT(strangers_are_not_heard)
     nodes_end(nodes, 2);
 }
 
+static bool free_self(packet_t *packet)
+{
+    packet_free(packet);
+    return true;
+}
+
 static void send_after_loss(node_t *node, int32_t peer)
 {
     packet_t *packet = packet_new(node->self, peer, 1, 0, 0);
@@ -372,21 +378,14 @@ static void send_after_loss(node_t *node, int32_t peer)
     packet_free(packet);
     kv_net_drop(node->net, peer, "again");
     packet = packet_new(node->self, 2, 1, 10, 0);
-    packet->then = node->context;
+    packet->then = free_self;
     send_packet(node, packet);
-}
-
-static bool free_self(packet_t *packet)
-{
-    packet_free(packet);
-    return true;
 }
 
 ON_EACH_TRANSPORT(the_handler_of_a_loss_may_tell_others)
 {
     node_t *nodes = nodes_start(3, setup);
     nodes[0].on_lost = send_after_loss;
-    nodes[0].context = free_self;
     node_end(&nodes[1]);
     WAIT_UNTIL(atomic_load(&nodes[2].num_whole) == 1);
     CHECK_EQ(atomic_load(&nodes[0].num_lost[1]), 1);
