@@ -41,9 +41,10 @@ static inline void fill(worker_t *me, int32_t worker, int64_t key, int64_t round
         me->values[key][i] = part_of(worker, key, round, i);
 }
 
-/* The value of a key after this round, -1: the first one. */
-static inline bool is_sum(const float *out, int64_t length, int32_t num_workers, int64_t key,
-                          int64_t round)
+/* The value of a key after this round, -1: the first one. Gives the first element that is not, -1
+ * when all are. */
+static inline int64_t find_wrong(const float *out, int64_t length, int32_t num_workers, int64_t key,
+                                 int64_t round)
 {
     for (int64_t i = 0; i < length; i++) {
         float due = 0;
@@ -51,13 +52,20 @@ static inline bool is_sum(const float *out, int64_t length, int32_t num_workers,
             due += part_of(worker, key, round, i);
         if (round < 0)
             due = part_of(-1, key, 0, i);
-        if (out[i] != due) {
-            printf("    key %d, element %d of %d after round %d: %g, not %g\n", (int)key, (int)i,
-                   (int)length, (int)round, (double)out[i], (double)due);
-            return false;
-        }
+        if (out[i] != due)
+            return i;
     }
-    return true;
+    return -1;
+}
+
+static inline bool is_sum(const float *out, int64_t length, int32_t num_workers, int64_t key,
+                          int64_t round)
+{
+    int64_t wrong = find_wrong(out, length, num_workers, key, round);
+    if (wrong >= 0)
+        printf("    key %d, element %d of %d after round %d: %g\n", (int)key, (int)wrong,
+               (int)length, (int)round, (double)out[wrong]);
+    return wrong < 0;
 }
 
 static inline void clear(worker_t *me, int64_t key)

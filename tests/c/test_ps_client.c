@@ -529,7 +529,7 @@ static void bench_connect_rest(bench_t *bench)
     bench_wait_ready(bench);
 }
 
-static void a_younger_call_does_not_overtake_one_of_its_key(void)
+static void the_urgent_go_first_and_a_push_waits_for_pulls(void)
 {
     kv_remote_t *remotes[2];
     float value[4] = {0};
@@ -537,20 +537,28 @@ static void a_younger_call_does_not_overtake_one_of_its_key(void)
     static const struct {
         int remote;
         int32_t priority;
-    } starts[] = {{0, -10}, {0, 10}, {1, 0}, {1, 20}};
+        bool pulls;
+    } starts[] = {{0, -10, true}, {0, 10, false}, {1, 0, false}, {1, 20, true}};
     test_call_t calls[4];
     for (int i = 0; i < 4; i++) {
         call_init(&calls[i], KV_CLIENT_MOVE);
-        call_add(&calls[i], remotes[starts[i].remote], value, NULL);
+        call_add(&calls[i], remotes[starts[i].remote], starts[i].pulls ? NULL : value,
+                 starts[i].pulls ? value : NULL);
         calls[i].base.priority = starts[i].priority;
         call_start(bench->client, &calls[i]);
     }
     bench_connect_rest(bench);
-    static const int due[] = {2, 3, 0, 1};
+    static const int due[] = {3, 2, 0, 1};
+    static const uint64_t rounds[] = {1, 0, 0, 0};
     for (int i = 0; i < 4; i++) {
+        const void *data;
         letter_t *letter = get_letter(bench->fakes[1], i);
-        CHECK_EQ(letter->header.record.key, 100 + starts[due[i]].remote);
+        kv_wire_record_t record = get_record(letter, 0, &data);
+        CHECK_EQ(record.key, 100 + starts[due[i]].remote);
+        CHECK_EQ(record.round, rounds[i]);
         CHECK_EQ((int32_t)letter->header.priority, starts[due[i]].priority);
+        if (i == 2) /* nothing more goes out before it is answered */
+            CHECK_EQ(atomic_load(&bench->fakes[1]->num_letters), 3);
         answer(letter, 8);
         answer(get_letter(bench->fakes[0], 1 + i), 8);
     }
@@ -881,7 +889,7 @@ static const test_t tests[] = {
     TEST(rank_0_places_keys_and_sends_their_values),
     TEST(an_error_of_a_key_is_the_calls),
     TEST(a_third_round_waits_and_so_does_all_behind_it),
-    TEST(a_younger_call_does_not_overtake_one_of_its_key),
+    TEST(the_urgent_go_first_and_a_push_waits_for_pulls),
     TEST(a_delete_waits_for_the_calls_before_it),
     TEST(an_answer_that_fits_nothing_ends_the_session_and_writes_nothing),
     TEST(a_placement_that_cannot_be_ends_the_session),
