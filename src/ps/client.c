@@ -157,7 +157,7 @@ static void enter_locked(kv_client_t *client, kv_client_work_t *work) KV_REQUIRE
 {
     kv_client_call_t *call = work->call;
     work->id = client->next_id++;
-    kv_work_write_locked(work, kv_work_priority_locked(work));
+    kv_work_write_locked(work);
     for (int64_t i = 0; i < work->num_remotes; i++)
         work->remotes[i]->pushes += kv_part_pushes(call, i);
     kv_client_work_t **bucket = &client->buckets[work->id % KV_CLIENT_BUCKETS];

@@ -5,9 +5,10 @@
  * call is done when all have come.
  *
  * Order. Calls on a key take effect in the order of kv_client_start, whatever their priorities: a
- * message never overtakes an older one of the same key on its way to a server (its priority is
- * lowered to that of the one before it), and servers keep the order of a worker. A push that would
- * be two unfinished rounds ahead of its key waits here, and everything behind it on that key.
+ * push says which round it is of and a pull how many came before it. A push that would be two
+ * unfinished rounds ahead of its key waits here, also one behind a pull that is not answered yet,
+ * and everything behind it on its keys. (A call waits as a whole: workers that make calls on lists
+ * of keys in different orders may wait for each other, until their deadlines.)
  *
  * Nothing here blocks but cancel and close. Callbacks run in the endpoint's thread or inside
  * kv_client_lose, _cancel and _close, never inside kv_client_start, with no lock held.

@@ -262,7 +262,7 @@ static kv_status_t add_messages(kv_client_work_t *work)
     return KV_OK;
 }
 
-void kv_work_write_locked(kv_client_work_t *work, int32_t priority)
+void kv_work_write_locked(kv_client_work_t *work)
 {
     const kv_client_call_t *call = work->call;
     int64_t timeout = call->timeout_ms < UINT32_MAX ? call->timeout_ms : UINT32_MAX;
@@ -295,7 +295,7 @@ void kv_work_write_locked(kv_client_work_t *work, int32_t priority)
                 kv_wire_put_record(&record, (unsigned char *)message->buffer->data +
                                                 (size_t)i * KV_WIRE_RECORD_BYTES);
         }
-        message->net.priority = priority;
+        message->net.priority = call->priority;
         kv_wire_put_header(&header, message->net.header);
     }
 }

@@ -38,10 +38,10 @@ struct kv_remote {
     uint16_t *servers; /* [num_slices] */
     uint64_t number;
     /* Guarded by the client's lock: */
-    uint64_t pushes;                /* rounds begun */
-    int32_t started, pushing, held; /* calls under way, those of them that push, waiting calls */
-    int32_t lowest;                 /* of the priorities of all these */
-    uint64_t mark;                  /* see client_order.c */
+    uint64_t pushes;          /* rounds begun */
+    int32_t pushing, pulling; /* calls under way; a delete counts as a pull */
+    int32_t held;             /* calls that wait */
+    uint64_t mark;            /* see client_order.c */
     kv_name_t name;
     char text[];
 };
@@ -116,7 +116,7 @@ KV_MUST_CHECK kv_status_t kv_work_new(kv_client_t *client, kv_client_call_t *cal
                                       kv_client_work_t **out);
 void kv_work_free(kv_client_work_t *work);
 /* Writes the headers and the tables of records, with the rounds as they are now. */
-void kv_work_write_locked(kv_client_work_t *work, int32_t priority);
+void kv_work_write_locked(kv_client_work_t *work);
 /* Takes the slices of a declared key off the servers' loads. */
 void kv_client_unload_locked(kv_client_t *client, const kv_remote_t *remote)
     KV_REQUIRES(client->lock);
@@ -143,8 +143,6 @@ void kv_client_peer_lost_locked(kv_client_t *client, int32_t peer, kv_status_t s
 kv_client_work_t *kv_client_find_locked(kv_client_t *client, uint64_t id) KV_REQUIRES(client->lock);
 
 /* client_order.c */
-/* The lowest priority of a call and of those under way or waiting on its keys; kept with them. */
-int32_t kv_work_priority_locked(const kv_client_work_t *work);
 /* Sends the messages of a new call, or lets it wait for its turn. */
 void kv_client_queue_locked(kv_client_t *client, kv_client_work_t *work) KV_REQUIRES(client->lock);
 /* A call has ended: others may go. */

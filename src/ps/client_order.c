@@ -1,8 +1,12 @@
 /* The order of calls on a key: which wait, and which go to the endpoint.
  *
- * A call waits in the list `held` when one of its keys would be too many rounds ahead, or when an
- * older call on one of its keys waits. With every end of a call the list is gone through from the
- * oldest on.
+ * Messages may arrive in another order than they were sent. To a server a push of a later round is
+ * one, and a pull waits for the rounds before it; but a pull that comes late finds a value that is
+ * too new. So a push waits here for the pulls before it, besides when its key would be too many
+ * rounds ahead. A call that waits does so with all of its keys, in the list `held`, and so does
+ * every younger call on one of them. With every end of a call the list is gone through from the
+ * oldest on. As long as all workers make their calls in the same order, the oldest call that has
+ * not ended everywhere waits nowhere.
  */
 #include "ps/client_internal.h"
 
@@ -11,8 +15,8 @@ static void count_started_locked(const kv_client_work_t *work, int32_t sign)
 {
     const kv_client_call_t *call = work->call;
     for (int64_t i = 0; call->verb != KV_CLIENT_DECLARE && i < work->num_remotes; i++) {
-        work->remotes[i]->started += sign;
-        work->remotes[i]->pushing += kv_part_pushes(call, i) ? sign : 0;
+        *(kv_part_pushes(call, i) ? &work->remotes[i]->pushing : &work->remotes[i]->pulling) +=
+            sign;
     }
 }
 
@@ -28,9 +32,9 @@ static bool is_early_locked(const kv_client_work_t *work)
     const kv_client_call_t *call = work->call;
     for (int64_t i = 0; call->verb != KV_CLIENT_DECLARE && i < work->num_remotes; i++) {
         const kv_remote_t *remote = work->remotes[i];
-        if (kv_part_pushes(call, i) && remote->pushing >= KV_CLIENT_ROUNDS)
+        if (kv_part_pushes(call, i) && (remote->pushing >= KV_CLIENT_ROUNDS || remote->pulling > 0))
             return true;
-        if (call->verb == KV_CLIENT_DELETE && remote->started > 0)
+        if (call->verb == KV_CLIENT_DELETE && remote->pushing + remote->pulling > 0)
             return true;
     }
     return false;
@@ -86,21 +90,6 @@ static void release_held_locked(kv_client_t *client) KV_REQUIRES(client->lock)
         if (client->status != KV_OK)
             return; /* the list is empty now */
     }
-}
-
-int32_t kv_work_priority_locked(const kv_client_work_t *work)
-{
-    const kv_client_call_t *call = work->call;
-    int32_t lowest = call->priority;
-    int64_t count = call->verb == KV_CLIENT_DECLARE ? 0 : work->num_remotes;
-    for (int64_t i = 0; i < count; i++) {
-        const kv_remote_t *remote = work->remotes[i];
-        if (remote->started + remote->held > 0 && remote->lowest < lowest)
-            lowest = remote->lowest;
-    }
-    for (int64_t i = 0; i < count; i++)
-        work->remotes[i]->lowest = lowest;
-    return lowest;
 }
 
 void kv_client_queue_locked(kv_client_t *client, kv_client_work_t *work)

@@ -134,6 +134,15 @@ static kv_wire_record_t record_of(const kv_request_t *request)
     return record;
 }
 
+/* An answer that cannot be sent would be waited for in vain. */
+static void drop_without_memory_locked(kv_server_t *server, int32_t worker)
+    KV_REQUIRES(server->mutex)
+{
+    char why[KV_MESSAGE_BYTES];
+    snprintf(why, sizeof why, "server %" PRId32 " has no memory for an answer", server->index);
+    kv_net_drop(server->net, worker, why);
+}
+
 static void send_locked(kv_server_t *server, kv_request_t *carrier, const kv_wire_header_t *header)
     KV_REQUIRES(server->mutex)
 {
@@ -146,7 +155,10 @@ static void send_locked(kv_server_t *server, kv_request_t *carrier, const kv_wir
                                   .payload_bytes = bytes,
                                   .done = sent};
     kv_wire_put_header(header, message->header);
-    if (server->net == NULL || kv_net_send(server->net, message) != KV_OK)
+    kv_status_t status = server->net != NULL ? kv_net_send(server->net, message) : KV_CLOSED;
+    if (status == KV_NO_MEMORY)
+        drop_without_memory_locked(server, carrier->worker);
+    if (status != KV_OK)
         end_answer_locked(server, carrier);
 }
 
@@ -246,11 +258,8 @@ static void flush_worker_locked(kv_server_t *server, int32_t worker) KV_REQUIRES
         ;
     if (small == NULL)
         return;
-    if (server->net != NULL) {
-        char why[KV_MESSAGE_BYTES];
-        snprintf(why, sizeof why, "server %" PRId32 " has no memory for an answer", server->index);
-        kv_net_drop(server->net, worker, why);
-    }
+    if (server->net != NULL)
+        drop_without_memory_locked(server, worker);
     for (kv_request_t *request = small; request != NULL; request = next) {
         next = request->out_next;
         end_answer_locked(server, request);

@@ -480,6 +480,10 @@ kv_status_t kv_declare_locked(kv_server_t *server, kv_request_t *request)
     for (uint32_t i = 0; i < count; i++) {
         wait_t *wait = &declare->waits[i];
         kv_wire_key_t key = key_of_wait(wait);
+        if (server->lost != NULL) {
+            settle(wait, kv_error_hold(server->lost));
+            continue;
+        }
         status = request->worker == 0 ? record_locked(server, wait, &key)
                                       : ask_locked(server, wait, &key);
         if (status != KV_OK)
