@@ -6,7 +6,8 @@
  *   - No listener: bytes of a stranger can crash it. Both sides make their endpoint from the
  * other's worker address, and an address is taken from the control plane only.
  *   - The error callback only marks. Sessions end at the beginning of `progress`, outside UCX's
- *     callbacks and once each, by a forced close: whoever is gone answers no other.
+ *     callbacks and once each, by a forced close: whoever is gone answers no other. The connection
+ *     with a peer that may live is cut first (ucx_sockets.h).
  *   - UCX uses an endpoint's memory again for the next one, so nothing is found by its pointer. The
  *     prefix of a message tells its peer.
  *   - A message that fails breaks its session, since the next one would seem to follow the one
@@ -20,6 +21,7 @@
 #ifdef KV_WITH_UCX
 
 #include "net/ucx_load.h"
+#include "net/ucx_sockets.h"
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,9 +29,11 @@
 
 enum {
     MESSAGE_ID = 0, /* of our active messages */
+    SOCKETS_ID = 1, /* the connections of the sender */
     SLEEP_MS = 100, /* UCX has missed events before: never for long */
     SPIN_NS = 50 * 1000,
 };
+#define CUT_NS (INT64_C(200) * 1000 * 1000) /* a cut is seen within microseconds */
 #define CLOSE_NS (INT64_C(2) * 1000 * 1000 * 1000)
 
 typedef struct session {
@@ -38,6 +42,11 @@ typedef struct session {
     ucs_status_t failure; /* UCS_OK: none yet */
     bool told;            /* the failure, to net.c */
     bool dropped;
+    bool introduced;  /* the peer was told our connections */
+    bool cut;         /* its connections */
+    int64_t close_ns; /* of a dropped one: when to close it at the latest */
+    uint64_t links[KV_UCX_MAX_LINKS];
+    size_t num_links;
 } session_t;
 
 typedef struct endpoint {
@@ -147,6 +156,77 @@ static void sent(void *request, ucs_status_t how, void *context)
     kv_net_sent(e->net, post, ended(e, post->peer, how));
 }
 
+typedef struct introduction {
+    endpoint_t *endpoint;
+    uint64_t links[KV_UCX_MAX_SOCKETS];
+} introduction_t;
+
+static void introduced(void *request, ucs_status_t how, void *context)
+{
+    (void)how;
+    introduction_t *introduction = context;
+    endpoint_t *e = introduction->endpoint;
+    if (request != NULL)
+        e->ucx->ucp_request_free(request);
+    e->under_way--;
+    kv_free(introduction);
+}
+
+/* Tells the peer our connections, once it is known to be connected. Without memory for that it has
+ * only the forced close. */
+static void introduce(endpoint_t *e, session_t *session)
+{
+    session->introduced = true;
+    introduction_t *introduction = kv_alloc(sizeof(*introduction));
+    if (introduction == NULL)
+        return;
+    introduction->endpoint = e;
+    size_t count = kv_ucx_sockets_list(e->event_fd, introduction->links, KV_UCX_MAX_SOCKETS);
+    ucp_request_param_t param = {
+        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
+                        UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
+        .flags = UCP_AM_SEND_FLAG_REPLY | UCP_AM_SEND_FLAG_EAGER,
+        .cb.send = introduced,
+        .user_data = introduction,
+        .memory_type = UCS_MEMORY_TYPE_HOST,
+    };
+    e->under_way++;
+    void *request = e->ucx->ucp_am_send_nbx(session->ep, SOCKETS_ID, NULL, 0, introduction->links,
+                                            count * sizeof(introduction->links[0]), &param);
+    if (!UCS_PTR_IS_PTR(request))
+        introduced(NULL, UCS_OK, introduction);
+}
+
+/* A peer's connections: those that this node has too lead to it. */
+static ucs_status_t introduction_came(void *context, const void *header, size_t header_bytes,
+                                      void *data, size_t bytes, const ucp_am_recv_param_t *info)
+{
+    (void)header;
+    (void)header_bytes;
+    endpoint_t *e = context;
+    session_t *session = NULL;
+    for (int32_t peer = 0; peer < e->num_sessions; peer++) {
+        /* The reply endpoint is one that is open now, so here a pointer is good for a key. */
+        if (e->sessions[peer].ep != NULL && e->sessions[peer].ep == info->reply_ep)
+            session = &e->sessions[peer];
+    }
+    uint64_t *own = kv_alloc(KV_UCX_MAX_SOCKETS * sizeof(*own));
+    bool known = session != NULL && own != NULL &&
+                 (info->recv_attr & UCP_AM_RECV_ATTR_FIELD_REPLY_EP) != 0 &&
+                 (info->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) == 0;
+    size_t count = known ? kv_ucx_sockets_list(e->event_fd, own, KV_UCX_MAX_SOCKETS) : 0;
+    for (size_t at = 0; known && at + sizeof(uint64_t) <= bytes; at += sizeof(uint64_t)) {
+        uint64_t link;
+        memcpy(&link, (const unsigned char *)data + at, sizeof(link));
+        for (size_t i = 0; i < count && session->num_links < KV_UCX_MAX_LINKS; i++) {
+            if (own[i] == link)
+                session->links[session->num_links++] = link;
+        }
+    }
+    kv_free(own);
+    return UCS_OK;
+}
+
 static void transport_post(kv_net_t *net, kv_net_post_t *post)
 {
     endpoint_t *e = kv_net_own(net);
@@ -155,6 +235,8 @@ static void transport_post(kv_net_t *net, kv_net_post_t *post)
         kv_net_sent(net, post, ended(e, post->peer, UCS_ERR_NOT_CONNECTED));
         return;
     }
+    if (post->message != NULL && !session->introduced)
+        introduce(e, session);
     post->own = e;
     e->posted = true;
     e->under_way++;
@@ -292,10 +374,27 @@ static void close_session(endpoint_t *e, session_t *session)
         e->under_way--;
 }
 
+/* Gives whether the session is closed. */
+static bool end_session(endpoint_t *e, session_t *session)
+{
+    if (session->failure == UCS_OK && !session->cut) {
+        session->cut = true;
+        size_t found = kv_ucx_sockets_cut(e->event_fd, session->links, session->num_links);
+        session->close_ns = kv_clock_ns() + (found > 0 ? CUT_NS : 0);
+    }
+    if (session->failure == UCS_OK && kv_clock_ns() < session->close_ns)
+        return false;
+    close_session(e, session);
+    return true;
+}
+
+/* Tells what has failed, which may drop more, and ends what was dropped. */
 static void settle(endpoint_t *e)
 {
+    bool waits = false;
     while (e->news) {
         e->news = false;
+        waits = false;
         for (int32_t peer = 0; peer < e->num_sessions; peer++) {
             session_t *session = &e->sessions[peer];
             if (session->failure != UCS_OK && !session->told && !session->dropped) {
@@ -303,9 +402,10 @@ static void settle(endpoint_t *e)
                 kv_net_broken(e->net, peer, e->ucx->ucs_status_string(session->failure));
             }
             if (session->dropped && session->ep != NULL)
-                close_session(e, session);
+                waits |= !end_session(e, session);
         }
     }
+    e->news = waits;
 }
 
 /* -------------------------------------------------------------------------------- progress */
@@ -358,14 +458,14 @@ static kv_status_t make_worker(endpoint_t *e)
     ucs_status_t made = e->ucx->ucp_worker_create(e->context, &params, &e->worker);
     if (made != UCS_OK)
         return kv_fail(KV_DEVICE, "UCX does not start: %s", e->ucx->ucs_status_string(made));
-    ucp_am_handler_param_t handler = {
-        .field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB |
-                      UCP_AM_HANDLER_PARAM_FIELD_ARG,
-        .id = MESSAGE_ID,
-        .cb = came,
-        .arg = e,
-    };
-    made = e->ucx->ucp_worker_set_am_recv_handler(e->worker, &handler);
+    ucp_am_handler_param_t handlers[] = {{.id = MESSAGE_ID, .cb = came},
+                                         {.id = SOCKETS_ID, .cb = introduction_came}};
+    for (size_t i = 0; i < sizeof(handlers) / sizeof(handlers[0]) && made == UCS_OK; i++) {
+        handlers[i].field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB |
+                                 UCP_AM_HANDLER_PARAM_FIELD_ARG;
+        handlers[i].arg = e;
+        made = e->ucx->ucp_worker_set_am_recv_handler(e->worker, &handlers[i]);
+    }
     if (made == UCS_OK)
         made = e->ucx->ucp_worker_get_efd(e->worker, &e->event_fd);
     if (made != UCS_OK)
@@ -416,12 +516,11 @@ static void transport_close(kv_net_t *net)
     endpoint_t *e = kv_net_own(net);
     for (int32_t peer = 0; peer < e->num_sessions; peer++)
         transport_drop(net, peer);
-    settle(e);
     int64_t until = kv_clock_ns() + CLOSE_NS;
-    while (e->ucx->ucp_worker_progress(e->worker) != 0 || e->under_way > 0) {
-        if (kv_clock_ns() >= until)
-            break;
-    }
+    do
+        settle(e);
+    while ((e->ucx->ucp_worker_progress(e->worker) != 0 || e->news || e->under_way > 0) &&
+           kv_clock_ns() < until);
     kv_net_set_own(net, NULL);
     if (e->under_way == 0)
         free_endpoint(e);

@@ -210,8 +210,21 @@ static kv_status_t check_ports(const char *range)
                    range);
 }
 
-/* A transport that the context does not have cannot become a lane of any of its endpoints. */
-static kv_status_t check_transports(const kv_ucx_t *ucx, ucp_context_h context)
+static bool has_device(const char *names, const char *device)
+{
+    size_t length = strlen(device);
+    for (const char *at = names; (at = strchr(at, '/')) != NULL;) {
+        at++;
+        if (strncmp(at, device, length) == 0 && (at[length] == ' ' || at[length] == '\0'))
+            return true;
+    }
+    return false;
+}
+
+/* A transport that the context does not have cannot become a lane of any of its endpoints. Where
+ * the network's is missing, UCX only warns. */
+static kv_status_t check_transports(const kv_ucx_t *ucx, ucp_context_h context,
+                                    const char *interface)
 {
     char *text = NULL;
     size_t bytes = 0;
@@ -222,14 +235,16 @@ static kv_status_t check_transports(const kv_ucx_t *ucx, ucp_context_h context)
     if (fclose(stream) == 0)
         kv_ucx_names(text, "resource", " flags -- ", names, sizeof(names));
     free(text);
-    if (names[0] == '\0')
-        return kv_fail(KV_NOT_BUILT, "this version of UCX does not name its transports");
     if (strstr(names, "posix/") != NULL || strstr(names, "sysv/") != NULL ||
         strstr(names, "xpmem/") != NULL)
         return kv_fail(KV_INVALID,
                        "UCX would use shared memory (%s), where one process that is killed stops "
                        "all others: leave it out of KVSTORE_UCX_TLS",
                        names);
+    if (interface != NULL && !has_device(names, interface))
+        return kv_fail(KV_INVALID, "UCX finds no network interface %s here", interface);
+    if (names[0] == '\0' || strcmp(names, "cma/memory") == 0)
+        return kv_fail(KV_DEVICE, "UCX finds no network here");
     return KV_OK;
 }
 
@@ -259,7 +274,7 @@ kv_status_t kv_ucx_context(const kv_ucx_t *ucx, const kv_net_config_t *config, u
     }
     ucx->ucp_config_release(settings);
     KV_TRY(status);
-    status = check_transports(ucx, context);
+    status = check_transports(ucx, context, config->interface);
     if (status != KV_OK)
         ucx->ucp_cleanup(context);
     else
