@@ -23,7 +23,9 @@
     X(HANDLES, "handles")                                                                          \
     X(ERRORS, "errors")                                                                            \
     X(HOLDS, "holds")                                                                              \
-    X(CACHES, "caches")
+    X(CACHES, "caches")                                                                            \
+    X(NET_MESSAGES, "net_messages")                                                                \
+    X(NET_ARRIVALS, "net_arrivals")
 
 typedef enum kv_counter {
 #define KV_COUNTER_ENUM(id, name) KV_COUNT_##id,
