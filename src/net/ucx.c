@@ -32,6 +32,8 @@ enum {
     SOCKETS_ID = 1, /* the connections of the sender */
     SLEEP_MS = 100, /* UCX has missed events before: never for long */
     SPIN_NS = 50 * 1000,
+    IDLE_WAKES = 8, /* in a row, before naps */
+    NAP_MS = 10,
 };
 #define CUT_NS (INT64_C(200) * 1000 * 1000) /* a cut is seen within microseconds */
 #define CLOSE_NS (INT64_C(2) * 1000 * 1000 * 1000)
@@ -60,66 +62,10 @@ typedef struct endpoint {
     int64_t under_way; /* requests of UCX that will call back */
     int64_t active_ns; /* when something has moved last */
     int64_t spin_ns;   /* how long to look on before sleeping */
+    int idle_wakes;    /* since something has moved */
     int32_t num_sessions;
     session_t sessions[];
 } endpoint_t;
-
-/* ------------------------------------------------------------------------------- addresses */
-
-/* An address is UCX's, which it takes without a look, behind this. */
-typedef struct address_head {
-    char magic[8];
-    uint64_t bytes; /* behind the head */
-    uint64_t hash;  /* of those */
-} address_head_t;
-
-static const char address_magic[8] = "KVUCX 1";
-
-static uint64_t hash_of(const void *data, size_t bytes)
-{
-    uint64_t hash = UINT64_C(0xcbf29ce484222325); /* FNV-1a */
-    for (size_t i = 0; i < bytes; i++)
-        hash = (hash ^ ((const unsigned char *)data)[i]) * UINT64_C(0x100000001b3);
-    return hash;
-}
-
-static kv_status_t give_address(endpoint_t *e)
-{
-    ucp_address_t *own = NULL;
-    size_t bytes = 0;
-    ucs_status_t got = e->ucx->ucp_worker_get_address(e->worker, &own, &bytes);
-    if (got != UCS_OK)
-        return kv_fail(KV_DEVICE, "UCX gives no address: %s", e->ucx->ucs_status_string(got));
-    unsigned char address[KV_NET_ADDRESS_BYTES];
-    address_head_t head = {.bytes = bytes, .hash = hash_of(own, bytes)};
-    memcpy(head.magic, address_magic, sizeof(head.magic));
-    bool fits = sizeof(head) + bytes <= sizeof(address);
-    memcpy(address, &head, sizeof(head));
-    if (fits)
-        memcpy(address + sizeof(head), own, bytes);
-    e->ucx->ucp_worker_release_address(e->worker, own);
-    if (!fits)
-        return kv_fail(KV_INVALID,
-                       "the address of this node has %zu bytes, %d are allowed: name one network "
-                       "interface",
-                       bytes, KV_NET_ADDRESS_BYTES);
-    return kv_net_set_address(e->net, address, sizeof(head) + bytes);
-}
-
-/* UCX's part of an address, NULL when it is none. */
-static const ucp_address_t *check_address(const void *address, size_t bytes)
-{
-    address_head_t head;
-    if (bytes <= sizeof(head) || bytes > KV_NET_ADDRESS_BYTES)
-        return NULL;
-    memcpy(&head, address, sizeof(head));
-    const unsigned char *own = (const unsigned char *)address + sizeof(head);
-    size_t own_bytes = bytes - sizeof(head);
-    if (memcmp(head.magic, address_magic, sizeof(head.magic)) != 0 || head.bytes != own_bytes ||
-        head.hash != hash_of(own, own_bytes))
-        return NULL;
-    return (const ucp_address_t *)own;
-}
 
 /* -------------------------------------------------------------------------------- messages */
 
@@ -324,7 +270,7 @@ static kv_status_t transport_connect(kv_net_t *net, int32_t peer, const void *ad
 {
     endpoint_t *e = kv_net_own(net);
     session_t *session = &e->sessions[peer];
-    const ucp_address_t *own = check_address(address, bytes);
+    const ucp_address_t *own = kv_ucx_check_address(address, bytes);
     if (own == NULL)
         return kv_fail(KV_INVALID, "what came as the address of node %d is none", (int)peer);
     ucp_ep_params_t params = {
@@ -419,12 +365,24 @@ static bool look_on(endpoint_t *e, bool active)
         if (now - e->active_ns < 2 * SPIN_NS)
             e->spin_ns = SPIN_NS;
         e->active_ns = now;
+        e->idle_wakes = 0;
         return true;
     }
     if (now - e->active_ns < e->spin_ns)
         return true;
     e->spin_ns /= 2;
     return false;
+}
+
+/* While a connection waits for the other side's consent UCX is woken all the time for nothing. */
+static void sleep_for_event(endpoint_t *e, int limit_ms)
+{
+    struct pollfd event = {.fd = e->event_fd, .events = POLLIN};
+    int nap_ms = e->idle_wakes - IDLE_WAKES;
+    if (nap_ms > 0)
+        (void)poll(NULL, 0, nap_ms < NAP_MS ? nap_ms : NAP_MS);
+    if (poll(&event, 1, limit_ms) > 0)
+        e->idle_wakes++;
 }
 
 static void transport_progress(kv_net_t *net)
@@ -438,8 +396,7 @@ static void transport_progress(kv_net_t *net)
     ucs_status_t armed = e->ucx->ucp_worker_arm(e->worker);
     if (armed == UCS_ERR_BUSY || !kv_net_may_sleep(net))
         return;
-    struct pollfd event = {.fd = e->event_fd, .events = POLLIN};
-    (void)poll(&event, 1, armed == UCS_OK ? SLEEP_MS : 1);
+    sleep_for_event(e, armed == UCS_OK ? SLEEP_MS : 1);
     kv_net_awake(net);
 }
 
@@ -470,7 +427,10 @@ static kv_status_t make_worker(endpoint_t *e)
         made = e->ucx->ucp_worker_get_efd(e->worker, &e->event_fd);
     if (made != UCS_OK)
         return kv_fail(KV_DEVICE, "UCX does not start: %s", e->ucx->ucs_status_string(made));
-    return give_address(e);
+    unsigned char address[KV_NET_ADDRESS_BYTES];
+    size_t bytes = 0;
+    KV_TRY(kv_ucx_address(e->ucx, e->worker, address, &bytes));
+    return kv_net_set_address(e->net, address, bytes);
 }
 
 static void free_endpoint(endpoint_t *e)

@@ -1,6 +1,6 @@
-/* Finds libucp, checks its version, fills the table of its functions, and makes contexts with our
- * settings. The library is never closed: UCX patches functions of the C library in memory, and its
- * threads may still run. */
+/* Finds libucp, checks its version, fills the table of its functions, makes contexts with our
+ * settings, and writes and checks addresses. The library is never closed: UCX patches functions of
+ * the C library in memory, and its threads may still run. */
 #ifdef KV_WITH_UCX
 
 #include "net/ucx_load.h"
@@ -280,6 +280,63 @@ kv_status_t kv_ucx_context(const kv_ucx_t *ucx, const kv_net_config_t *config, u
     else
         *out = context;
     return status;
+}
+
+/* ------------------------------------------------------------------------------- addresses */
+
+/* An address is UCX's, which it takes without a look, behind this. */
+typedef struct address_head {
+    char magic[8];
+    uint64_t bytes; /* behind the head */
+    uint64_t hash;  /* of those */
+} address_head_t;
+
+static const char address_magic[8] = "KVUCX 1";
+
+static uint64_t hash_of(const void *data, size_t bytes)
+{
+    uint64_t hash = UINT64_C(0xcbf29ce484222325); /* FNV-1a */
+    for (size_t i = 0; i < bytes; i++)
+        hash = (hash ^ ((const unsigned char *)data)[i]) * UINT64_C(0x100000001b3);
+    return hash;
+}
+
+kv_status_t kv_ucx_address(const kv_ucx_t *ucx, ucp_worker_h worker, void *out, size_t *out_bytes)
+{
+    ucp_address_t *own = NULL;
+    size_t bytes = 0;
+    ucs_status_t got = ucx->ucp_worker_get_address(worker, &own, &bytes);
+    if (got != UCS_OK)
+        return kv_fail(KV_DEVICE, "UCX gives no address: %s", ucx->ucs_status_string(got));
+    address_head_t head = {.bytes = bytes, .hash = hash_of(own, bytes)};
+    memcpy(head.magic, address_magic, sizeof(head.magic));
+    bool fits = sizeof(head) + bytes <= KV_NET_ADDRESS_BYTES;
+    if (fits) {
+        memcpy(out, &head, sizeof(head));
+        memcpy((unsigned char *)out + sizeof(head), own, bytes);
+        *out_bytes = sizeof(head) + bytes;
+    }
+    ucx->ucp_worker_release_address(worker, own);
+    if (!fits)
+        return kv_fail(KV_INVALID,
+                       "the address of this node has %zu bytes, %d are allowed: name one network "
+                       "interface",
+                       bytes, KV_NET_ADDRESS_BYTES);
+    return KV_OK;
+}
+
+const ucp_address_t *kv_ucx_check_address(const void *address, size_t bytes)
+{
+    address_head_t head;
+    if (bytes <= sizeof(head) || bytes > KV_NET_ADDRESS_BYTES)
+        return NULL;
+    memcpy(&head, address, sizeof(head));
+    const unsigned char *own = (const unsigned char *)address + sizeof(head);
+    size_t own_bytes = bytes - sizeof(head);
+    if (memcmp(head.magic, address_magic, sizeof(head.magic)) != 0 || head.bytes != own_bytes ||
+        head.hash != hash_of(own, own_bytes))
+        return NULL;
+    return (const ucp_address_t *)own;
 }
 
 #else

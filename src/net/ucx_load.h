@@ -52,6 +52,13 @@ KV_MUST_CHECK kv_status_t kv_ucx_load(const char *folder, const kv_ucx_t **out);
 KV_MUST_CHECK kv_status_t kv_ucx_context(const kv_ucx_t *ucx, const kv_net_config_t *config,
                                          ucp_context_h *out);
 
+/* Gives the address of a worker, in KV_NET_ADDRESS_BYTES. */
+KV_MUST_CHECK kv_status_t kv_ucx_address(const kv_ucx_t *ucx, ucp_worker_h worker, void *out,
+                                         size_t *out_bytes);
+
+/* UCX's part of such an address; NULL when it is none, which UCX itself would not notice. */
+const ucp_address_t *kv_ucx_check_address(const void *address, size_t bytes);
+
 /* What UCX prints about itself is the only way to learn its transports. Gives the names in the text
  * (which is changed): of each line with `mark` the word behind the next `until`, its number left
  * out, a space between two: "tcp/lo cma/memory". */
