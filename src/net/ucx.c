@@ -62,7 +62,8 @@ typedef struct endpoint {
     int64_t under_way; /* requests of UCX that will call back */
     int64_t active_ns; /* when something has moved last */
     int64_t spin_ns;   /* how long to look on before sleeping */
-    int idle_wakes;    /* since something has moved */
+    int64_t max_spin_ns;
+    int idle_wakes; /* since something has moved */
     int32_t num_sessions;
     session_t sessions[];
 } endpoint_t;
@@ -363,7 +364,7 @@ static bool look_on(endpoint_t *e, bool active)
     int64_t now = kv_clock_ns();
     if (active) {
         if (now - e->active_ns < 2 * SPIN_NS)
-            e->spin_ns = SPIN_NS;
+            e->spin_ns = e->max_spin_ns;
         e->active_ns = now;
         e->idle_wakes = 0;
         return true;
@@ -452,7 +453,9 @@ static kv_status_t transport_open(kv_net_t *net, const kv_net_config_t *config)
     e->net = net;
     e->ucx = ucx;
     e->num_sessions = config->num_peers;
-    e->spin_ns = SPIN_NS;
+    /* Who would answer needs the only processor. */
+    e->max_spin_ns = kv_processor_count() > 1 ? SPIN_NS : 0;
+    e->spin_ns = e->max_spin_ns;
     for (int32_t peer = 0; peer < config->num_peers; peer++)
         e->sessions[peer].endpoint = e;
 

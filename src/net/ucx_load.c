@@ -6,9 +6,9 @@
 #include "net/ucx_load.h"
 #include "base/memory.h"
 #include "base/thread.h"
+#include "net/ucx_sockets.h"
 #include <dlfcn.h>
 #include <limits.h>
-#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,10 +23,11 @@ static uint64_t generation;
 
 /* A copy that another module has brought is taken: two in one process would patch the same
  * functions of the C library. */
-static void *open_library(const char *folder)
+static void *open_library(const char *folder, bool *is_shared)
 {
     int how = RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE;
     void *library = dlopen(SONAME, how | RTLD_NOLOAD);
+    *is_shared = library != NULL;
     if (library != NULL || folder == NULL)
         return library != NULL ? library : dlopen(SONAME, how);
     /* What libucp needs stands beside it. A library's own search path cannot be trusted with that,
@@ -39,6 +40,16 @@ static void *open_library(const char *folder)
         library = dlopen(path, how);
     }
     return library;
+}
+
+/* What goes wrong is told by statuses. UCX would write to standard output that a peer is gone. */
+static void make_quiet(void *library)
+{
+    ucs_status_t (*set)(const char *name, const char *value);
+    void *symbol = dlsym(library, "ucs_global_opts_set_value");
+    memcpy(&set, &symbol, sizeof(symbol));
+    if (symbol != NULL && getenv("UCX_LOG_LEVEL") == NULL)
+        (void)set("LOG_LEVEL", "fatal");
 }
 
 static kv_status_t fill(void *library, kv_ucx_t *out)
@@ -78,7 +89,8 @@ static kv_status_t load_locked(const char *folder)
         return KV_OK;
     kv_ucx_signals_t signals;
     kv_ucx_signals_keep(&signals);
-    void *library = open_library(folder);
+    bool is_shared = false;
+    void *library = open_library(folder, &is_shared);
     kv_ucx_signals_restore(&signals);
     if (library == NULL) {
         const char *why = dlerror();
@@ -87,6 +99,8 @@ static kv_status_t load_locked(const char *folder)
                        why == NULL ? SONAME " was not found" : why);
     }
     KV_TRY(fill(library, &table));
+    if (!is_shared)
+        make_quiet(library);
     generation = kv_fork_generation();
     loaded = true;
     return KV_OK;
@@ -104,12 +118,6 @@ kv_status_t kv_ucx_load(const char *folder, const kv_ucx_t **out)
 
 void kv_ucx_signals_keep(kv_ucx_signals_t *signals)
 {
-    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
-    sigset_t others;
-    sigfillset(&others);
-    for (size_t i = 0; i < sizeof(faults) / sizeof(faults[0]); i++)
-        sigdelset(&others, faults[i]);
-    pthread_sigmask(SIG_SETMASK, &others, &signals->blocked);
     for (int number = 1; number < 32; number++)
         sigaction(number, NULL, &signals->handlers[number]);
 }
@@ -123,7 +131,6 @@ void kv_ucx_signals_restore(const kv_ucx_signals_t *signals)
         if (sigaction(number, NULL, &now) == 0 && now.sa_handler != before->sa_handler)
             sigaction(number, before, NULL);
     }
-    pthread_sigmask(SIG_SETMASK, &signals->blocked, NULL);
 }
 
 void kv_ucx_names(char *text, const char *mark, const char *until, char *out, size_t bytes)
@@ -156,8 +163,8 @@ void kv_ucx_names(char *text, const char *mark, const char *until, char *out, si
 /* Sets what the user has not set by KVSTORE_UCX_<name>; UCX_<name> is for the process's other users
  * of UCX. Versions spell a transport's settings with its name (from 1.18) or without, and the older
  * ones take the long name and ignore it: both are set. */
-static kv_status_t set(const kv_ucx_t *ucx, ucp_config_t *config, const char *transport,
-                       const char *name, const char *value)
+static kv_status_t set_one(const kv_ucx_t *ucx, ucp_config_t *config, const char *transport,
+                           const char *name, const char *value)
 {
     const char *const prefixes[] = {transport, ""};
     bool taken = false;
@@ -293,14 +300,6 @@ typedef struct address_head {
 
 static const char address_magic[8] = "KVUCX 1";
 
-static uint64_t hash_of(const void *data, size_t bytes)
-{
-    uint64_t hash = UINT64_C(0xcbf29ce484222325); /* FNV-1a */
-    for (size_t i = 0; i < bytes; i++)
-        hash = (hash ^ ((const unsigned char *)data)[i]) * UINT64_C(0x100000001b3);
-    return hash;
-}
-
 kv_status_t kv_ucx_address(const kv_ucx_t *ucx, ucp_worker_h worker, void *out, size_t *out_bytes)
 {
     ucp_address_t *own = NULL;
@@ -308,7 +307,7 @@ kv_status_t kv_ucx_address(const kv_ucx_t *ucx, ucp_worker_h worker, void *out, 
     ucs_status_t got = ucx->ucp_worker_get_address(worker, &own, &bytes);
     if (got != UCS_OK)
         return kv_fail(KV_DEVICE, "UCX gives no address: %s", ucx->ucs_status_string(got));
-    address_head_t head = {.bytes = bytes, .hash = hash_of(own, bytes)};
+    address_head_t head = {.bytes = bytes, .hash = kv_ucx_hash(KV_UCX_HASH, own, bytes)};
     memcpy(head.magic, address_magic, sizeof(head.magic));
     bool fits = sizeof(head) + bytes <= KV_NET_ADDRESS_BYTES;
     if (fits) {
@@ -334,7 +333,7 @@ const ucp_address_t *kv_ucx_check_address(const void *address, size_t bytes)
     const unsigned char *own = (const unsigned char *)address + sizeof(head);
     size_t own_bytes = bytes - sizeof(head);
     if (memcmp(head.magic, address_magic, sizeof(head.magic)) != 0 || head.bytes != own_bytes ||
-        head.hash != hash_of(own, own_bytes))
+        head.hash != kv_ucx_hash(KV_UCX_HASH, own, own_bytes))
         return NULL;
     return (const ucp_address_t *)own;
 }

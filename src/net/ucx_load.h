@@ -66,11 +66,9 @@ void kv_ucx_names(char *text, const char *mark, const char *until, char *out, si
 
 /* UCX takes over handlers of signals when its library is loaded or first used: those of crashes,
  * which belong to Python's faulthandler and to core dumps, and SIGHUP. Between these calls the
- * process's handlers are kept and given back, and signals are blocked, so that a thread that UCX
- * starts meanwhile takes none that are meant for the user's threads. */
+ * process's handlers are kept and given back. */
 typedef struct kv_ucx_signals {
     struct sigaction handlers[32]; /* by number, of the standard ones */
-    sigset_t blocked;
 } kv_ucx_signals_t;
 
 void kv_ucx_signals_keep(kv_ucx_signals_t *signals);

@@ -18,27 +18,27 @@ typedef struct visit {
     size_t count, limit;
 } visit_t;
 
-static uint64_t hash(uint64_t seed, const void *data, size_t bytes)
+uint64_t kv_ucx_hash(uint64_t hash, const void *data, size_t bytes)
 {
     for (size_t i = 0; i < bytes; i++)
-        seed = (seed ^ ((const unsigned char *)data)[i]) * UINT64_C(0x100000001b3); /* FNV-1a */
-    return seed;
+        hash = (hash ^ ((const unsigned char *)data)[i]) * UINT64_C(0x100000001b3);
+    return hash;
 }
 
 /* 0 for what is no address of the internet. */
 static uint64_t hash_address(const struct sockaddr_storage *address)
 {
-    uint64_t seed = UINT64_C(0xcbf29ce484222325);
+    uint64_t hash = KV_UCX_HASH;
     if (address->ss_family == AF_INET) {
         const struct sockaddr_in *v4 = (const struct sockaddr_in *)address;
-        seed = hash(seed, &v4->sin_addr, sizeof(v4->sin_addr));
-        return hash(seed, &v4->sin_port, sizeof(v4->sin_port));
+        hash = kv_ucx_hash(hash, &v4->sin_addr, sizeof(v4->sin_addr));
+        return kv_ucx_hash(hash, &v4->sin_port, sizeof(v4->sin_port));
     }
     if (address->ss_family != AF_INET6)
         return 0;
     const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)address;
-    seed = hash(seed, &v6->sin6_addr, sizeof(v6->sin6_addr));
-    return hash(seed, &v6->sin6_port, sizeof(v6->sin6_port));
+    hash = kv_ucx_hash(hash, &v6->sin6_addr, sizeof(v6->sin6_addr));
+    return kv_ucx_hash(hash, &v6->sin6_port, sizeof(v6->sin6_port));
 }
 
 static uint64_t link_of(int fd)

@@ -16,6 +16,10 @@
 
 enum { KV_UCX_MAX_SOCKETS = 4096, KV_UCX_MAX_LINKS = 4 };
 
+/* Goes on with a hash that begins with KV_UCX_HASH (FNV-1a). */
+#define KV_UCX_HASH UINT64_C(0xcbf29ce484222325)
+uint64_t kv_ucx_hash(uint64_t hash, const void *data, size_t bytes);
+
 /* Gives a number for each connection beneath an epoll descriptor of UCX, the same at both ends; 0
  * where the system does not tell. */
 size_t kv_ucx_sockets_list(int epoll_fd, uint64_t *out, size_t room);
