@@ -4,6 +4,7 @@
  *   inproc.c    endpoints of one process
  *   faulty.c    inproc with faults chosen by a seed
  *   ucx.c       UCX active messages
+ *   ucx_sockets.c  cuts its connections
  *   ucx_load.c  its library, found at run time, and its settings; only these two see its headers
  *
  * The thread of net.c runs the same loop for every transport:

@@ -6,7 +6,8 @@
  *   - No listener: bytes of a stranger can crash it. Both sides make their endpoint from the
  * other's worker address, and an address is taken from the control plane only.
  *   - The error callback only marks. Sessions end at the beginning of `progress`, outside UCX's
- *     callbacks and once each, by a forced close: whoever is gone answers no other.
+ *     callbacks and once each, by a forced close: whoever is gone answers no other. The connection
+ *     with a peer that may live is cut first (ucx_sockets.h).
  *   - UCX uses an endpoint's memory again for the next one, so nothing is found by its pointer. The
  *     prefix of a message tells its peer.
  *   - A message that fails breaks its session, since the next one would seem to follow the one
@@ -20,6 +21,7 @@
 #ifdef KV_WITH_UCX
 
 #include "net/ucx_load.h"
+#include "net/ucx_sockets.h"
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,9 +29,13 @@
 
 enum {
     MESSAGE_ID = 0, /* of our active messages */
+    SOCKETS_ID = 1, /* the connections of the sender */
     SLEEP_MS = 100, /* UCX has missed events before: never for long */
     SPIN_NS = 50 * 1000,
+    IDLE_WAKES = 8, /* in a row, before naps */
+    NAP_MS = 10,
 };
+#define CUT_NS (INT64_C(200) * 1000 * 1000) /* a cut is seen within microseconds */
 #define CLOSE_NS (INT64_C(2) * 1000 * 1000 * 1000)
 
 typedef struct session {
@@ -38,6 +44,11 @@ typedef struct session {
     ucs_status_t failure; /* UCS_OK: none yet */
     bool told;            /* the failure, to net.c */
     bool dropped;
+    bool introduced;  /* the peer was told our connections */
+    bool cut;         /* its connections */
+    int64_t close_ns; /* of a dropped one: when to close it at the latest */
+    uint64_t links[KV_UCX_MAX_LINKS];
+    size_t num_links;
 } session_t;
 
 typedef struct endpoint {
@@ -51,66 +62,11 @@ typedef struct endpoint {
     int64_t under_way; /* requests of UCX that will call back */
     int64_t active_ns; /* when something has moved last */
     int64_t spin_ns;   /* how long to look on before sleeping */
+    int64_t max_spin_ns;
+    int idle_wakes; /* since something has moved */
     int32_t num_sessions;
     session_t sessions[];
 } endpoint_t;
-
-/* ------------------------------------------------------------------------------- addresses */
-
-/* An address is UCX's, which it takes without a look, behind this. */
-typedef struct address_head {
-    char magic[8];
-    uint64_t bytes; /* behind the head */
-    uint64_t hash;  /* of those */
-} address_head_t;
-
-static const char address_magic[8] = "KVUCX 1";
-
-static uint64_t hash_of(const void *data, size_t bytes)
-{
-    uint64_t hash = UINT64_C(0xcbf29ce484222325); /* FNV-1a */
-    for (size_t i = 0; i < bytes; i++)
-        hash = (hash ^ ((const unsigned char *)data)[i]) * UINT64_C(0x100000001b3);
-    return hash;
-}
-
-static kv_status_t give_address(endpoint_t *e)
-{
-    ucp_address_t *own = NULL;
-    size_t bytes = 0;
-    ucs_status_t got = e->ucx->ucp_worker_get_address(e->worker, &own, &bytes);
-    if (got != UCS_OK)
-        return kv_fail(KV_DEVICE, "UCX gives no address: %s", e->ucx->ucs_status_string(got));
-    unsigned char address[KV_NET_ADDRESS_BYTES];
-    address_head_t head = {.bytes = bytes, .hash = hash_of(own, bytes)};
-    memcpy(head.magic, address_magic, sizeof(head.magic));
-    bool fits = sizeof(head) + bytes <= sizeof(address);
-    memcpy(address, &head, sizeof(head));
-    if (fits)
-        memcpy(address + sizeof(head), own, bytes);
-    e->ucx->ucp_worker_release_address(e->worker, own);
-    if (!fits)
-        return kv_fail(KV_INVALID,
-                       "the address of this node has %zu bytes, %d are allowed: name one network "
-                       "interface",
-                       bytes, KV_NET_ADDRESS_BYTES);
-    return kv_net_set_address(e->net, address, sizeof(head) + bytes);
-}
-
-/* UCX's part of an address, NULL when it is none. */
-static const ucp_address_t *check_address(const void *address, size_t bytes)
-{
-    address_head_t head;
-    if (bytes <= sizeof(head) || bytes > KV_NET_ADDRESS_BYTES)
-        return NULL;
-    memcpy(&head, address, sizeof(head));
-    const unsigned char *own = (const unsigned char *)address + sizeof(head);
-    size_t own_bytes = bytes - sizeof(head);
-    if (memcmp(head.magic, address_magic, sizeof(head.magic)) != 0 || head.bytes != own_bytes ||
-        head.hash != hash_of(own, own_bytes))
-        return NULL;
-    return (const ucp_address_t *)own;
-}
 
 /* -------------------------------------------------------------------------------- messages */
 
@@ -147,6 +103,77 @@ static void sent(void *request, ucs_status_t how, void *context)
     kv_net_sent(e->net, post, ended(e, post->peer, how));
 }
 
+typedef struct introduction {
+    endpoint_t *endpoint;
+    uint64_t links[KV_UCX_MAX_SOCKETS];
+} introduction_t;
+
+static void introduced(void *request, ucs_status_t how, void *context)
+{
+    (void)how;
+    introduction_t *introduction = context;
+    endpoint_t *e = introduction->endpoint;
+    if (request != NULL)
+        e->ucx->ucp_request_free(request);
+    e->under_way--;
+    kv_free(introduction);
+}
+
+/* Tells the peer our connections, once it is known to be connected. Without memory for that it has
+ * only the forced close. */
+static void introduce(endpoint_t *e, session_t *session)
+{
+    session->introduced = true;
+    introduction_t *introduction = kv_alloc(sizeof(*introduction));
+    if (introduction == NULL)
+        return;
+    introduction->endpoint = e;
+    size_t count = kv_ucx_sockets_list(e->event_fd, introduction->links, KV_UCX_MAX_SOCKETS);
+    ucp_request_param_t param = {
+        .op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
+                        UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
+        .flags = UCP_AM_SEND_FLAG_REPLY | UCP_AM_SEND_FLAG_EAGER,
+        .cb.send = introduced,
+        .user_data = introduction,
+        .memory_type = UCS_MEMORY_TYPE_HOST,
+    };
+    e->under_way++;
+    void *request = e->ucx->ucp_am_send_nbx(session->ep, SOCKETS_ID, NULL, 0, introduction->links,
+                                            count * sizeof(introduction->links[0]), &param);
+    if (!UCS_PTR_IS_PTR(request))
+        introduced(NULL, UCS_OK, introduction);
+}
+
+/* A peer's connections: those that this node has too lead to it. */
+static ucs_status_t introduction_came(void *context, const void *header, size_t header_bytes,
+                                      void *data, size_t bytes, const ucp_am_recv_param_t *info)
+{
+    (void)header;
+    (void)header_bytes;
+    endpoint_t *e = context;
+    session_t *session = NULL;
+    for (int32_t peer = 0; peer < e->num_sessions; peer++) {
+        /* The reply endpoint is one that is open now, so here a pointer is good for a key. */
+        if (e->sessions[peer].ep != NULL && e->sessions[peer].ep == info->reply_ep)
+            session = &e->sessions[peer];
+    }
+    uint64_t *own = kv_alloc(KV_UCX_MAX_SOCKETS * sizeof(*own));
+    bool known = session != NULL && own != NULL &&
+                 (info->recv_attr & UCP_AM_RECV_ATTR_FIELD_REPLY_EP) != 0 &&
+                 (info->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) == 0;
+    size_t count = known ? kv_ucx_sockets_list(e->event_fd, own, KV_UCX_MAX_SOCKETS) : 0;
+    for (size_t at = 0; known && at + sizeof(uint64_t) <= bytes; at += sizeof(uint64_t)) {
+        uint64_t link;
+        memcpy(&link, (const unsigned char *)data + at, sizeof(link));
+        for (size_t i = 0; i < count && session->num_links < KV_UCX_MAX_LINKS; i++) {
+            if (own[i] == link)
+                session->links[session->num_links++] = link;
+        }
+    }
+    kv_free(own);
+    return UCS_OK;
+}
+
 static void transport_post(kv_net_t *net, kv_net_post_t *post)
 {
     endpoint_t *e = kv_net_own(net);
@@ -155,6 +182,8 @@ static void transport_post(kv_net_t *net, kv_net_post_t *post)
         kv_net_sent(net, post, ended(e, post->peer, UCS_ERR_NOT_CONNECTED));
         return;
     }
+    if (post->message != NULL && !session->introduced)
+        introduce(e, session);
     post->own = e;
     e->posted = true;
     e->under_way++;
@@ -242,7 +271,7 @@ static kv_status_t transport_connect(kv_net_t *net, int32_t peer, const void *ad
 {
     endpoint_t *e = kv_net_own(net);
     session_t *session = &e->sessions[peer];
-    const ucp_address_t *own = check_address(address, bytes);
+    const ucp_address_t *own = kv_ucx_check_address(address, bytes);
     if (own == NULL)
         return kv_fail(KV_INVALID, "what came as the address of node %d is none", (int)peer);
     ucp_ep_params_t params = {
@@ -292,10 +321,27 @@ static void close_session(endpoint_t *e, session_t *session)
         e->under_way--;
 }
 
+/* Gives whether the session is closed. */
+static bool end_session(endpoint_t *e, session_t *session)
+{
+    if (session->failure == UCS_OK && !session->cut) {
+        session->cut = true;
+        size_t found = kv_ucx_sockets_cut(e->event_fd, session->links, session->num_links);
+        session->close_ns = kv_clock_ns() + (found > 0 ? CUT_NS : 0);
+    }
+    if (session->failure == UCS_OK && kv_clock_ns() < session->close_ns)
+        return false;
+    close_session(e, session);
+    return true;
+}
+
+/* Tells what has failed, which may drop more, and ends what was dropped. */
 static void settle(endpoint_t *e)
 {
+    bool waits = false;
     while (e->news) {
         e->news = false;
+        waits = false;
         for (int32_t peer = 0; peer < e->num_sessions; peer++) {
             session_t *session = &e->sessions[peer];
             if (session->failure != UCS_OK && !session->told && !session->dropped) {
@@ -303,9 +349,10 @@ static void settle(endpoint_t *e)
                 kv_net_broken(e->net, peer, e->ucx->ucs_status_string(session->failure));
             }
             if (session->dropped && session->ep != NULL)
-                close_session(e, session);
+                waits |= !end_session(e, session);
         }
     }
+    e->news = waits;
 }
 
 /* -------------------------------------------------------------------------------- progress */
@@ -317,14 +364,26 @@ static bool look_on(endpoint_t *e, bool active)
     int64_t now = kv_clock_ns();
     if (active) {
         if (now - e->active_ns < 2 * SPIN_NS)
-            e->spin_ns = SPIN_NS;
+            e->spin_ns = e->max_spin_ns;
         e->active_ns = now;
+        e->idle_wakes = 0;
         return true;
     }
     if (now - e->active_ns < e->spin_ns)
         return true;
     e->spin_ns /= 2;
     return false;
+}
+
+/* While a connection waits for the other side's consent UCX is woken all the time for nothing. */
+static void sleep_for_event(endpoint_t *e, int limit_ms)
+{
+    struct pollfd event = {.fd = e->event_fd, .events = POLLIN};
+    int nap_ms = e->idle_wakes - IDLE_WAKES;
+    if (nap_ms > 0)
+        (void)poll(NULL, 0, nap_ms < NAP_MS ? nap_ms : NAP_MS);
+    if (poll(&event, 1, limit_ms) > 0)
+        e->idle_wakes++;
 }
 
 static void transport_progress(kv_net_t *net)
@@ -338,8 +397,7 @@ static void transport_progress(kv_net_t *net)
     ucs_status_t armed = e->ucx->ucp_worker_arm(e->worker);
     if (armed == UCS_ERR_BUSY || !kv_net_may_sleep(net))
         return;
-    struct pollfd event = {.fd = e->event_fd, .events = POLLIN};
-    (void)poll(&event, 1, armed == UCS_OK ? SLEEP_MS : 1);
+    sleep_for_event(e, armed == UCS_OK ? SLEEP_MS : 1);
     kv_net_awake(net);
 }
 
@@ -358,19 +416,22 @@ static kv_status_t make_worker(endpoint_t *e)
     ucs_status_t made = e->ucx->ucp_worker_create(e->context, &params, &e->worker);
     if (made != UCS_OK)
         return kv_fail(KV_DEVICE, "UCX does not start: %s", e->ucx->ucs_status_string(made));
-    ucp_am_handler_param_t handler = {
-        .field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB |
-                      UCP_AM_HANDLER_PARAM_FIELD_ARG,
-        .id = MESSAGE_ID,
-        .cb = came,
-        .arg = e,
-    };
-    made = e->ucx->ucp_worker_set_am_recv_handler(e->worker, &handler);
+    ucp_am_handler_param_t handlers[] = {{.id = MESSAGE_ID, .cb = came},
+                                         {.id = SOCKETS_ID, .cb = introduction_came}};
+    for (size_t i = 0; i < sizeof(handlers) / sizeof(handlers[0]) && made == UCS_OK; i++) {
+        handlers[i].field_mask = UCP_AM_HANDLER_PARAM_FIELD_ID | UCP_AM_HANDLER_PARAM_FIELD_CB |
+                                 UCP_AM_HANDLER_PARAM_FIELD_ARG;
+        handlers[i].arg = e;
+        made = e->ucx->ucp_worker_set_am_recv_handler(e->worker, &handlers[i]);
+    }
     if (made == UCS_OK)
         made = e->ucx->ucp_worker_get_efd(e->worker, &e->event_fd);
     if (made != UCS_OK)
         return kv_fail(KV_DEVICE, "UCX does not start: %s", e->ucx->ucs_status_string(made));
-    return give_address(e);
+    unsigned char address[KV_NET_ADDRESS_BYTES];
+    size_t bytes = 0;
+    KV_TRY(kv_ucx_address(e->ucx, e->worker, address, &bytes));
+    return kv_net_set_address(e->net, address, bytes);
 }
 
 static void free_endpoint(endpoint_t *e)
@@ -392,7 +453,9 @@ static kv_status_t transport_open(kv_net_t *net, const kv_net_config_t *config)
     e->net = net;
     e->ucx = ucx;
     e->num_sessions = config->num_peers;
-    e->spin_ns = SPIN_NS;
+    /* Who would answer needs the only processor. */
+    e->max_spin_ns = kv_processor_count() > 1 ? SPIN_NS : 0;
+    e->spin_ns = e->max_spin_ns;
     for (int32_t peer = 0; peer < config->num_peers; peer++)
         e->sessions[peer].endpoint = e;
 
@@ -416,12 +479,11 @@ static void transport_close(kv_net_t *net)
     endpoint_t *e = kv_net_own(net);
     for (int32_t peer = 0; peer < e->num_sessions; peer++)
         transport_drop(net, peer);
-    settle(e);
     int64_t until = kv_clock_ns() + CLOSE_NS;
-    while (e->ucx->ucp_worker_progress(e->worker) != 0 || e->under_way > 0) {
-        if (kv_clock_ns() >= until)
-            break;
-    }
+    do
+        settle(e);
+    while ((e->ucx->ucp_worker_progress(e->worker) != 0 || e->news || e->under_way > 0) &&
+           kv_clock_ns() < until);
     kv_net_set_own(net, NULL);
     if (e->under_way == 0)
         free_endpoint(e);

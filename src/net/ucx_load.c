@@ -1,14 +1,14 @@
-/* Finds libucp, checks its version, fills the table of its functions, and makes contexts with our
- * settings. The library is never closed: UCX patches functions of the C library in memory, and its
- * threads may still run. */
+/* Finds libucp, checks its version, fills the table of its functions, makes contexts with our
+ * settings, and writes and checks addresses. The library is never closed: UCX patches functions of
+ * the C library in memory, and its threads may still run. */
 #ifdef KV_WITH_UCX
 
 #include "net/ucx_load.h"
 #include "base/memory.h"
 #include "base/thread.h"
+#include "net/ucx_sockets.h"
 #include <dlfcn.h>
 #include <limits.h>
-#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,10 +23,11 @@ static uint64_t generation;
 
 /* A copy that another module has brought is taken: two in one process would patch the same
  * functions of the C library. */
-static void *open_library(const char *folder)
+static void *open_library(const char *folder, bool *is_shared)
 {
     int how = RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE;
     void *library = dlopen(SONAME, how | RTLD_NOLOAD);
+    *is_shared = library != NULL;
     if (library != NULL || folder == NULL)
         return library != NULL ? library : dlopen(SONAME, how);
     /* What libucp needs stands beside it. A library's own search path cannot be trusted with that,
@@ -39,6 +40,16 @@ static void *open_library(const char *folder)
         library = dlopen(path, how);
     }
     return library;
+}
+
+/* What goes wrong is told by statuses. UCX would write to standard output that a peer is gone. */
+static void make_quiet(void *library)
+{
+    ucs_status_t (*set)(const char *name, const char *value);
+    void *symbol = dlsym(library, "ucs_global_opts_set_value");
+    memcpy(&set, &symbol, sizeof(symbol));
+    if (symbol != NULL && getenv("UCX_LOG_LEVEL") == NULL)
+        (void)set("LOG_LEVEL", "fatal");
 }
 
 static kv_status_t fill(void *library, kv_ucx_t *out)
@@ -78,7 +89,8 @@ static kv_status_t load_locked(const char *folder)
         return KV_OK;
     kv_ucx_signals_t signals;
     kv_ucx_signals_keep(&signals);
-    void *library = open_library(folder);
+    bool is_shared = false;
+    void *library = open_library(folder, &is_shared);
     kv_ucx_signals_restore(&signals);
     if (library == NULL) {
         const char *why = dlerror();
@@ -87,6 +99,8 @@ static kv_status_t load_locked(const char *folder)
                        why == NULL ? SONAME " was not found" : why);
     }
     KV_TRY(fill(library, &table));
+    if (!is_shared)
+        make_quiet(library);
     generation = kv_fork_generation();
     loaded = true;
     return KV_OK;
@@ -104,12 +118,6 @@ kv_status_t kv_ucx_load(const char *folder, const kv_ucx_t **out)
 
 void kv_ucx_signals_keep(kv_ucx_signals_t *signals)
 {
-    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL};
-    sigset_t others;
-    sigfillset(&others);
-    for (size_t i = 0; i < sizeof(faults) / sizeof(faults[0]); i++)
-        sigdelset(&others, faults[i]);
-    pthread_sigmask(SIG_SETMASK, &others, &signals->blocked);
     for (int number = 1; number < 32; number++)
         sigaction(number, NULL, &signals->handlers[number]);
 }
@@ -123,7 +131,6 @@ void kv_ucx_signals_restore(const kv_ucx_signals_t *signals)
         if (sigaction(number, NULL, &now) == 0 && now.sa_handler != before->sa_handler)
             sigaction(number, before, NULL);
     }
-    pthread_sigmask(SIG_SETMASK, &signals->blocked, NULL);
 }
 
 void kv_ucx_names(char *text, const char *mark, const char *until, char *out, size_t bytes)
@@ -156,8 +163,8 @@ void kv_ucx_names(char *text, const char *mark, const char *until, char *out, si
 /* Sets what the user has not set by KVSTORE_UCX_<name>; UCX_<name> is for the process's other users
  * of UCX. Versions spell a transport's settings with its name (from 1.18) or without, and the older
  * ones take the long name and ignore it: both are set. */
-static kv_status_t set(const kv_ucx_t *ucx, ucp_config_t *config, const char *transport,
-                       const char *name, const char *value)
+static kv_status_t set_one(const kv_ucx_t *ucx, ucp_config_t *config, const char *transport,
+                           const char *name, const char *value)
 {
     const char *const prefixes[] = {transport, ""};
     bool taken = false;
@@ -210,8 +217,21 @@ static kv_status_t check_ports(const char *range)
                    range);
 }
 
-/* A transport that the context does not have cannot become a lane of any of its endpoints. */
-static kv_status_t check_transports(const kv_ucx_t *ucx, ucp_context_h context)
+static bool has_device(const char *names, const char *device)
+{
+    size_t length = strlen(device);
+    for (const char *at = names; (at = strchr(at, '/')) != NULL;) {
+        at++;
+        if (strncmp(at, device, length) == 0 && (at[length] == ' ' || at[length] == '\0'))
+            return true;
+    }
+    return false;
+}
+
+/* A transport that the context does not have cannot become a lane of any of its endpoints. Where
+ * the network's is missing, UCX only warns. */
+static kv_status_t check_transports(const kv_ucx_t *ucx, ucp_context_h context,
+                                    const char *interface)
 {
     char *text = NULL;
     size_t bytes = 0;
@@ -222,14 +242,16 @@ static kv_status_t check_transports(const kv_ucx_t *ucx, ucp_context_h context)
     if (fclose(stream) == 0)
         kv_ucx_names(text, "resource", " flags -- ", names, sizeof(names));
     free(text);
-    if (names[0] == '\0')
-        return kv_fail(KV_NOT_BUILT, "this version of UCX does not name its transports");
     if (strstr(names, "posix/") != NULL || strstr(names, "sysv/") != NULL ||
         strstr(names, "xpmem/") != NULL)
         return kv_fail(KV_INVALID,
                        "UCX would use shared memory (%s), where one process that is killed stops "
                        "all others: leave it out of KVSTORE_UCX_TLS",
                        names);
+    if (interface != NULL && !has_device(names, interface))
+        return kv_fail(KV_INVALID, "UCX finds no network interface %s here", interface);
+    if (names[0] == '\0' || strcmp(names, "cma/memory") == 0)
+        return kv_fail(KV_DEVICE, "UCX finds no network here");
     return KV_OK;
 }
 
@@ -259,12 +281,61 @@ kv_status_t kv_ucx_context(const kv_ucx_t *ucx, const kv_net_config_t *config, u
     }
     ucx->ucp_config_release(settings);
     KV_TRY(status);
-    status = check_transports(ucx, context);
+    status = check_transports(ucx, context, config->interface);
     if (status != KV_OK)
         ucx->ucp_cleanup(context);
     else
         *out = context;
     return status;
+}
+
+/* ------------------------------------------------------------------------------- addresses */
+
+/* An address is UCX's, which it takes without a look, behind this. */
+typedef struct address_head {
+    char magic[8];
+    uint64_t bytes; /* behind the head */
+    uint64_t hash;  /* of those */
+} address_head_t;
+
+static const char address_magic[8] = "KVUCX 1";
+
+kv_status_t kv_ucx_address(const kv_ucx_t *ucx, ucp_worker_h worker, void *out, size_t *out_bytes)
+{
+    ucp_address_t *own = NULL;
+    size_t bytes = 0;
+    ucs_status_t got = ucx->ucp_worker_get_address(worker, &own, &bytes);
+    if (got != UCS_OK)
+        return kv_fail(KV_DEVICE, "UCX gives no address: %s", ucx->ucs_status_string(got));
+    address_head_t head = {.bytes = bytes, .hash = kv_ucx_hash(KV_UCX_HASH, own, bytes)};
+    memcpy(head.magic, address_magic, sizeof(head.magic));
+    bool fits = sizeof(head) + bytes <= KV_NET_ADDRESS_BYTES;
+    if (fits) {
+        memcpy(out, &head, sizeof(head));
+        memcpy((unsigned char *)out + sizeof(head), own, bytes);
+        *out_bytes = sizeof(head) + bytes;
+    }
+    ucx->ucp_worker_release_address(worker, own);
+    if (!fits)
+        return kv_fail(KV_INVALID,
+                       "the address of this node has %zu bytes, %d are allowed: name one network "
+                       "interface",
+                       bytes, KV_NET_ADDRESS_BYTES);
+    return KV_OK;
+}
+
+const ucp_address_t *kv_ucx_check_address(const void *address, size_t bytes)
+{
+    address_head_t head;
+    if (bytes <= sizeof(head) || bytes > KV_NET_ADDRESS_BYTES)
+        return NULL;
+    memcpy(&head, address, sizeof(head));
+    const unsigned char *own = (const unsigned char *)address + sizeof(head);
+    size_t own_bytes = bytes - sizeof(head);
+    if (memcmp(head.magic, address_magic, sizeof(head.magic)) != 0 || head.bytes != own_bytes ||
+        head.hash != kv_ucx_hash(KV_UCX_HASH, own, own_bytes))
+        return NULL;
+    return (const ucp_address_t *)own;
 }
 
 #else

@@ -52,6 +52,13 @@ KV_MUST_CHECK kv_status_t kv_ucx_load(const char *folder, const kv_ucx_t **out);
 KV_MUST_CHECK kv_status_t kv_ucx_context(const kv_ucx_t *ucx, const kv_net_config_t *config,
                                          ucp_context_h *out);
 
+/* Gives the address of a worker, in KV_NET_ADDRESS_BYTES. */
+KV_MUST_CHECK kv_status_t kv_ucx_address(const kv_ucx_t *ucx, ucp_worker_h worker, void *out,
+                                         size_t *out_bytes);
+
+/* UCX's part of such an address; NULL when it is none, which UCX itself would not notice. */
+const ucp_address_t *kv_ucx_check_address(const void *address, size_t bytes);
+
 /* What UCX prints about itself is the only way to learn its transports. Gives the names in the text
  * (which is changed): of each line with `mark` the word behind the next `until`, its number left
  * out, a space between two: "tcp/lo cma/memory". */
@@ -59,11 +66,9 @@ void kv_ucx_names(char *text, const char *mark, const char *until, char *out, si
 
 /* UCX takes over handlers of signals when its library is loaded or first used: those of crashes,
  * which belong to Python's faulthandler and to core dumps, and SIGHUP. Between these calls the
- * process's handlers are kept and given back, and signals are blocked, so that a thread that UCX
- * starts meanwhile takes none that are meant for the user's threads. */
+ * process's handlers are kept and given back. */
 typedef struct kv_ucx_signals {
     struct sigaction handlers[32]; /* by number, of the standard ones */
-    sigset_t blocked;
 } kv_ucx_signals_t;
 
 void kv_ucx_signals_keep(kv_ucx_signals_t *signals);

@@ -130,7 +130,7 @@ def environment() -> dict[str, str]:
     options = "allocator_may_return_null=1:print_stacktrace=1"
     told = {f"{name}_OPTIONS": options for name in ("ASAN", "TSAN", "UBSAN")}
     folder = ucx()
-    return told if folder is None else {**told, "KVSTORE_TESTS_UCX": str(folder / "lib")}
+    return told if folder is None else {**told, "KVSTORE_TEST_UCX_LIBRARY": str(folder / "lib")}
 
 
 def run(program: Path, flavour: str, timeout_s: float = TIMEOUT_S) -> tuple[int, int, str]:
