@@ -212,6 +212,7 @@ class Cluster:
         self.run: LocalRun | None = None
         self.lines: collections.deque[tuple[int, str]] = collections.deque()
         self.waiting = 0  # threads in `wait`
+        self.printing = threading.Lock()
         self.processes = Processes(self._take_line)
 
     # -------------------------------------------------------------------------- in users' threads
@@ -310,13 +311,13 @@ class Cluster:
         try:
             made = dumps(value)
         except Exception as error:
-            if "cloudpickle" in sys.modules:
+            if sys.modules.get("cloudpickle") is not None:
                 raise ArrayTypeError(f"what is run is sent as a pickle: {error}") from error
             raise _needs_cloudpickle(str(error)) from error
         # Plain pickle names such a function by a module that the workers do not have.
         function = value[0] if isinstance(value, tuple) else value
         module = getattr(function, "__module__", None)
-        if module == "__main__" and "cloudpickle" not in sys.modules:
+        if module == "__main__" and sys.modules.get("cloudpickle") is None:
             raise _needs_cloudpickle("the function was defined in a notebook or script")
         return made
 
@@ -426,15 +427,16 @@ class Cluster:
         self.lock.notify_all()
 
     def _print(self) -> None:
-        while True:
-            try:
+        with self.printing:
+            touched = set()
+            while self.lines:
                 stream, text = self.lines.popleft()
-            except IndexError:
-                return
-            file = sys.stdout if stream == 1 else sys.stderr
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
-                file.write(text)
-                file.flush()
+                touched.add(stream)
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
+                    (sys.stdout if stream == 1 else sys.stderr).write(text)
+            for stream in touched:
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    (sys.stdout if stream == 1 else sys.stderr).flush()
 
     # ------------------------------------------------------------------------ in the daemon thread
 
@@ -469,7 +471,9 @@ class Cluster:
         if answer[:1] == READY:
             self.ready.add(process)
         elif self.run is not None:
-            self.processes.drain(process)  # what it printed comes before what it returned
+            # What it printed comes before what it returned.
+            self.processes.drain(process)
+            self.processes.end_lines(process)
             rank = self.first + self.workers.index(process)
             self.run.take(process, rank, answer)
 

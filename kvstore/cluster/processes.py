@@ -15,6 +15,7 @@ Nothing here blocks for longer than it is told to.
 
 import collections
 import contextlib
+import functools
 import os
 import selectors
 import signal
@@ -81,6 +82,7 @@ class Process:
         self.pid = popen.pid
         self.status: int | None = None
         self.watch_fd: int | None = None
+        self.lines: list[_Lines] = []
         self.outgoing: collections.deque[memoryview] = collections.deque()
 
     def look(self) -> bool:
@@ -159,7 +161,8 @@ class Processes:
         self._tell_watchdog(f"+{process.pid}\n")
         assert popen.stdin and popen.stdout and popen.stderr
         for stream, pipe in ((1, popen.stdout), (2, popen.stderr)):
-            lines = _Lines(lambda line, stream=stream: self._on_line(process, stream, line))  # type: ignore[misc]
+            lines = _Lines(functools.partial(self._on_line, process, stream))
+            process.lines.append(lines)
             self.read_from(process, pipe.fileno(), lines.take, close=False)
         with contextlib.suppress(AttributeError, OSError):  # not on every system
             process.watch_fd = os.pidfd_open(process.pid)
@@ -243,6 +246,11 @@ class Processes:
             for _ in range(MOST_IN_PIPE // CHUNK):
                 if not reader.ready():
                     break
+
+    def end_lines(self, process: Process) -> None:
+        """Take the line that it has begun as a whole one."""
+        for lines in process.lines:
+            lines.take(b"")
 
     def signal(self, process: Process, number: int) -> None:
         """Send a signal to the process's group."""

@@ -143,7 +143,7 @@ def test_a_reader_that_goes_away_ends_the_run(marked):
     assert process.stderr.read() == ""
 
 
-# ------------------------------------------------------------------------------------- how it ends
+# -------------------------------------------------------------------------------------- how it ends
 
 
 @pytest.mark.parametrize(
