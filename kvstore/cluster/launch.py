@@ -93,7 +93,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--timeout",
         type=_seconds,
         metavar="SECONDS",
-        help="for joining and for each call on a store (KVSTORE_TIMEOUT); not for the whole run",
+        help="that joining and each call on a store may take (KVSTORE_TIMEOUT); not the whole run",
     )
     parser.add_argument("--version", action="version", version=f"kvstore {__version__}")
     parser.add_argument(
@@ -146,9 +146,7 @@ class _Launch:
         self.workers: list[Process] = []
         self.others: list[Process] = []  # scheduler and servers
         self.announced = b""
-        self.variables = {"KVSTORE_TOKEN": secrets.token_hex(32)}
-        if options.timeout is not None:
-            self.variables["KVSTORE_TIMEOUT"] = options.timeout
+        self.token = secrets.token_hex(32)
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """The handler of signals."""
@@ -238,7 +236,9 @@ class _Launch:
     ) -> Process:
         name = role if rank is None else f"{role} {rank}"
         own = environment(role, rank, self.options.num_workers, self.options.num_servers)
-        own.update(self.variables)
+        own["KVSTORE_TOKEN"] = self.token
+        if role == "worker" and self.options.timeout is not None:
+            own["KVSTORE_TIMEOUT"] = self.options.timeout
         own.update(variables)
         return self.processes.start(name, command, own, pass_fds=pass_fds)
 

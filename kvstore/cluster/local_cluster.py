@@ -390,7 +390,8 @@ class Cluster:
         self, role: str, rank: int | None, variables: dict[str, str], *pass_fds: int
     ) -> Process:
         own = environment(role, rank, self.num_workers, self.num_servers)
-        own["KVSTORE_TIMEOUT"] = f"{self.timeout:g}"
+        if role == "worker":
+            own["KVSTORE_TIMEOUT"] = f"{self.timeout:g}"
         own.update(variables)
         read_fd, write_fd = os.pipe()
         try:
@@ -447,6 +448,8 @@ class Cluster:
             why = f"{type(error).__name__} in the thread that serves it: {error}"
             with self.lock:
                 self._kill_locked(why, KVStoreError(why))
+        finally:
+            self.processes.release()
 
     def _move(self) -> None:
         while True:

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import KVStoreError
 from . import watchdog
+from .settings import MAX_TIMEOUT_S
 
 GATE = ("/bin/sh", "-c", 'read -r go && exec "$@"')
 GATE_WITHOUT_INPUT = ("/bin/sh", "-c", 'read -r go && exec "$@" </dev/null')
@@ -59,6 +60,9 @@ def environment(role: str, rank: int | None, num_workers: int, num_servers: int)
     variables["KVSTORE_NUM_WORKERS"] = variables["DMLC_NUM_WORKER"] = str(num_workers)
     variables["KVSTORE_NUM_SERVERS"] = variables["DMLC_NUM_SERVER"] = str(num_servers)
     variables["KVSTORE_BIND"] = "127.0.0.1"
+    if role == "server":
+        # Workers may join when they like: whoever has started them sees whether they are alive.
+        variables["KVSTORE_TIMEOUT"] = f"{MAX_TIMEOUT_S:g}"
     if rank is not None:
         variables["KVSTORE_RANK"] = str(rank)
     return variables
@@ -287,7 +291,10 @@ class Processes:
         assert self._watchdog.stdin
         self._watchdog.stdin.close()
         self._watchdog.wait()
-        # The selector is not closed: another thread may be in `wait`.
+
+    def release(self) -> None:
+        """Close what `wait` uses: for the thread that calls it, after `close`."""
+        self._selector.close()
 
     def _tell_watchdog(self, line: str) -> None:
         assert self._watchdog.stdin

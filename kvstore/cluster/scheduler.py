@@ -175,6 +175,9 @@ class Scheduler:
             if self.roster.stage >= Stage.RUNNING or self.roster.why_lost is not None:
                 return
             self._tell_progress()
+            if self._launcher is not None and not self.roster.of("worker"):
+                # The launcher sees who is there; nobody waits before a worker does.
+                begin = time.monotonic()
             passed = time.monotonic() - begin
             if passed >= reports[0]:
                 at = reports.pop(0)

@@ -16,8 +16,8 @@ from launching import LONG, STAND_IN, Marked, paths, read_until, until
 from nbclient import NotebookClient
 
 import kvstore
+from kvstore import LocalCluster
 from kvstore.cluster import local_run
-from kvstore.cluster.local_cluster import LocalCluster
 
 HERE = Path(__file__).parent
 
@@ -431,7 +431,7 @@ def test_a_fork_of_this_process_cannot_use_it_and_does_not_end_it(shared):
 
 SCRIPT = """
 import signal
-from kvstore.cluster.local_cluster import LocalCluster
+from kvstore import LocalCluster
 class Local: pass
 def function():
     print("up", flush=True)
@@ -468,7 +468,7 @@ def test_killing_the_maker_leaves_no_process(marked):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 def test_a_notebook_makes_runs_interrupts_and_makes_it_again(marked, tmp_path, monkeypatch):
     make = """
-from kvstore.cluster.local_cluster import LocalCluster
+from kvstore import LocalCluster
 cluster = LocalCluster(2, 1)
 cluster
 """
