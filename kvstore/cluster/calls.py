@@ -33,9 +33,15 @@ class Command:
 class Calls:
     """The requests under way."""
 
-    def __init__(self, roster: Roster, send: Callable[[Node, Frame], None]) -> None:
+    def __init__(
+        self,
+        roster: Roster,
+        send: Callable[[Node, Frame], None],
+        all_left: Callable[[], None],
+    ) -> None:
         self.roster = roster
         self._send = send
+        self._all_left = all_left  # called before the last worker hears that it may go
         # The barriers that a worker waits in: more than one where several of its threads do.
         self._barriers: dict[Node, deque[int]] = {}
         self._commands: dict[int, Command] = {}
@@ -161,12 +167,11 @@ class Calls:
     def _let_go(self, node: Node) -> None:
         """A node has left, and hears that it may close its connection."""
         node.leaving, node.left = False, True
+        if all(worker.left for worker in self.roster.of("worker")):
+            self._all_left()
         self._reply(node, self._leaves.pop(node))
         if self.roster.why_lost is not None or self.roster.stage != Stage.RUNNING:
             return
-        for other in self.roster.nodes:
-            if not other.left:
-                self._send(other, {"type": "left", "role": node.role, "rank": node.rank})
         if all(worker.left for worker in self.roster.of("worker")):
             self.roster.stage = Stage.ENDING
             for server in self.roster.of("server"):

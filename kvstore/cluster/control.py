@@ -8,7 +8,7 @@ import asyncio
 import concurrent.futures
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 _Result = TypeVar("_Result")
@@ -68,3 +68,29 @@ def wait(future: "concurrent.futures.Future[_Result]") -> _Result:
 def run(work: Coroutine[Any, Any, _Result]) -> _Result:
     """Run a coroutine on the loop and wait for its result."""
     return wait(start(work))
+
+
+async def in_thread(function: Callable[..., _Result], *arguments: Any) -> _Result:
+    """Run a function that blocks in a daemon thread: asyncio's own are joined at the exit, which
+    would then wait for a name server that does not answer."""
+    running = asyncio.get_running_loop()
+    ended: asyncio.Future[None] = running.create_future()
+    results: list[_Result] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            results.append(function(*arguments))
+        except Exception as error:
+            errors.append(error)
+        running.call_soon_threadsafe(tell)
+
+    def tell() -> None:
+        if not ended.done():  # a cancelled wait is
+            ended.set_result(None)
+
+    threading.Thread(target=work, name="kvstore-resolve", daemon=True).start()
+    await ended
+    if errors:
+        raise errors[0]
+    return results[0]

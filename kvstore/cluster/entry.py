@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from ..errors import InvalidArgumentError, TimeoutError
-from . import protocol
+from . import control, protocol
 from .settings import Settings
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -63,8 +63,9 @@ async def connect(settings: Settings, deadline: float) -> Streams:
 
 
 async def _greet(settings: Settings) -> Streams:
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+    found = await control.in_thread(
+        socket.getaddrinfo, settings.host, settings.port, 0, socket.SOCK_STREAM
+    )
     # IPv4 first: the data plane takes IPv6 only if every node has come by it.
     found.sort(key=lambda one: one[0] != socket.AF_INET)
     connection = await _first(found)

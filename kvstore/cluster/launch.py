@@ -18,9 +18,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import FrameType
-from typing import NoReturn
 
 from .. import __version__
 from ..errors import KVStoreError
@@ -55,21 +54,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     launch = _Launch(options)
     for_workers = signal.SIGTERM
-    with _signals():
-        try:
-            launch.start()
-            launch.watch()
-            status = 0
-        except _Signal as ended:
-            for_workers = signal.Signals(ended.number)
-            status = 128 + ended.number
-        except BrokenPipeError:  # whoever read the output has gone, as in `kvrun … | head`
-            status = 128 + signal.SIGPIPE
-        except (_Failed, KVStoreError, OSError) as error:
-            status = error.status if isinstance(error, _Failed) else 1
-            if str(error):
-                _complain(f"kvrun: {error}")
-        launch.end(for_workers if status else None)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, launch.on_signal)
+    try:
+        launch.start()
+        launch.watch()
+        status = 0
+    except _Signal as ended:
+        for_workers = signal.Signals(ended.number)
+        status = 128 + ended.number
+    except BrokenPipeError:  # whoever read the output has gone, as in `kvrun … | head`
+        status = 128 + signal.SIGPIPE
+    except (_Failed, KVStoreError, OSError) as error:
+        status = error.status if isinstance(error, _Failed) else 1
+        launch.last_words = f"kvrun: {error}\n"
+    launch.end(for_workers if status else None)
     return status
 
 
@@ -93,7 +93,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--timeout",
         type=_seconds,
         metavar="SECONDS",
-        help="for joining and for each call on a store (KVSTORE_TIMEOUT); not for the whole run",
+        help="that joining and each call on a store may take (KVSTORE_TIMEOUT); not the whole run",
     )
     parser.add_argument("--version", action="version", version=f"kvstore {__version__}")
     parser.add_argument(
@@ -133,39 +133,30 @@ def _controller(text: str) -> str:
     return text
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGHUP raise _Signal inside; those that were ignored stay so."""
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, _raise_signal)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _raise_signal(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Signal(number)
-
-
 class _Launch:
     """The processes of one `kvrun`."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.processes = Processes(_forward)
+        self.processes = Processes(self._forward)
+        self.last_words = ""
+        self.armed = False  # signals are raised; each that was disarms
+        self.mute = False  # the output has failed
+        self.deadline = math.inf  # of writing
         self.workers: list[Process] = []
         self.others: list[Process] = []  # scheduler and servers
         self.announced = b""
-        self.variables = {"KVSTORE_TOKEN": secrets.token_hex(32)}
-        if options.timeout is not None:
-            self.variables["KVSTORE_TIMEOUT"] = options.timeout
+        self.token = secrets.token_hex(32)
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """The handler of signals."""
+        if self.armed:
+            self.armed = False
+            raise _Signal(number)
 
     def start(self) -> None:
         """Start the scheduler, then, told where it listens, all others."""
+        self.armed = True
         serve = [sys.executable, "-m", "kvstore.server"]
         read_fd, write_fd = os.pipe()
         address = {**address_variables("127.0.0.1", 0), "KVSTORE_ANNOUNCE_FD": str(write_fd)}
@@ -199,7 +190,7 @@ class _Launch:
             while any(other.status is None for other in self.others):
                 if time.monotonic() > deadline:
                     names = ", ".join(other.name for other in self.others if other.status is None)
-                    _complain(f"kvrun: killing what does not end after the last worker: {names}")
+                    self.last_words = f"kvrun: killed as the workers have ended: {names}\n"
                     break
                 self.step()
 
@@ -220,18 +211,20 @@ class _Launch:
 
         A second signal to the launcher ends the grace.
         """
-        with contextlib.suppress(_Signal, OSError):
+        with contextlib.suppress(_Signal):
+            self.armed = True
             if for_workers is not None:
                 for process in self.processes:
                     own = process in self.workers
                     self.processes.signal(process, for_workers if own else signal.SIGTERM)
-                deadline = time.monotonic() + GRACE_S
-                while any(p.status is None for p in self.processes) and time.monotonic() < deadline:
-                    self.processes.step(self.processes.wait(TICK_S))
-        for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(ignored, signal.SIG_IGN)
-        with contextlib.suppress(OSError):
-            self.processes.close()
+            self.deadline = time.monotonic() + GRACE_S
+            self._write(2, self.last_words.encode(errors="replace"))
+            while for_workers is not None and any(p.status is None for p in self.processes):
+                if time.monotonic() > self.deadline:
+                    break
+                self.processes.step(self.processes.wait(TICK_S))
+            self.armed = False
+        self.processes.close()
 
     def _start(
         self,
@@ -243,27 +236,31 @@ class _Launch:
     ) -> Process:
         name = role if rank is None else f"{role} {rank}"
         own = environment(role, rank, self.options.num_workers, self.options.num_servers)
-        own.update(self.variables)
+        own["KVSTORE_TOKEN"] = self.token
+        if role == "worker" and self.options.timeout is not None:
+            own["KVSTORE_TIMEOUT"] = self.options.timeout
         own.update(variables)
         return self.processes.start(name, command, own, pass_fds=pass_fds)
 
     def _take_announced(self, data: bytes) -> None:
         self.announced += data
 
+    def _forward(self, process: Process, stream: int, line: bytes) -> None:
+        self._write(stream, f"[{process.name}] ".encode() + line)
 
-def _forward(process: Process, stream: int, line: bytes) -> None:
-    _write(stream, f"[{process.name}] ".encode() + line)
+    def _write(self, fd: int, data: bytes) -> None:
+        """Write all, past Python's buffers, which would fail once more at exit.
 
-
-def _complain(text: str) -> None:
-    with contextlib.suppress(OSError):
-        _write(2, text.encode(errors="replace") + b"\n")
-
-
-def _write(fd: int, data: bytes) -> None:
-    """Write all, past Python's buffers, which would fail once more at exit."""
-    while data:
+        In pieces that a pipe takes without blocking, so that the deadline holds whoever reads.
+        """
         try:
-            data = data[os.write(fd, data) :]
-        except BlockingIOError:  # some starters leave their terminal so
-            select.select([], [fd], [], TICK_S)
+            while data and not self.mute:
+                if select.select([], [fd], [], TICK_S)[1]:
+                    with contextlib.suppress(BlockingIOError):  # a terminal may still do this
+                        data = data[os.write(fd, data[: select.PIPE_BUF]) :]
+                elif time.monotonic() > self.deadline:
+                    self.mute = True
+        except OSError:
+            self.mute = True
+            if self.deadline == math.inf:
+                raise

@@ -13,7 +13,6 @@ a run that has closed its own finds the end of that pipe here, and gets a new se
 
 import collections
 import contextlib
-import io
 import json
 import math
 import os
@@ -35,28 +34,17 @@ from ..errors import (
     PeerLostError,
     TimeoutError,
 )
+from .local_run import INTERRUPTED, Answer, LocalRun, WorkerTraceback
 from .processes import Process, Processes, address_variables, environment
-from .worker_main import BOOT, ERROR, HEADER, READY, RUN, SERVE, dumps
+from .worker_main import BOOT, HEADER, READY, RUN, SERVE, dumps
 
 __all__ = ["LocalCluster", "LocalRun", "WorkerTraceback"]
 
-FAILED_S = 5.0  # for the other workers to end a run in which one has failed
 CLOSE_S = 5.0  # for workers, then for servers, to end by themselves
 TICK_S = 0.1
-_INTERRUPTED = "a run was interrupted"
 MOST_PROCESSES = 4096
 
 Result = TypeVar("Result")
-
-
-class WorkerTraceback(Exception):
-    """Where in which worker an exception was raised; the cause of that exception here."""
-
-    def __init__(self, rank: int, pid: int, text: str) -> None:
-        super().__init__(f"in worker {rank} (pid {pid}):\n\n{text.rstrip()}")
-        self.rank = rank
-        self.pid = pid
-        self.traceback = text
 
 
 class LocalCluster:
@@ -111,9 +99,9 @@ class LocalCluster:
         if not 0 < timeout < math.inf:
             raise InvalidArgumentError(f"timeout={timeout}: it is a number of seconds above 0")
         first = 1 if join else 0
-        self._cluster = _Cluster(num_workers, num_servers, first, controller, float(timeout))
+        self._cluster = Cluster(num_workers, num_servers, first, controller, float(timeout))
         # Also called at the end of the interpreter, where threads and files are still usable.
-        self._kill = weakref.finalize(self, _Cluster.kill, self._cluster, "it was not closed")
+        self._kill = weakref.finalize(self, Cluster.kill, self._cluster, "it was not closed")
         try:
             self._cluster.begin()
         except BaseException:
@@ -141,7 +129,7 @@ class LocalCluster:
         try:
             results: list[Result] = self.submit(function, *args, **kwargs).result()
         except KeyboardInterrupt:  # also one that came before the wait
-            self._cluster.kill(_INTERRUPTED)
+            self._cluster.kill(INTERRUPTED)
             raise
         return results
 
@@ -166,86 +154,6 @@ class LocalCluster:
 
     def __repr__(self) -> str:
         return f"<kvstore.LocalCluster: {self._cluster.told()}>"
-
-
-class LocalRun:
-    """A function that the workers of a `LocalCluster` are calling; made by ``submit``."""
-
-    def __init__(self, cluster: "_Cluster", name: str) -> None:
-        self._cluster = cluster
-        self.name = name
-        self._answers: dict[Process, bytearray] = {}
-        self._fault: BaseException | None = None
-        self._failed_at: float | None = None
-        self._over = not cluster.workers
-        self._results: list[Any] | None = None
-
-    def done(self) -> bool:
-        """Whether it has ended, well or not."""
-        return self._over
-
-    def result(self, timeout: float | None = None) -> list[Any]:
-        """Wait for the end of the run; what the function returned, by rank.
-
-        Raises what `LocalCluster.run` raises, and `kvstore.TimeoutError` after `timeout` seconds;
-        the run then goes on.
-        """
-        end = None if timeout is None else time.monotonic() + timeout
-        try:
-            done = self._cluster.wait(lambda: self._over, end)
-        except BaseException:
-            self._cluster.kill(_INTERRUPTED)
-            raise
-        if not done:
-            raise TimeoutError(f"the run of {self.name} has not ended after {timeout:g} s")
-        if self._fault is not None:
-            raise self._fault
-        if self._results is None:
-            answers = [self._answers.pop(worker) for worker in self._cluster.workers]
-            views = [memoryview(answer)[HEADER.size :] for answer in answers]
-            self._results = [pickle.loads(view) for view in views]
-        return self._results
-
-    def __repr__(self) -> str:
-        state = "failed" if self._fault else "ended" if self._over else "under way"
-        return f"<run of {self.name}, {state}>"
-
-    # What follows is called under the cluster's lock.
-
-    def take(self, worker: Process, rank: int, answer: bytearray) -> None:
-        """A worker's answer is there."""
-        self._answers[worker] = answer
-        if answer[:1] == ERROR and self._fault is None:
-            self._fault = _error_from(rank, worker.pid, answer)
-            self._failed_at = time.monotonic()
-        self._over = len(self._answers) == len(self._cluster.workers)
-
-    def overdue(self) -> bool:
-        """Whether it has failed in one worker and still runs in another."""
-        return (
-            not self._over
-            and self._failed_at is not None
-            and time.monotonic() > self._failed_at + FAILED_S
-        )
-
-    def fail(self, error: BaseException) -> None:
-        """It has ended without all answers; the first thing that went wrong is the reason."""
-        if not self._over:
-            self._fault = self._fault or error
-            self._over = True
-
-
-def _error_from(rank: int, pid: int, answer: bytearray) -> BaseException:
-    file = io.BytesIO(memoryview(answer)[HEADER.size :])
-    cause = WorkerTraceback(rank, pid, pickle.load(file))
-    error: object = None
-    with contextlib.suppress(Exception):  # it may need what is not here
-        error = pickle.load(file)
-    if not isinstance(error, Exception):
-        last = cause.traceback.rstrip().rpartition("\n")[2]
-        error = KVStoreError(f"worker {rank} failed: {last}")
-    error.__cause__ = cause
-    return error
 
 
 class _Session:
@@ -275,7 +183,7 @@ class _Session:
         return {"KVSTORE_TOKEN": self.token, **address_variables(self.host, self.port)}
 
 
-class _Cluster:
+class Cluster:
     """What a `LocalCluster` has; the daemon thread holds on to this, not to the cluster itself.
 
     `lock` is a condition. Methods with the suffix `_locked` are called with it held.
@@ -304,6 +212,7 @@ class _Cluster:
         self.run: LocalRun | None = None
         self.lines: collections.deque[tuple[int, str]] = collections.deque()
         self.waiting = 0  # threads in `wait`
+        self.printing = threading.Lock()
         self.processes = Processes(self._take_line)
 
     # -------------------------------------------------------------------------- in users' threads
@@ -402,13 +311,13 @@ class _Cluster:
         try:
             made = dumps(value)
         except Exception as error:
-            if "cloudpickle" in sys.modules:
+            if sys.modules.get("cloudpickle") is not None:
                 raise ArrayTypeError(f"what is run is sent as a pickle: {error}") from error
             raise _needs_cloudpickle(str(error)) from error
         # Plain pickle names such a function by a module that the workers do not have.
         function = value[0] if isinstance(value, tuple) else value
         module = getattr(function, "__module__", None)
-        if module == "__main__" and "cloudpickle" not in sys.modules:
+        if module == "__main__" and sys.modules.get("cloudpickle") is None:
             raise _needs_cloudpickle("the function was defined in a notebook or script")
         return made
 
@@ -481,7 +390,8 @@ class _Cluster:
         self, role: str, rank: int | None, variables: dict[str, str], *pass_fds: int
     ) -> Process:
         own = environment(role, rank, self.num_workers, self.num_servers)
-        own["KVSTORE_TIMEOUT"] = f"{self.timeout:g}"
+        if role == "worker":
+            own["KVSTORE_TIMEOUT"] = f"{self.timeout:g}"
         own.update(variables)
         read_fd, write_fd = os.pipe()
         try:
@@ -497,7 +407,7 @@ class _Cluster:
             raise
         finally:
             os.close(write_fd)
-        answer = _Answer(lambda whole: self._take_answer_locked(process, whole))
+        answer = Answer(lambda whole: self._take_answer_locked(process, whole))
         self.processes.read_from(process, read_fd, answer.take)
         return process
 
@@ -518,15 +428,16 @@ class _Cluster:
         self.lock.notify_all()
 
     def _print(self) -> None:
-        while True:
-            try:
+        with self.printing:
+            touched = set()
+            while self.lines:
                 stream, text = self.lines.popleft()
-            except IndexError:
-                return
-            file = sys.stdout if stream == 1 else sys.stderr
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
-                file.write(text)
-                file.flush()
+                touched.add(stream)
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
+                    (sys.stdout if stream == 1 else sys.stderr).write(text)
+            for stream in touched:
+                with contextlib.suppress(OSError, ValueError, AttributeError):
+                    (sys.stdout if stream == 1 else sys.stderr).flush()
 
     # ------------------------------------------------------------------------ in the daemon thread
 
@@ -537,6 +448,8 @@ class _Cluster:
             why = f"{type(error).__name__} in the thread that serves it: {error}"
             with self.lock:
                 self._kill_locked(why, KVStoreError(why))
+        finally:
+            self.processes.release()
 
     def _move(self) -> None:
         while True:
@@ -561,7 +474,9 @@ class _Cluster:
         if answer[:1] == READY:
             self.ready.add(process)
         elif self.run is not None:
-            self.processes.drain(process)  # what it printed comes before what it returned
+            # What it printed comes before what it returned.
+            self.processes.drain(process)
+            self.processes.end_lines(process)
             rank = self.first + self.workers.index(process)
             self.run.take(process, rank, answer)
 
@@ -577,24 +492,6 @@ class _Cluster:
             self.lines.append((2, f"kvstore: {process.name} {process.ending()}\n"))
         if not part:  # of an earlier session
             self.processes.forget(process)
-
-
-class _Answer:
-    """Puts the answers of a process together again."""
-
-    def __init__(self, on_answer: Callable[[bytearray], None]) -> None:
-        self._on_answer = on_answer
-        self._data = bytearray()
-
-    def take(self, data: bytes) -> None:
-        self._data += data
-        while len(self._data) >= HEADER.size:
-            size = HEADER.size + HEADER.unpack_from(self._data)[1]
-            if len(self._data) < size:
-                return
-            whole, self._data = self._data, self._data[size:]
-            del whole[size:]
-            self._on_answer(whole)
 
 
 def _several(number: int, what: str) -> str:

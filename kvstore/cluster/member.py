@@ -19,7 +19,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from ..errors import (
     ClosedError,
@@ -60,14 +60,13 @@ class Command(NamedTuple):
     body: str | bytes
 
 
-def real_core(*args: Any, **options: Any) -> Core:
-    """The data plane of this build; NotBuiltError without one."""
+def _core_of_this_build() -> MakeCore:
     from .. import _core
 
     make: MakeCore | None = getattr(_core, "Node", None)
     if make is None:
         raise NotBuiltError("this build has no dist stores")
-    return make(*args, **options)
+    return make
 
 
 class Member:
@@ -135,12 +134,13 @@ class Member:
         PeerLostError
             A node went away meanwhile.
         """
+        make_core = make_core or _core_of_this_build()
         member = cls(settings, asynchronous)
         _members.add(member)
         deadline = time.monotonic() + settings.timeout
         try:
             place = control.run(member._enter(deadline))
-            member._take_place(place, make_core or real_core)
+            member._take_place(place, make_core)
             control.run(member._connect(deadline))
             assert member.core is not None
             member.core.connect(member._peers)
@@ -395,7 +395,7 @@ class Member:
                 continue
             if command is not None:
                 yield command
-            elif self._broken is None:
+            elif self._shut_down:
                 return
 
     def done(self, command: Command, failure: str | None = None) -> None:
@@ -463,6 +463,10 @@ class Member:
         """What a process does that ends without `close`: it waits for nobody."""
         ended_by = getattr(sys, "last_type", None)  # of an exception that nobody caught
         if self.role == "worker" and ended_by is None:
+            from .. import _core
+
+            with contextlib.suppress(KVStoreError):
+                _core.wait_all(self.settings.timeout)  # what was pushed last is on its way
             with contextlib.suppress(KVStoreError):
                 self.close(min(self.settings.timeout, EXIT_S), together=False)
         elif ended_by is not None:

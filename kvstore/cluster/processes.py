@@ -15,6 +15,7 @@ Nothing here blocks for longer than it is told to.
 
 import collections
 import contextlib
+import functools
 import os
 import selectors
 import signal
@@ -24,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import KVStoreError
 from . import watchdog
+from .settings import MAX_TIMEOUT_S
 
 GATE = ("/bin/sh", "-c", 'read -r go && exec "$@"')
 GATE_WITHOUT_INPUT = ("/bin/sh", "-c", 'read -r go && exec "$@" </dev/null')
@@ -58,6 +60,9 @@ def environment(role: str, rank: int | None, num_workers: int, num_servers: int)
     variables["KVSTORE_NUM_WORKERS"] = variables["DMLC_NUM_WORKER"] = str(num_workers)
     variables["KVSTORE_NUM_SERVERS"] = variables["DMLC_NUM_SERVER"] = str(num_servers)
     variables["KVSTORE_BIND"] = "127.0.0.1"
+    if role == "server":
+        # Workers may join when they like: whoever has started them sees whether they are alive.
+        variables["KVSTORE_TIMEOUT"] = f"{MAX_TIMEOUT_S:g}"
     if rank is not None:
         variables["KVSTORE_RANK"] = str(rank)
     return variables
@@ -81,6 +86,7 @@ class Process:
         self.pid = popen.pid
         self.status: int | None = None
         self.watch_fd: int | None = None
+        self.lines: list[_Lines] = []
         self.outgoing: collections.deque[memoryview] = collections.deque()
 
     def look(self) -> bool:
@@ -159,7 +165,8 @@ class Processes:
         self._tell_watchdog(f"+{process.pid}\n")
         assert popen.stdin and popen.stdout and popen.stderr
         for stream, pipe in ((1, popen.stdout), (2, popen.stderr)):
-            lines = _Lines(lambda line, stream=stream: self._on_line(process, stream, line))  # type: ignore[misc]
+            lines = _Lines(functools.partial(self._on_line, process, stream))
+            process.lines.append(lines)
             self.read_from(process, pipe.fileno(), lines.take, close=False)
         with contextlib.suppress(AttributeError, OSError):  # not on every system
             process.watch_fd = os.pidfd_open(process.pid)
@@ -244,6 +251,11 @@ class Processes:
                 if not reader.ready():
                     break
 
+    def end_lines(self, process: Process) -> None:
+        """Take the line that it has begun as a whole one."""
+        for lines in process.lines:
+            lines.take(b"")
+
     def signal(self, process: Process, number: int) -> None:
         """Send a signal to the process's group."""
         # A group of which only the unreaped leader is left takes signals and ignores them.
@@ -279,7 +291,10 @@ class Processes:
         assert self._watchdog.stdin
         self._watchdog.stdin.close()
         self._watchdog.wait()
-        # The selector is not closed: another thread may be in `wait`.
+
+    def release(self) -> None:
+        """Close what `wait` uses: for the thread that calls it, after `close`."""
+        self._selector.close()
 
     def _tell_watchdog(self, line: str) -> None:
         assert self._watchdog.stdin

@@ -16,10 +16,10 @@ import secrets
 import socket
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from ..errors import InvalidArgumentError, PeerLostError
-from . import protocol
+from . import control, protocol
 from .calls import MAX_REASON, Calls
 from .protocol import Frame, ProtocolError
 from .roster import Node, Refusal, Roster, Stage, listed, node_of
@@ -46,13 +46,15 @@ class Scheduler:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.roster = Roster(settings.num_workers or 1, settings.num_servers or 1)
-        self.calls = Calls(self.roster, self._send)
+        self.calls = Calls(self.roster, self._send, lambda: self._tell_launcher(None))
         self.session = secrets.token_bytes(16)
         self.address: tuple[str, int] | None = None
         self._servers: list[asyncio.Server] = []
         self._strangers: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._logged: set[str] = set()
+        self._told = ""  # whom the nodes know to be missing
+        self._launcher: TextIO | None = None
         self._changed = asyncio.Event()  # somebody has left or gone
 
     # ----------------------------------------------------------------------------- from outside
@@ -109,6 +111,7 @@ class Scheduler:
             await self._changed.wait()
 
     def _close(self) -> None:
+        self._tell_launcher(None)
         for server in self._servers:
             server.close()
         for writer in [*self._strangers.values(), *(n.connection for n in self.roster.nodes)]:
@@ -133,8 +136,21 @@ class Scheduler:
         if not descriptor.isdigit():
             self._say(f"the scheduler listens on {join_address(host, port)}")
             return
-        with contextlib.suppress(OSError), os.fdopen(int(descriptor), "w") as file:
-            file.write(json.dumps({"host": host, "port": port}) + "\n")
+        with contextlib.suppress(OSError):
+            self._launcher = os.fdopen(int(descriptor), "w", buffering=1)
+        self._tell_launcher({"host": host, "port": port})
+
+    def _tell_launcher(self, news: dict[str, Any] | None) -> None:
+        """A line for the launcher; without news nothing more will come.
+
+        It hears the end before the last worker does, which may then ask it for a new cluster.
+        """
+        with contextlib.suppress(OSError):
+            if self._launcher is not None and news is None:
+                self._launcher.close()
+                self._launcher = None
+            elif self._launcher is not None:
+                self._launcher.write(json.dumps(news) + "\n")
 
     # ------------------------------------------------------------------------------ what it says
 
@@ -153,20 +169,26 @@ class Scheduler:
 
     async def _tick(self) -> None:
         """Tell those who wait, and the terminal, who is missing."""
-        begin, told, reports = time.monotonic(), "", list(FIRST_REPORTS_S)
+        begin, reports = time.monotonic(), list(FIRST_REPORTS_S)
         while True:
             await asyncio.sleep(TICK_S)
             if self.roster.stage >= Stage.RUNNING or self.roster.why_lost is not None:
                 return
-            waiting = self.roster.waiting_for()
-            if waiting != told:
-                told = waiting
-                self._tell_all({"type": "progress", "waiting_for": waiting})
+            self._tell_progress()
+            if self._launcher is not None and not self.roster.of("worker"):
+                # The launcher sees who is there; nobody waits before a worker does.
+                begin = time.monotonic()
             passed = time.monotonic() - begin
             if passed >= reports[0]:
                 at = reports.pop(0)
                 reports = reports or [at + REPORT_EVERY_S]
-                self._say(f"waiting for {waiting} ({at} s)")
+                self._say(f"waiting for {self._told} ({at} s)")
+
+    def _tell_progress(self) -> None:
+        waiting = self.roster.waiting_for()
+        if waiting != self._told:
+            self._told = waiting
+            self._tell_all({"type": "progress", "waiting_for": waiting})
 
     # ------------------------------------------------------------------------------- connections
 
@@ -282,6 +304,7 @@ class Scheduler:
         }
         for node in self.roster.nodes:
             self._send(node, {**common, "rank": node.rank})
+        self._tell_progress()
 
     def _take_address(self, node: Node, frame: Frame) -> None:
         address = protocol.field(frame, "address", str)
@@ -301,6 +324,7 @@ class Scheduler:
                 last = at + ROSTER_CHUNK >= len(peers)
                 chunk = peers[at : at + ROSTER_CHUNK]
                 self._send(other, {"type": "roster", "peers": chunk, "last": last})
+        self._tell_progress()
 
     def _take_ready(self, node: Node) -> None:
         if self.roster.stage != Stage.CONNECTING:
@@ -308,6 +332,7 @@ class Scheduler:
         node.ready = True
         if all(other.ready for other in self.roster.nodes):
             self.roster.stage = Stage.RUNNING
+            self._tell_launcher({"complete": True})
             self._tell_all({"type": "start"})
 
     # ------------------------------------------------------------------------------------ the end
@@ -336,10 +361,9 @@ async def _listening(settings: Settings) -> list[socket.socket]:
     """A socket for each address of the host, all with one port."""
     host = settings.bind or settings.host
     setting = BY_OPTION["bind" if settings.bind else "scheduler"].told()
-    loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(
-            host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        found = await control.in_thread(
+            socket.getaddrinfo, host, settings.port, 0, socket.SOCK_STREAM, 0, socket.AI_PASSIVE
         )
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
