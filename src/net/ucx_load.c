@@ -198,8 +198,8 @@ static kv_status_t set_all(const kv_ucx_t *ucx, ucp_config_t *ucx_config,
     };
     for (size_t i = 0; i < sizeof(settings) / sizeof(settings[0]); i++) {
         if (settings[i].value != NULL)
-            KV_TRY(
-                set(ucx, ucx_config, settings[i].transport, settings[i].name, settings[i].value));
+            KV_TRY(set_one(ucx, ucx_config, settings[i].transport, settings[i].name,
+                           settings[i].value));
     }
     return KV_OK;
 }
