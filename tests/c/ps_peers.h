@@ -35,6 +35,7 @@ typedef struct cluster {
     kv_net_t *net;
     int32_t num_workers;
     uint32_t timeout_ms; /* of all messages */
+    bool tells;          /* the server that a worker is gone, as the control plane does */
     peer_t peers[MAX_WORKERS];
 } cluster_t;
 
@@ -124,12 +125,23 @@ static inline const answer_t *answer_to(peer_t *peer, uint64_t request)
     return answer;
 }
 
+/* Always false: for conditions. */
+static inline bool tell_losses(cluster_t *cluster)
+{
+    for (int32_t i = 0; i < cluster->num_workers && cluster->tells; i++) {
+        if (atomic_load(&cluster->peers[i].is_lost))
+            kv_server_lose(cluster->server, "a worker is gone");
+    }
+    return false;
+}
+
 static inline const answer_t *await(cluster_t *cluster, int32_t worker, uint64_t request)
 {
     static const answer_t none = {.record.status = KV_STATUS_COUNT};
     peer_t *peer = &cluster->peers[worker];
     const answer_t *answer = NULL;
-    WAIT_UNTIL((answer = answer_to(peer, request)) != NULL || atomic_load(&peer->is_lost));
+    WAIT_UNTIL((answer = answer_to(peer, request)) != NULL || atomic_load(&peer->is_lost) ||
+               tell_losses(cluster));
     return answer != NULL ? answer : &none;
 }
 
