@@ -98,6 +98,8 @@ static void give_up_locked(kv_server_t *server, kv_request_t *request, kv_error_
     }
     if (request->header.record.action == KV_WIRE_GET)
         kv_slice_unlist_locked(server, request);
+    else if (request->key != NULL)
+        kv_drop_withdraw_locked(server, request);
     kv_answer_error_locked(server, request, error);
 }
 

@@ -9,8 +9,8 @@
  * it as busy, and what happens to it then waits in its lists.
  *
  * Every wish of a worker is a kv_request_t from the arrival of its record to the end of its answer.
- * It is in use for its answer, and apart from that while its data or its vote is part of something:
- * a push whose deadline has passed is answered and stays in its round.
+ * It is in use for its answer, and apart from that while its data is part of a round: a push whose
+ * deadline has passed is answered and stays there.
  */
 #ifndef KV_PS_SERVER_INTERNAL_H
 #define KV_PS_SERVER_INTERNAL_H
@@ -56,7 +56,6 @@ struct kv_request {
     int64_t deadline_ns; /* when it is answered with KV_TIMEOUT */
     bool waiting;        /* in the server's list of those not yet answered */
     bool whole;          /* `buffer` has nothing else in it */
-    bool votes;          /* in the list of its key's deletes */
     kv_buffer_t *buffer; /* a message's payload, a push's data */
     const void *data;
     kv_error_t *failure; /* a push that is none: its round will fail */
@@ -169,11 +168,16 @@ void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *er
 /* Gives the key of this number, made if need be; NULL without memory. */
 kv_server_key_t *kv_server_key_locked(kv_server_t *server, uint64_t number)
     KV_REQUIRES(server->mutex);
+/* Frees the key if there is nothing of it. */
+void kv_server_key_tidy_locked(kv_server_t *server, kv_server_key_t *key)
+    KV_REQUIRES(server->mutex);
 /* The key and all that belongs to it go; whatever waits for it gets the error. */
 void kv_server_key_free_locked(kv_server_t *server, kv_server_key_t *key, kv_error_t *error)
     KV_REQUIRES(server->mutex);
 
 void kv_drop_locked(kv_server_t *server, kv_request_t *request) KV_REQUIRES(server->mutex);
+/* Takes a delete that waits out of its key, which may be gone then. */
+void kv_drop_withdraw_locked(kv_server_t *server, kv_request_t *vote) KV_REQUIRES(server->mutex);
 /* Deletes the key if all workers have said so and nothing of it is under way: true, it is gone. */
 bool kv_drop_if_due_locked(kv_server_t *server, kv_server_key_t *key) KV_REQUIRES(server->mutex);
 kv_status_t kv_drop_missing_locked(kv_server_t *server, const kv_request_t *request)

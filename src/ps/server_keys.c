@@ -53,6 +53,14 @@ kv_server_key_t *kv_server_key_locked(kv_server_t *server, uint64_t number)
     return key;
 }
 
+void kv_server_key_tidy_locked(kv_server_t *server, kv_server_key_t *key)
+{
+    if (key->slices != NULL || key->votes != NULL || key->declared != NULL)
+        return;
+    kv_index_remove(&server->keys, &key->node);
+    kv_free(key);
+}
+
 static void entry_rele(kv_declared_key_t *entry)
 {
     if (entry != NULL && --entry->refs == 0)
@@ -79,30 +87,30 @@ void kv_server_key_free_locked(kv_server_t *server, kv_server_key_t *key, kv_err
     }
     while ((vote = key->votes) != NULL) {
         key->votes = vote->next;
-        if (vote->waiting)
-            kv_answer_error_locked(server, vote, error);
-        kv_request_rele_locked(server, vote);
+        kv_answer_error_locked(server, vote, error);
     }
     if (key->declared != NULL) {
         if (key->declared->listed)
             entry_unlist_locked(server, key->declared);
         entry_rele(key->declared);
+        key->declared = NULL;
     }
-    kv_index_remove(&server->keys, &key->node);
-    kv_free(key);
+    kv_server_key_tidy_locked(server, key);
 }
 
 /* ---------------------------------------------------------------------------------- deletes */
 
-static void vote_remove_locked(kv_server_t *server, kv_server_key_t *key, kv_request_t *vote)
-    KV_REQUIRES(server->mutex)
+/* A vote counts only while its worker waits. So a delete happens on a server for all workers or for
+ * none, and whoever was told that it has failed may try again. */
+void kv_drop_withdraw_locked(kv_server_t *server, kv_request_t *vote)
 {
+    kv_server_key_t *key = vote->key;
     kv_request_t **link = &key->votes;
     while (*link != vote)
         link = &(*link)->next;
     *link = vote->next;
     key->num_votes--;
-    kv_request_rele_locked(server, vote);
+    kv_server_key_tidy_locked(server, key);
 }
 
 void kv_drop_locked(kv_server_t *server, kv_request_t *request)
@@ -112,18 +120,15 @@ void kv_drop_locked(kv_server_t *server, kv_request_t *request)
         kv_answer_status_locked(server, request, kv_fail(KV_NO_MEMORY, "no memory for a delete"));
         return;
     }
-    kv_request_t *earlier = key->votes;
+    const kv_request_t *earlier = key->votes;
     while (earlier != NULL && earlier->worker != request->worker)
         earlier = earlier->next;
-    if (earlier != NULL && earlier->waiting) {
+    if (earlier != NULL) {
         kv_answer_status_locked(
             server, request,
             kv_fail(KV_INVALID, "worker %" PRId32 " is deleting it already", request->worker));
         return;
     }
-    if (earlier != NULL)
-        vote_remove_locked(server, key, earlier); /* its deadline had passed: a second attempt */
-    kv_request_use_locked(server, request);
     request->key = key;
     request->next = key->votes;
     key->votes = request;
@@ -153,9 +158,9 @@ bool kv_drop_if_due_locked(kv_server_t *server, kv_server_key_t *key)
         if (slice->stored != NULL && slice->version < rounds)
             return false;
     }
-    for (kv_request_t *vote = key->votes; vote != NULL; vote = vote->next) {
-        if (vote->waiting)
-            kv_answer_locked(server, vote, NULL, 0);
+    for (kv_request_t *vote; (vote = key->votes) != NULL;) {
+        key->votes = vote->next;
+        kv_answer_locked(server, vote, NULL, 0);
     }
     kv_error_t *error = kv_error_capture(kv_fail(KV_NO_KEY, "the key was deleted"));
     kv_server_key_free_locked(server, key, error);
@@ -410,6 +415,8 @@ static kv_status_t record_locked(kv_server_t *server, wait_t *wait, const kv_wir
     if (number->declared != NULL)
         return kv_fail(KV_INVALID, "has the number of another key, %" PRIu64, key->number);
     kv_declared_key_t *entry = entry_new_locked(server, key, true);
+    if (entry == NULL)
+        kv_server_key_tidy_locked(server, number);
     KV_TRY_ALLOC(entry, "a key");
     number->declared = wait->entry = entry;
     entry->refs += 2;

@@ -32,8 +32,7 @@ static kv_slice_t *slice_locked(kv_server_t *server, const kv_wire_record_t *rec
     slice = kv_calloc(1, sizeof *slice + workers * sizeof slice->workers[0] +
                              workers * sizeof slice->sources[0]);
     if (slice == NULL) {
-        if (key->slices == NULL && key->votes == NULL && key->declared == NULL)
-            kv_server_key_free_locked(server, key, NULL);
+        kv_server_key_tidy_locked(server, key);
         return NULL;
     }
     slice->node = (kv_index_node_t){.number = record->key, .part = record->slice};

@@ -5,6 +5,7 @@
 
 #include "ps/client.h"
 #include "test.h"
+#include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
 
@@ -33,6 +34,10 @@ typedef struct test_call {
     char message[KV_MESSAGE_BYTES];
 } test_call_t;
 
+/* Signalled at the end of any call. */
+static pthread_mutex_t ends_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t ends = PTHREAD_COND_INITIALIZER;
+
 static inline void call_sent(kv_client_call_t *base)
 {
     test_call_t *call = (test_call_t *)base;
@@ -47,7 +52,10 @@ static inline void call_done(kv_client_call_t *base, kv_status_t status)
     call->status = status;
     snprintf(call->message, sizeof call->message, "%s",
              status == KV_OK ? "" : kv_status_message(status));
+    pthread_mutex_lock(&ends_lock); /* the call may be gone once the count is seen */
     atomic_fetch_add(&call->num_done, 1);
+    pthread_cond_broadcast(&ends);
+    pthread_mutex_unlock(&ends_lock);
 }
 
 static inline void call_init(test_call_t *call, kv_client_verb_t verb)
@@ -85,10 +93,13 @@ static inline bool call_start(kv_client_t *client, test_call_t *call)
     return CHECK_STATUS(kv_client_start(client, &call->base), KV_OK);
 }
 
-/* Waits for the end of a call that has begun. */
+/* Waits for the end of a call that has begun; for ever if there is none. */
 static inline kv_status_t call_wait(test_call_t *call)
 {
-    WAIT_UNTIL(atomic_load(&call->num_done) > 0);
+    pthread_mutex_lock(&ends_lock);
+    while (atomic_load(&call->num_done) == 0)
+        pthread_cond_wait(&ends, &ends_lock);
+    pthread_mutex_unlock(&ends_lock);
     CHECK_EQ(atomic_load(&call->num_done), 1);
     return call->status;
 }

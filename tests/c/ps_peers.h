@@ -3,11 +3,12 @@
 #ifndef KV_TESTS_C_PS_PEERS_H
 #define KV_TESTS_C_PS_PEERS_H
 
+#include "compress/codec.h"
 #include "net_nodes.h"
 #include "ps/server.h"
 #include "ps/wire.h"
 
-enum { MAX_WORKERS = 4, MAX_KEYS = 4 };
+enum { MAX_WORKERS = 4 };
 
 typedef struct answer {
     struct answer *next;
@@ -34,6 +35,7 @@ typedef struct cluster {
     kv_net_t *net;
     int32_t num_workers;
     uint32_t timeout_ms; /* of all messages */
+    bool tells;          /* the server that a worker is gone, as the control plane does */
     peer_t peers[MAX_WORKERS];
 } cluster_t;
 
@@ -123,12 +125,23 @@ static inline const answer_t *answer_to(peer_t *peer, uint64_t request)
     return answer;
 }
 
+/* Always false: for conditions. */
+static inline bool tell_losses(cluster_t *cluster)
+{
+    for (int32_t i = 0; i < cluster->num_workers && cluster->tells; i++) {
+        if (atomic_load(&cluster->peers[i].is_lost))
+            kv_server_lose(cluster->server, "a worker is gone");
+    }
+    return false;
+}
+
 static inline const answer_t *await(cluster_t *cluster, int32_t worker, uint64_t request)
 {
     static const answer_t none = {.record.status = KV_STATUS_COUNT};
     peer_t *peer = &cluster->peers[worker];
     const answer_t *answer = NULL;
-    WAIT_UNTIL((answer = answer_to(peer, request)) != NULL || atomic_load(&peer->is_lost));
+    WAIT_UNTIL((answer = answer_to(peer, request)) != NULL || atomic_load(&peer->is_lost) ||
+               tell_losses(cluster));
     return answer != NULL ? answer : &none;
 }
 
@@ -322,6 +335,118 @@ static inline kv_server_counters_t counters_of(const cluster_t *cluster)
     kv_server_counters_t counters;
     kv_server_counters(cluster->server, &counters);
     return counters;
+}
+
+/* ------------------------------------------------------------------- one key, and floats */
+
+enum { KEY = 40, LARGE = 50000, LARGEST = KV_WIRE_SLICE_BYTES / 4 };
+
+static inline kv_wire_record_t floats(kv_wire_action_t action, uint64_t request, uint32_t slice,
+                                      uint64_t round, int64_t count)
+{
+    return (kv_wire_record_t){.action = (uint8_t)action,
+                              .request = request,
+                              .tag = (uint32_t)request + 1000,
+                              .key = KEY,
+                              .slice = slice,
+                              .round = round,
+                              .dtype = KV_FLOAT32,
+                              .bytes = (uint64_t)count * sizeof(float)};
+}
+
+/* Sends `count` elements, all of them `value`. */
+static inline void push(cluster_t *cluster, int32_t worker, kv_wire_record_t record, float value)
+{
+    float *data = malloc((size_t)record.bytes + 1);
+    for (uint64_t i = 0; i < record.bytes / sizeof(float); i++)
+        data[i] = value;
+    send_one(cluster, worker, record, data);
+    free(data);
+}
+
+static inline void init(cluster_t *cluster, uint64_t request, uint32_t slice, int64_t count,
+                        float value)
+{
+    push(cluster, 0, floats(KV_WIRE_INIT, request, slice, 0, count), value);
+}
+
+static inline void pull(cluster_t *cluster, int32_t worker, uint64_t request, uint32_t slice,
+                        uint64_t round)
+{
+    kv_wire_record_t record = floats(KV_WIRE_GET, request, slice, round, 0);
+    send_many(cluster, worker, KV_WIRE_PULL, 1, &record, NULL);
+}
+
+static inline void drop(cluster_t *cluster, int32_t worker, uint64_t request, uint64_t round)
+{
+    kv_wire_record_t record = floats(KV_WIRE_DROP, request, 0, round, 0);
+    send_many(cluster, worker, KV_WIRE_DELETE, 1, &record, NULL);
+}
+
+static inline bool check_floats(const answer_t *answer, int64_t count, float value)
+{
+    const float *data = (const float *)(const void *)answer->data;
+    if (!CHECK_EQ(answer->record.status, KV_OK) ||
+        !CHECK_EQ(answer->bytes, count * (int64_t)sizeof(float)))
+        return false;
+    CHECK_EQ(answer->record.dtype, KV_FLOAT32);
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < count; i++) {
+        float got;
+        memcpy(&got, data + i, sizeof got);
+        wrong += got != value;
+    }
+    return CHECK_EQ(wrong, 0);
+}
+
+static inline void check_done(cluster_t *cluster, int32_t worker, uint64_t request)
+{
+    const answer_t *answer = await(cluster, worker, request);
+    CHECK_EQ(answer->record.status, KV_OK);
+    CHECK_EQ(answer->record.tag, request + 1000);
+    CHECK_EQ(answer->bytes, 0);
+}
+
+static inline void check_failed(cluster_t *cluster, int32_t worker, uint64_t request,
+                                kv_status_t status, const char *sentence)
+{
+    const answer_t *answer = await(cluster, worker, request);
+    CHECK_EQ(answer->record.status, status);
+    CHECK_TEXT(answer->data, sentence);
+}
+
+/* Everything that a worker has sent so far has been dealt with. */
+static inline void settle(cluster_t *cluster, int32_t worker)
+{
+    static _Atomic uint64_t number = 1000000;
+    uint64_t request = atomic_fetch_add(&number, 1);
+    kv_wire_record_t record = floats(KV_WIRE_INIT, request, 0, 0, 0);
+    record.codec = KV_CODEC_2BIT; /* nobody takes that */
+    send_one(cluster, worker, record, "");
+    CHECK(await(cluster, worker, request)->record.status != KV_OK);
+}
+
+/* The places of the slices of all keys that are declared. */
+static unsigned char places[4];
+
+static inline kv_wire_key_t declared(const char *name, uint64_t number, int64_t rows)
+{
+    return (kv_wire_key_t){.name = {.text = name, .bytes = strlen(name)},
+                           .dtype = KV_FLOAT32,
+                           .ndim = 2,
+                           .shape = {rows, 2},
+                           .placed = 1,
+                           .number = number,
+                           .slice_bytes = 16,
+                           .num_slices = rows > 2 ? 2 : 1,
+                           .servers = places};
+}
+
+static inline kv_wire_key_t asked(const char *name, int64_t rows)
+{
+    kv_wire_key_t key = declared(name, 0, rows);
+    key.placed = 0;
+    return key;
 }
 
 #endif

@@ -2,10 +2,10 @@
  * order, and callers give up: every call ends, with the right bytes or with an error. */
 #include "ps_cluster.h"
 
-enum { ROUNDS = 3, MAX_CALLS = 64, SEEDS = 160, NUM_FAULTS = 8 };
+enum { ROUNDS = 3, MAX_CALLS = 64, SEEDS = 120, NUM_FAULTS = 8 };
 
 /* Shorter than usual: a test goes through many clusters. */
-static const int64_t short_lengths[NUM_KEYS] = {0, 1, 1024, 20000, 300000, 3};
+static const int64_t short_lengths[NUM_KEYS] = {0, 1, 1024, 20000, 90000, 3};
 
 /* ----------------------------------------------------------------------------- calls under way */
 
