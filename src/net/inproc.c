@@ -78,6 +78,16 @@ static void append(parcels_t *list, parcel_t *parcel)
     list->tail = parcel;
 }
 
+static void append_all(parcels_t *list, parcels_t more)
+{
+    if (list->head == NULL)
+        *list = more;
+    else if (more.head != NULL) {
+        list->tail->next = more.head;
+        list->tail = more.tail;
+    }
+}
+
 static parcel_t *pop(parcels_t *list)
 {
     parcel_t *parcel = list->head;
@@ -344,14 +354,15 @@ static bool open_parcels(port_t *port, int64_t now_ns)
         }
     }
     parcels_t taken = take_all(&port->taken);
-    for (parcel_t *parcel; (parcel = pop(&taken)) != NULL;) {
-        if (parcel->due_ns > now_ns || opened >= BATCH) {
+    for (parcel_t *parcel; opened < BATCH && (parcel = pop(&taken)) != NULL;) {
+        if (parcel->due_ns > now_ns) {
             append(&port->taken, parcel);
         } else {
             show(port, parcel, now_ns);
             opened++;
         }
     }
+    append_all(&port->taken, taken);
     return opened > 0;
 }
 
