@@ -32,7 +32,7 @@ LIBRARIES = (
 )
 
 # Read by setup.py, not by the package.
-BUILD_VARIABLES = ("KVSTORE_BUILD",)
+BUILD_VARIABLES = ("KVSTORE_BUILD", "KVSTORE_UCX")
 
 
 def why_no_core(error: ImportError) -> str:
@@ -98,7 +98,10 @@ def find_ucx() -> str | None:
 def unknown_settings(known: list[str]) -> Iterator[str]:
     """A line for each variable of the environment that looks like a setting and is none."""
     for variable in sorted(os.environ):
-        if not variable.startswith("KVSTORE_") or variable in (*known, *BUILD_VARIABLES):
+        # KVSTORE_UCX_* are settings of UCX, which knows their names.
+        if not variable.startswith("KVSTORE_") or variable.startswith("KVSTORE_UCX_"):
+            continue
+        if variable in (*known, *BUILD_VARIABLES):
             continue
         near = difflib.get_close_matches(variable, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

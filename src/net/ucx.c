@@ -3,8 +3,8 @@
  * Its rules, each with a crash or a hang behind it:
  *   - Only tcp, and cma (one process reads the other's memory) beside it. UCX's shared memory is
  *     refused: a process killed at the wrong moment stops everybody who shares its queue.
- *   - No listener: bytes of a stranger can crash it. Both sides make their endpoint from the
- * other's worker address, and an address is taken from the control plane only.
+ *   - No listener: bytes of a stranger can crash it. Both sides make their endpoint from the worker
+ *     address of the other, and an address is taken from the control plane only.
  *   - The error callback only marks. Sessions end at the beginning of `progress`, outside UCX's
  *     callbacks and once each, by a forced close: whoever is gone answers no other. The connection
  *     with a peer that may live is cut first (ucx_sockets.h).
