@@ -141,11 +141,12 @@ class Member:
         try:
             place = control.run(member._enter(deadline))
             member._take_place(place, make_core)
-            control.run(member._connect(deadline))
             assert member.core is not None
+            address = base64.b64encode(member.core.address()).decode()
+            control.run(member._step("roster", deadline, {"type": "address", "address": address}))
             member.core.connect(member._peers)
             member.core.wait_ready(max(deadline - time.monotonic(), 0.001))
-            control.run(member._become_ready(deadline))
+            control.run(member._step("start", deadline, {"type": "ready"}))
         except BaseException as error:
             member.fail(f"it could not join: {type(error).__name__}: {error}")
             raise
@@ -167,7 +168,9 @@ class Member:
             "num_servers": settings.num_servers,
             "same_host_copies": settings.same_host_copies,
         }
-        return await self._step("place", deadline, frame)
+        place = await self._step("place", deadline, frame)
+        self._tasks.append(asyncio.ensure_future(self._beat()))
+        return place
 
     def _take_place(self, place: Frame, make_core: MakeCore) -> None:
         field, settings = protocol.field, self.settings
@@ -192,15 +195,6 @@ class Member:
         )
         if self._broken is not None:
             self.core.lose(self._broken[1])
-
-    async def _connect(self, deadline: float) -> None:
-        self._tasks.append(asyncio.ensure_future(self._beat()))
-        assert self.core is not None
-        address = base64.b64encode(self.core.address()).decode()
-        await self._step("roster", deadline, {"type": "address", "address": address})
-
-    async def _become_ready(self, deadline: float) -> None:
-        await self._step("start", deadline, {"type": "ready"})
 
     async def _step(self, due: str, deadline: float, frame: Frame) -> Frame:
         """Send a frame and wait for the one that ends this step of joining."""
@@ -231,7 +225,11 @@ class Member:
             why = str(error)
         except OSError as error:
             why = error.strerror or str(error)
-        self._on_broken(PeerLostError, f"the scheduler at {self.settings.address} is gone: {why}")
+        gone = f"the scheduler at {self.settings.address} is gone: {why}"
+        self._on_broken(PeerLostError, gone)
+        self._fail_calls(PeerLostError, gone)  # in a cluster that was broken before
+        if self._writer is not None:
+            self._writer.close()
 
     async def _beat(self) -> None:
         while True:
@@ -277,12 +275,15 @@ class Member:
         if self._broken is not None:
             return
         self._broken = kind, why
-        for future in [*self._calls.values(), *self._steps.values()]:
-            if not future.done():
-                future.set_exception(kind(why))
+        self._fail_calls(kind, why)
         self._commands.put(None)
         if self.core is not None and not self._closed:
             self.core.lose(why)
+
+    def _fail_calls(self, kind: type[KVStoreError], why: str) -> None:
+        for future in [*self._calls.values(), *self._steps.values()]:
+            if not future.done():
+                future.set_exception(kind(why))
 
     # -------------------------------------------------------------------------- to the scheduler
 

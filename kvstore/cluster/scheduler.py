@@ -53,6 +53,7 @@ class Scheduler:
         self._strangers: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._logged: set[str] = set()
+        self._ending = False
         self._told = ""  # whom the nodes know to be missing
         self._launcher: TextIO | None = None
         self._changed = asyncio.Event()  # somebody has left or gone
@@ -111,6 +112,7 @@ class Scheduler:
             await self._changed.wait()
 
     def _close(self) -> None:
+        self._ending = True
         self._tell_launcher(None)
         for server in self._servers:
             server.close()
@@ -224,6 +226,8 @@ class Scheduler:
             why = str(error)
             where = join_address(*map(str, peer[:2])) if node is None else str(node)
             self._say_once(error.kind, f"closed the connection from {where}: {error}")
+        except asyncio.CancelledError:
+            pass  # by the end of the scheduler; asyncio takes it for an error if it goes on
         except OSError as error:
             why = f"its connection failed: {error.strerror or error}"
         finally:
@@ -341,7 +345,7 @@ class Scheduler:
         """The connection of a node has ended."""
         node.connection = None
         self._changed.set()
-        if node.left or node not in self.roster.nodes:
+        if self._ending or node.left or node not in self.roster.nodes:
             return
         if self.roster.stage == Stage.JOINING:
             self.roster.nodes.remove(node)
