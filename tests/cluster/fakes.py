@@ -53,9 +53,9 @@ def make_settings(role, address, **options):
 class Cluster:
     """A scheduler in this process; `join` makes members of it in threads."""
 
-    def __init__(self, num_workers, num_servers, host="127.0.0.1", **options):
+    def __init__(self, num_workers, num_servers, host="127.0.0.1", port=0, **options):
         self.numbers = {"num_workers": num_workers, "num_servers": num_servers}
-        address = settings.join_address(host, 0)
+        address = settings.join_address(host, port)
         self.scheduler = Scheduler(make_settings("scheduler", address, **self.numbers, **options))
         control.run(self.scheduler.listen())
         self.address = settings.join_address(host, self.scheduler.address[1])
