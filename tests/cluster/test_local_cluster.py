@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 def data_plane(monkeypatch):
     """One that moves nothing, in this process and in those of the clusters."""
     sys.path.insert(0, str(STAND_IN))
-    monkeypatch.setenv("PYTHONPATH", paths())
+    monkeypatch.setenv("PYTHONPATH", paths(STAND_IN))
     yield
     sys.path.remove(str(STAND_IN))
 
@@ -35,7 +35,7 @@ def data_plane(monkeypatch):
 def shared():
     """A cluster for tests that leave it usable."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", paths())
+        patch.setenv("PYTHONPATH", paths(STAND_IN))
         made = LocalCluster(3, 1)
     yield made
     made.close()
