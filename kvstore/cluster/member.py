@@ -433,7 +433,12 @@ class Member:
             self._end()
 
     def fail(self, why: str) -> None:
-        """Leave at once, so that the others take this node as lost and hear why."""
+        """Leave at once, so that the others take this node as lost and hear why.
+
+        In a cluster that is broken already it leaves as by `close`: it is not lost as well.
+        """
+        if self._broken is not None:
+            self.close()
         if not self._closed and os.getpid() == self._pid:
             self._closed = True
             self._soon({"type": "failed", "why": why[:1000]})
@@ -462,7 +467,8 @@ class Member:
 
     def _at_exit(self) -> None:
         """What a process does that ends without `close`: it waits for nobody."""
-        ended_by = getattr(sys, "last_type", None)  # of an exception that nobody caught
+        # An exception that nobody caught; at a prompt it ended nothing.
+        ended_by = None if hasattr(sys, "ps1") else getattr(sys, "last_type", None)
         if self.role == "worker" and ended_by is None:
             from .. import _core
 

@@ -209,8 +209,8 @@ class Scheduler:
                     "many", f"more than {MAX_STRANGERS} connections have not said who they are"
                 )
                 oldest.transport.abort()
-            protocol.set_liveness(writer.get_extra_info("socket"))
             try:
+                protocol.set_liveness(writer.get_extra_info("socket"))
                 node = await asyncio.wait_for(
                     self._greet(reader, writer, peer), protocol.HANDSHAKE_S
                 )
@@ -252,6 +252,7 @@ class Scheduler:
         try:
             self.roster.admit(node)
         except Refusal as refusal:
+            self._say(f"refused a node: {refusal}")
             error = {"type": "error", **protocol.error_fields(refusal.error())}
             for one in (node, *refusal.others):
                 self._send(one, error)

@@ -398,6 +398,15 @@ def test_a_lost_node_counts_as_dead_and_one_that_left_does_not(make_cluster):
     assert [_dist.dead_nodes(ask, mask, 60) for mask in (1, 2, 4, 6)] == [0, 1, 0, 1]
 
 
+def test_a_node_that_ends_because_of_a_loss_is_not_lost_too(four):
+    cut(four.nodes[1])
+    until(lambda: four.nodes[0].core.lost and four.nodes[2].core.lost)
+    four.nodes[2].fail("PeerLostError")
+    until(lambda: four.scheduler.roster.of("server")[0].left)
+    assert _dist.dead_nodes(four.nodes[0], "server", 60) == 0
+    assert _dist.dead_nodes(four.nodes[0], "worker", 60) == 1
+
+
 def test_a_node_that_was_silent_for_long_counts_as_dead(four, monkeypatch):
     asked = four.nodes[0]
     four.scheduler.roster.of("server")[1].heard -= 1000
