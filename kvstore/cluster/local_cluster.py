@@ -14,7 +14,6 @@ a run that has closed its own finds the end of that pipe here, and gets a new se
 import collections
 import contextlib
 import json
-import math
 import os
 import pickle
 import secrets
@@ -34,6 +33,7 @@ from ..errors import (
     PeerLostError,
     TimeoutError,
 )
+from . import settings
 from .local_run import INTERRUPTED, Answer, LocalRun, WorkerTraceback
 from .processes import Process, Processes, address_variables, environment
 from .worker_main import BOOT, HEADER, READY, RUN, SERVE, dumps
@@ -42,6 +42,7 @@ __all__ = ["LocalCluster", "LocalRun", "WorkerTraceback"]
 
 CLOSE_S = 5.0  # for workers, then for servers, to end by themselves
 TICK_S = 0.1
+MOST_LINES = 10_000
 MOST_PROCESSES = 4096
 
 Result = TypeVar("Result")
@@ -61,7 +62,8 @@ class LocalCluster:
     controller
         What each server calls with (head, body) for ``send_command_to_servers``.
     timeout
-        Seconds that starting, joining and every call on a store may take. It does not limit a run.
+        Seconds that starting, joining and every call on a store may take, by default as
+        ``KVSTORE_TIMEOUT`` says, or 300. It does not limit a run.
     join
         Make this process the worker of rank 0: only the other ranks become processes. It joins
         with ``kvstore.create('dist_sync', **cluster.options)`` after `submit`, for joining waits
@@ -84,7 +86,7 @@ class LocalCluster:
         num_servers: int = 1,
         *,
         controller: Callable[[int, Any], object] | None = None,
-        timeout: float = 300.0,
+        timeout: float | None = None,
         join: bool = False,
     ) -> None:
         for name, number in (("num_workers", num_workers), ("num_servers", num_servers)):
@@ -94,12 +96,9 @@ class LocalCluster:
                 raise InvalidArgumentError(f"{name}={number}: from 1 to {MOST_PROCESSES} there are")
         if controller is not None and not callable(controller):
             raise ArrayTypeError(f"controller is a function of (head, body), not {controller!r}")
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float):
-            raise ArrayTypeError(f"timeout is a number of seconds, not {timeout!r}")
-        if not 0 < timeout < math.inf:
-            raise InvalidArgumentError(f"timeout={timeout}: it is a number of seconds above 0")
         first = 1 if join else 0
-        self._cluster = Cluster(num_workers, num_servers, first, controller, float(timeout))
+        limit = settings.timeout(timeout)
+        self._cluster = Cluster(num_workers, num_servers, first, controller, limit)
         # Also called at the end of the interpreter, where threads and files are still usable.
         self._kill = weakref.finalize(self, Cluster.kill, self._cluster, "it was not closed")
         try:
@@ -455,6 +454,9 @@ class Cluster:
         while True:
             calls = self.processes.wait(TICK_S)
             with self.lock:
+                # What is not written yet holds up those who print, not this process's memory.
+                while len(self.lines) > MOST_LINES and self.waiting and self.why_ended is None:
+                    self.lock.wait(TICK_S / 10)
                 if self.why_ended is not None:
                     return
                 for process in self.processes.step(calls):

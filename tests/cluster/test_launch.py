@@ -101,7 +101,7 @@ def test_a_cluster_that_was_used_ends_by_itself(real, tmp_path):
 
 
 def test_the_script_of_the_package_is_this_one():
-    text = (Path(launch.__file__).parents[2] / "pyproject.toml").read_text()
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     assert f'kvrun = "{launch.main.__module__}:{launch.main.__name__}"' in text
 
 
@@ -252,13 +252,13 @@ def test_a_starter_that_ignores_the_end_of_children_changes_nothing(marked):
         (os.kill, signal.SIGHUP),
     ],
 )
-def test_a_signal_ends_everything(real, send, number):
-    process = real.start(*shell("-n", 2, "sleep 1000 & echo up; wait"))
+def test_a_signal_ends_everything(marked, send, number):
+    process = marked.start(*shell("-n", 2, "sleep 1000 & echo up; wait"))
     read_until(process, "up")
     read_until(process, "up")
     send(process.pid, number)
     assert process.wait(LONG) == 128 + number
-    assert real.alive() == {}
+    assert marked.alive() == {}
     assert process.stderr.read() == ""
 
 
@@ -320,7 +320,7 @@ def test_killing_the_launcher_leaves_no_process(real):
     real.wait_until_gone()
 
 
-@pytest.mark.parametrize("when", [2, 3, 4, 5])
+@pytest.mark.parametrize("when", [2, 4])
 def test_killing_the_launcher_while_it_starts_leaves_no_process(marked, when):
     process = marked.start(*KVRUN, "-n", "3", "-s", "1", "sleep", "1000")
     until(lambda: len(marked.alive()) >= when)

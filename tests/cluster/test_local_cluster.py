@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def data_plane(monkeypatch):
     """One that moves nothing, in this process and in those of the clusters."""
+    monkeypatch.setattr(local_run, "FAILED_S", LONG)
     sys.path.insert(0, str(STAND_IN))
     monkeypatch.setenv("PYTHONPATH", paths(STAND_IN))
     yield
@@ -221,7 +222,7 @@ def test_without_cloudpickle_functions_of_modules_work_and_others_say_what_is_mi
         shared.run(of_a_cell)
 
 
-def test_wrong_arguments_are_refused():
+def test_wrong_arguments_are_refused(monkeypatch):
     for wrong in (0, -1, 1 << 40):
         with pytest.raises(kvstore.InvalidArgumentError, match=f"num_workers={wrong}"):
             LocalCluster(wrong, 1)
@@ -230,10 +231,12 @@ def test_wrong_arguments_are_refused():
     for wrong in (True, 1.5, "2"):
         with pytest.raises(kvstore.ArrayTypeError, match="num_workers"):
             LocalCluster(wrong, 1)
-    with pytest.raises(kvstore.InvalidArgumentError, match="timeout"):
-        LocalCluster(1, 1, timeout=float("nan"))
-    with pytest.raises(kvstore.ArrayTypeError, match="timeout"):
-        LocalCluster(1, 1, timeout="long")
+    for wrong in (0, -1, float("nan"), "long", True):
+        with pytest.raises(kvstore.InvalidArgumentError, match="timeout"):
+            LocalCluster(1, 1, timeout=wrong)
+    monkeypatch.setenv("KVSTORE_TIMEOUT", "soon")
+    with pytest.raises(kvstore.InvalidArgumentError, match="KVSTORE_TIMEOUT='soon'"):
+        LocalCluster(1, 1)
     with pytest.raises(kvstore.ArrayTypeError, match="controller"):
         LocalCluster(1, 1, controller="module:f")
 
@@ -382,8 +385,13 @@ def test_a_run_that_fails_in_one_worker_does_not_wait_for_ever_for_the_others(mo
         cluster.run(rank)
 
 
-@pytest.mark.parametrize("which", ["worker 1", "server 0", "scheduler"])
-def test_a_process_that_dies_ends_the_run(which):
+@pytest.mark.parametrize(
+    ("which", "descriptors"),
+    [("worker 1", True), ("worker 1", False), ("server 0", True), ("scheduler", True)],
+)
+def test_a_process_that_dies_ends_the_run(which, descriptors, monkeypatch):
+    if not descriptors:  # of processes: as on an old system
+        monkeypatch.delattr(os, "pidfd_open")
     cluster = LocalCluster(2, 1)
     (victim,) = (p.pid for p in cluster._cluster.processes if p.name == which)
     numbers = pids(cluster)
