@@ -52,8 +52,10 @@ class LocalCluster:
     """A scheduler, servers and workers as processes of this machine.
 
     A context manager: leaving the block closes the cluster. The workers are idle until `run` or
-    `submit` gives them a function. Not usable any more after a run that was interrupted, or that
-    did not end in all workers after it had failed in one: `repr` tells.
+    `submit` gives them a function. A store that the function keeps somewhere is there in the next
+    run; one that it has neither kept nor closed is left at the end of the run. After a run that was
+    interrupted, or that did not end in all workers after it had failed in one, the cluster has
+    ended: its ``repr`` tells.
 
     Parameters
     ----------

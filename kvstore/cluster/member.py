@@ -80,6 +80,8 @@ class Member:
         The data plane, open and connected.
     barrier_before_exit
         Whether `close` of a worker waits for the other workers to close.
+    store
+        A weak reference to the store that uses it.
     """
 
     def __init__(self, settings: Settings, asynchronous: bool) -> None:
@@ -103,6 +105,7 @@ class Member:
         self._broken: tuple[type[KVStoreError], str] | None = None
         self._closed = False
         self._shut_down = False
+        self.store: Callable[[], object] | None = None
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "broken" if self._broken else "open"
@@ -470,16 +473,19 @@ class Member:
         # An exception that nobody caught; at a prompt it ended nothing.
         ended_by = None if hasattr(sys, "ps1") else getattr(sys, "last_type", None)
         if self.role == "worker" and ended_by is None:
-            from .. import _core
-
-            with contextlib.suppress(KVStoreError):
-                _core.wait_all(self.settings.timeout)  # what was pushed last is on its way
-            with contextlib.suppress(KVStoreError):
-                self.close(min(self.settings.timeout, EXIT_S), together=False)
+            self._leave_alone()
         elif ended_by is not None:
             self.fail(f"it ended by {ended_by.__name__}: {getattr(sys, 'last_value', '')}")
         else:
             self.fail("it ended before the cluster did")
+
+    def _leave_alone(self) -> None:
+        from .. import _core
+
+        with contextlib.suppress(KVStoreError):
+            _core.wait_all(self.settings.timeout)  # what was pushed last is on its way
+        with contextlib.suppress(KVStoreError):
+            self.close(min(self.settings.timeout, EXIT_S), together=False)
 
 
 def _command(frame: Frame) -> Command:
@@ -494,6 +500,13 @@ _members: "weakref.WeakSet[Member]" = weakref.WeakSet()
 def of_this_process() -> Member | None:
     """The member that this process has open, if any."""
     return next((m for m in list(_members) if m._pid == os.getpid() and not m._closed), None)
+
+
+def leave_abandoned() -> None:
+    """Leave the cluster whose store was dropped without `close`, as at the end of the process."""
+    member = of_this_process()
+    if member is not None and member.store is not None and member.store() is None:
+        member._leave_alone()
 
 
 def _close_all() -> None:

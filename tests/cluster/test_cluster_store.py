@@ -66,6 +66,35 @@ def test_a_local_cluster_gives_the_values_of_a_local_store(capsys, num_workers, 
             assert sorted(out.splitlines()) == commands_got(num_servers)
 
 
+def keep_a_store(how):
+    kv = kvstore.create("dist_sync")
+    kv.init("w", np.zeros(3, "float32"))
+    kv.push("w", np.ones(3, "float32"))
+    pulled = kv.pull("w").asnumpy()
+    kv.barrier()
+    if how == "raise":
+        raise ValueError(kv.rank)
+    if how == "keep":
+        sys.kept = kv
+    return pulled.tolist()
+
+
+def use_the_kept_store():
+    kv = sys.__dict__.pop("kept")
+    kv.push("w", np.full(3, 5, "float32"))
+    return kv.pull("w").asnumpy().tolist()
+
+
+def test_a_run_finds_the_store_that_one_before_has_kept_and_none_that_was_dropped():
+    with kvstore.LocalCluster(2, 1, timeout=LONG) as cluster:
+        assert cluster.run(keep_a_store, "drop") == [[2, 2, 2]] * 2
+        with pytest.raises(ValueError, match=r"^[01]$"):
+            cluster.run(keep_a_store, "raise")
+        assert cluster.run(keep_a_store, "keep") == [[2, 2, 2]] * 2
+        assert cluster.run(use_the_kept_store) == [[10, 10, 10]] * 2
+        assert cluster.run(keep_a_store, "drop") == [[2, 2, 2]] * 2
+
+
 def test_a_worker_that_is_killed_breaks_the_others_waits_and_ends_the_run(marked):
     code = (
         "import os, signal, sys, numpy as np, kvstore\n"
