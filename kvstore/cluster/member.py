@@ -228,6 +228,8 @@ class Member:
             why = str(error)
         except OSError as error:
             why = error.strerror or str(error)
+        except (TypeError, ValueError) as error:  # of a frame whose parts are wrong
+            why = f"it sent what makes no sense: {error}"
         gone = f"the scheduler at {self.settings.address} is gone: {why}"
         self._on_broken(PeerLostError, gone)
         self._fail_calls(PeerLostError, gone)  # in a cluster that was broken before

@@ -415,6 +415,13 @@ def test_a_node_that_was_silent_for_long_counts_as_dead(four, monkeypatch):
     until(lambda: _dist.dead_nodes(asked, "server", 0.001) == 2)
 
 
+@pytest.mark.parametrize("timeout", [-1, float("nan")])
+def test_a_silence_is_a_number_of_seconds(timeout, four):
+    with pytest.raises(kvstore.InvalidArgumentError, match=f"seconds, not {timeout}"):
+        _dist.dead_nodes(four.nodes[0], "worker", timeout)
+    assert _dist.dead_nodes(four.nodes[0], "worker", float("inf")) == 0
+
+
 @pytest.mark.parametrize("role", ["king", 0, 8, "Worker"])
 def test_an_unknown_role_has_no_dead(role, four):
     with pytest.raises(kvstore.InvalidArgumentError, match="role must be"):
@@ -507,11 +514,20 @@ def test_a_member_tells_its_state(four):
     assert "closed" in repr(four.nodes[2])
 
 
-def test_what_a_scheduler_sends_is_checked(make_cluster):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"type": "reply", "id": "one"},
+        {"type": "roster", "peers": [1], "last": True},
+        {"type": "roster", "peers": [[0, "server 0", "abcde"]], "last": True},
+        {"type": "command", "id": 1, "head": 1},
+        {"type": "lost"},
+    ],
+)
+def test_what_a_scheduler_sends_is_checked(wrong, make_cluster):
     cluster = make_cluster(1, 1)
     worker, _ = cluster.start()
     node = cluster.scheduler.roster.of("worker")[0]
-    wrong = {"type": "reply", "id": "one"}
     control.loop().call_soon_threadsafe(protocol.write, node.connection, wrong)
     until(lambda: worker.core.lost)
-    lost(lambda: worker.barrier(LONG), "the scheduler", "'reply'")
+    lost(lambda: worker.barrier(LONG), f"the scheduler at {cluster.address} is gone: it")
