@@ -248,7 +248,6 @@ def test_a_starter_that_ignores_the_end_of_children_changes_nothing(marked):
         (os.kill, signal.SIGINT),
         (os.killpg, signal.SIGINT),
         (os.kill, signal.SIGTERM),
-        (os.killpg, signal.SIGTERM),
         (os.kill, signal.SIGHUP),
     ],
 )
@@ -285,24 +284,18 @@ def test_a_second_ctrl_c_kills_what_will_not_end(marked):
     assert marked.alive() == {}
 
 
-def test_what_will_not_end_is_killed_after_a_grace(marked):
-    script = "trap '' TERM; echo up; while :; do sleep 0.01; done"
-    process = marked.start(*shell("-n", 1, script))
-    read_until(process, "up")
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(LONG) == 143
-    assert marked.alive() == {}
-
-
-def test_ctrl_c_reaches_a_launcher_whose_output_nobody_reads(marked):
-    process = marked.start(*shell("-n", 1, "echo up; exec yes"))
-    read_until(process, "up")
-    io = Path(f"/proc/{process.pid}/io")
+def test_a_grace_ends_what_will_not_end_and_what_nobody_reads(marked):
+    stubborn = marked.start(*shell("-n", 1, "trap '' TERM; echo up; while :; do sleep 0.01; done"))
+    unread = marked.start(*shell("-n", 1, "echo up; exec yes"))
+    read_until(stubborn, "up")
+    read_until(unread, "up")
+    io = Path(f"/proc/{unread.pid}/io")
     until(
         lambda: int(re.search(r"wchar: (\d+)", io.read_text())[1]) > 60_000
     )  # a pipe holds 65,536
-    process.send_signal(signal.SIGINT)
-    assert process.wait(LONG) == 130
+    unread.send_signal(signal.SIGINT)
+    stubborn.send_signal(signal.SIGTERM)
+    assert (unread.wait(LONG), stubborn.wait(LONG)) == (130, 143)
     assert marked.alive() == {}
 
 

@@ -352,7 +352,17 @@ def test_an_error_in_the_block_ends_the_cluster_at_once():
         run = cluster.submit(signal.pause)
         raise KeyError
     assert gone(numbers)
-    with pytest.raises(kvstore.ClosedError):
+    with pytest.raises(kvstore.ClosedError, match="KeyError has left its block"):
+        run.result()
+
+
+def test_closing_ends_a_run():
+    cluster = LocalCluster(np.int64(1), 1)
+    numbers = pids(cluster)
+    run = cluster.submit(signal.pause)
+    cluster.close()
+    assert gone(numbers)
+    with pytest.raises(kvstore.ClosedError, match="closed during a run"):
         run.result()
 
 
@@ -499,9 +509,9 @@ except KeyboardInterrupt:
 """
     fail = "cluster.run(lambda: 1 / 0)"
     close = "cluster.close()"
-    cells = [make, run, run, make, run, interrupt, make, fail, run, close]
+    cells = [make, run, run, make, fail, run, interrupt, close]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells])
-    notebook.cells[7].metadata["tags"] = ["raises-exception"]
+    notebook.cells[cells.index(fail)].metadata["tags"] = ["raises-exception"]
     # The kernel of this very interpreter, whatever else is installed on the machine.
     monkeypatch.setenv("JUPYTER_PATH", str(Path(sys.prefix) / "share" / "jupyter"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
