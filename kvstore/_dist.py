@@ -41,6 +41,8 @@ def dead_nodes(member: Member, role: str | int, timeout_s: float) -> int:
         raise InvalidArgumentError(
             f"role must be 'worker', 'server' or 'scheduler', or an integer mask; got {role!r}"
         )
+    if not timeout_s >= 0:
+        raise InvalidArgumentError(f"timeout must be a number of seconds, not {timeout_s}")
     # A scheduler that answers is alive, one that does not is an error of the asking.
     return sum(member.dead_nodes(name, timeout_s) for name in roles)
 

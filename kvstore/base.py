@@ -2,6 +2,7 @@
 
 import abc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
@@ -129,7 +130,7 @@ def _create_dist(name: str, options: dict[str, Any]) -> Any:
     if not hasattr(_core, "Node"):
         return _core.KVStore(name, **options)  # which says what is missing
     from .cluster import settings
-    from .cluster.member import Member, of_this_process
+    from .cluster.member import Member, leave_abandoned, of_this_process
 
     known = (*_STORE_OPTIONS, *(option for option in settings.BY_OPTION if option != "timeout"))
     for option in options:
@@ -144,6 +145,7 @@ def _create_dist(name: str, options: dict[str, Any]) -> Any:
     own["timeout"] = found.timeout
     if found.role != "worker":
         return _core.KVStore(name, _member=None, **own)
+    leave_abandoned()
     member = of_this_process()
     if member is not None:
         raise InvalidArgumentError(
@@ -152,7 +154,9 @@ def _create_dist(name: str, options: dict[str, Any]) -> Any:
         )
     member = Member.join(found, asynchronous="async" in name.lower().split("_"))
     try:
-        return _core.KVStore(name, _member=member, **own)
+        store = _core.KVStore(name, _member=member, **own)
     except BaseException as error:
         member.fail(f"its store could not be made: {type(error).__name__}: {error}")
         raise
+    member.store = weakref.ref(store)
+    return store

@@ -16,6 +16,7 @@ from . import protocol
 from .protocol import Frame, ProtocolError
 from .roster import Node, Roster, Stage, listed
 
+MAX_SILENCE_MS = 10**15
 MAX_REASON = 2000  # characters of a controller's failure that travel
 
 
@@ -198,7 +199,7 @@ class Calls:
 
     def _dead(self, node: Node, ident: int, frame: Frame) -> None:
         role = protocol.field(frame, "role", str)
-        timeout = float(protocol.field(frame, "timeout_ms", int)) / 1000
+        timeout = min(protocol.field(frame, "timeout_ms", int), MAX_SILENCE_MS) / 1000
         self._reply(node, ident, count=self.roster.dead(role, timeout))
 
 

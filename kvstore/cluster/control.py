@@ -24,10 +24,6 @@ class _Thread:
         self.lock = threading.Lock()
         self.loop: asyncio.AbstractEventLoop | None = None
 
-    def run(self, loop: asyncio.AbstractEventLoop) -> None:
-        asyncio.set_event_loop(loop)
-        loop.run_forever()
-
 
 # The last one is this process's, the others those of its forefathers. They are kept: were a loop
 # collected, it would take its descriptors out of the epoll set, which the processes share.
@@ -41,7 +37,7 @@ def loop() -> asyncio.AbstractEventLoop:
         if own.loop is None:
             own.loop = asyncio.new_event_loop()
             threading.Thread(
-                target=own.run, args=(own.loop,), name="kvstore-control", daemon=True
+                target=own.loop.run_forever, name="kvstore-control", daemon=True
             ).start()
         return own.loop
 

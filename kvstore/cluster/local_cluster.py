@@ -14,7 +14,7 @@ a run that has closed its own finds the end of that pipe here, and gets a new se
 import collections
 import contextlib
 import json
-import math
+import operator
 import os
 import pickle
 import secrets
@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from ..errors import (
@@ -34,6 +34,7 @@ from ..errors import (
     PeerLostError,
     TimeoutError,
 )
+from . import settings
 from .local_run import INTERRUPTED, Answer, LocalRun, WorkerTraceback
 from .processes import Process, Processes, address_variables, environment
 from .worker_main import BOOT, HEADER, READY, RUN, SERVE, dumps
@@ -42,6 +43,7 @@ __all__ = ["LocalCluster", "LocalRun", "WorkerTraceback"]
 
 CLOSE_S = 5.0  # for workers, then for servers, to end by themselves
 TICK_S = 0.1
+MOST_LINES = 10_000
 MOST_PROCESSES = 4096
 
 Result = TypeVar("Result")
@@ -51,8 +53,10 @@ class LocalCluster:
     """A scheduler, servers and workers as processes of this machine.
 
     A context manager: leaving the block closes the cluster. The workers are idle until `run` or
-    `submit` gives them a function. Not usable any more after a run that was interrupted, or that
-    did not end in all workers after it had failed in one: `repr` tells.
+    `submit` gives them a function. A store that the function keeps somewhere is there in the next
+    run; one that it has neither kept nor closed is left at the end of the run. After a run that was
+    interrupted, or that did not end in all workers after it had failed in one, the cluster has
+    ended: its ``repr`` tells.
 
     Parameters
     ----------
@@ -61,7 +65,8 @@ class LocalCluster:
     controller
         What each server calls with (head, body) for ``send_command_to_servers``.
     timeout
-        Seconds that starting, joining and every call on a store may take. It does not limit a run.
+        Seconds that starting, joining and every call on a store may take, by default as
+        ``KVSTORE_TIMEOUT`` says, or 300. It does not limit a run.
     join
         Make this process the worker of rank 0: only the other ranks become processes. It joins
         with ``kvstore.create('dist_sync', **cluster.options)`` after `submit`, for joining waits
@@ -84,24 +89,20 @@ class LocalCluster:
         num_servers: int = 1,
         *,
         controller: Callable[[int, Any], object] | None = None,
-        timeout: float = 300.0,
+        timeout: float | None = None,
         join: bool = False,
     ) -> None:
-        for name, number in (("num_workers", num_workers), ("num_servers", num_servers)):
-            if isinstance(number, bool) or not isinstance(number, int):
-                raise ArrayTypeError(f"{name} is an int, not {number!r}")
-            if not 0 < number <= MOST_PROCESSES:
-                raise InvalidArgumentError(f"{name}={number}: from 1 to {MOST_PROCESSES} there are")
+        num_workers = _count("num_workers", num_workers)
+        num_servers = _count("num_servers", num_servers)
         if controller is not None and not callable(controller):
             raise ArrayTypeError(f"controller is a function of (head, body), not {controller!r}")
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float):
-            raise ArrayTypeError(f"timeout is a number of seconds, not {timeout!r}")
-        if not 0 < timeout < math.inf:
-            raise InvalidArgumentError(f"timeout={timeout}: it is a number of seconds above 0")
         first = 1 if join else 0
-        self._cluster = Cluster(num_workers, num_servers, first, controller, float(timeout))
+        limit = settings.timeout(timeout)
+        self._cluster = Cluster(num_workers, num_servers, first, controller, limit)
         # Also called at the end of the interpreter, where threads and files are still usable.
-        self._kill = weakref.finalize(self, Cluster.kill, self._cluster, "it was not closed")
+        self._kill = weakref.finalize(
+            self, Cluster.kill, self._cluster, "it was dropped without close"
+        )
         try:
             self._cluster.begin()
         except BaseException:
@@ -113,7 +114,8 @@ class LocalCluster:
 
         Function, arguments and results are pickled, by cloudpickle where it is installed.
         """
-        return self._cluster.submit(function, args, kwargs)
+        with self._ended_by_ctrl_c():
+            return self._cluster.submit(function, args, kwargs)
 
     def run(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> list[Result]:
         """Call the function in every worker, and return what it returned, by rank.
@@ -126,31 +128,39 @@ class LocalCluster:
         PeerLostError
             A process of the cluster has died.
         """
-        try:
+        with self._ended_by_ctrl_c():
             results: list[Result] = self.submit(function, *args, **kwargs).result()
-        except KeyboardInterrupt:  # also one that came before the wait
-            self._cluster.kill(INTERRUPTED)
-            raise
         return results
 
     @property
     def options(self) -> dict[str, Any]:
         """What ``kvstore.create`` needs to join this cluster as a worker from this process."""
-        return self._cluster.options()
+        with self._ended_by_ctrl_c():
+            return self._cluster.options()
 
     def close(self) -> None:
         """End all processes of the cluster. A second call does nothing."""
-        if self._cluster.close():
+        try:
+            self._cluster.close()
+        finally:
             self._kill()
 
     def __enter__(self) -> "LocalCluster":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self._kill()
+        if kind is not None:
+            self._cluster.kill(f"{kind.__name__} has left its block")
+        self.close()
+
+    @contextlib.contextmanager
+    def _ended_by_ctrl_c(self) -> Iterator[None]:
+        """A request that was sent by half is not made good again."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._cluster.kill(INTERRUPTED)
+            raise
 
     def __repr__(self) -> str:
         return f"<kvstore.LocalCluster: {self._cluster.told()}>"
@@ -336,14 +346,16 @@ class Cluster:
         }
         return {**found, "rank": 0} if self.first else found
 
-    def close(self) -> bool:
-        """End what there is in order; the rest is for `kill`. False in a forked process."""
+    def close(self) -> None:
+        """End what there is in order; the rest is for `kill`."""
         if os.getpid() != self.pid:
-            return False
+            return
         with self.lock:
             self.closed = True
-            if self.why_ended is not None or (self.run is not None and not self.run.done()):
-                return True
+            if self.run is not None and not self.run.done():
+                self.kill("it was closed during a run")
+            if self.why_ended is not None:
+                return
             workers = list(self.workers)
             for worker in workers:
                 self.processes.close_input(worker)
@@ -352,7 +364,6 @@ class Cluster:
         if session.over or (session.complete and not self.first):
             others = session.processes
             self.wait(lambda: all(o.status is not None for o in others), time.monotonic() + CLOSE_S)
-        return True
 
     def kill(self, why: str) -> None:
         """End all processes at once, and a run with it. The first reason stays."""
@@ -455,6 +466,9 @@ class Cluster:
         while True:
             calls = self.processes.wait(TICK_S)
             with self.lock:
+                # What is not written yet holds up those who print, not this process's memory.
+                while len(self.lines) > MOST_LINES and self.waiting and self.why_ended is None:
+                    self.lock.wait(TICK_S / 10)
                 if self.why_ended is not None:
                     return
                 for process in self.processes.step(calls):
@@ -492,6 +506,18 @@ class Cluster:
             self.lines.append((2, f"kvstore: {process.name} {process.ending()}\n"))
         if not part:  # of an earlier session
             self.processes.forget(process)
+
+
+def _count(name: str, number: Any) -> int:
+    try:
+        count = operator.index(number)
+    except TypeError:
+        count = None
+    if count is None or isinstance(number, bool):
+        raise ArrayTypeError(f"{name} is an integer, not {number!r}")
+    if not 0 < count <= MOST_PROCESSES:
+        raise InvalidArgumentError(f"{name}={count}: it is a number from 1 to {MOST_PROCESSES}")
+    return count
 
 
 def _several(number: int, what: str) -> str:

@@ -80,6 +80,8 @@ class Member:
         The data plane, open and connected.
     barrier_before_exit
         Whether `close` of a worker waits for the other workers to close.
+    store
+        A weak reference to the store that uses it.
     """
 
     def __init__(self, settings: Settings, asynchronous: bool) -> None:
@@ -103,6 +105,7 @@ class Member:
         self._broken: tuple[type[KVStoreError], str] | None = None
         self._closed = False
         self._shut_down = False
+        self.store: Callable[[], object] | None = None
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "broken" if self._broken else "open"
@@ -141,11 +144,12 @@ class Member:
         try:
             place = control.run(member._enter(deadline))
             member._take_place(place, make_core)
-            control.run(member._connect(deadline))
             assert member.core is not None
+            address = base64.b64encode(member.core.address()).decode()
+            control.run(member._step("roster", deadline, {"type": "address", "address": address}))
             member.core.connect(member._peers)
             member.core.wait_ready(max(deadline - time.monotonic(), 0.001))
-            control.run(member._become_ready(deadline))
+            control.run(member._step("start", deadline, {"type": "ready"}))
         except BaseException as error:
             member.fail(f"it could not join: {type(error).__name__}: {error}")
             raise
@@ -167,7 +171,9 @@ class Member:
             "num_servers": settings.num_servers,
             "same_host_copies": settings.same_host_copies,
         }
-        return await self._step("place", deadline, frame)
+        place = await self._step("place", deadline, frame)
+        self._tasks.append(asyncio.ensure_future(self._beat()))
+        return place
 
     def _take_place(self, place: Frame, make_core: MakeCore) -> None:
         field, settings = protocol.field, self.settings
@@ -192,15 +198,6 @@ class Member:
         )
         if self._broken is not None:
             self.core.lose(self._broken[1])
-
-    async def _connect(self, deadline: float) -> None:
-        self._tasks.append(asyncio.ensure_future(self._beat()))
-        assert self.core is not None
-        address = base64.b64encode(self.core.address()).decode()
-        await self._step("roster", deadline, {"type": "address", "address": address})
-
-    async def _become_ready(self, deadline: float) -> None:
-        await self._step("start", deadline, {"type": "ready"})
 
     async def _step(self, due: str, deadline: float, frame: Frame) -> Frame:
         """Send a frame and wait for the one that ends this step of joining."""
@@ -231,7 +228,13 @@ class Member:
             why = str(error)
         except OSError as error:
             why = error.strerror or str(error)
-        self._on_broken(PeerLostError, f"the scheduler at {self.settings.address} is gone: {why}")
+        except (TypeError, ValueError) as error:  # of a frame whose parts are wrong
+            why = f"it sent what makes no sense: {error}"
+        gone = f"the scheduler at {self.settings.address} is gone: {why}"
+        self._on_broken(PeerLostError, gone)
+        self._fail_calls(PeerLostError, gone)  # in a cluster that was broken before
+        if self._writer is not None:
+            self._writer.close()
 
     async def _beat(self) -> None:
         while True:
@@ -277,12 +280,15 @@ class Member:
         if self._broken is not None:
             return
         self._broken = kind, why
-        for future in [*self._calls.values(), *self._steps.values()]:
-            if not future.done():
-                future.set_exception(kind(why))
+        self._fail_calls(kind, why)
         self._commands.put(None)
         if self.core is not None and not self._closed:
             self.core.lose(why)
+
+    def _fail_calls(self, kind: type[KVStoreError], why: str) -> None:
+        for future in [*self._calls.values(), *self._steps.values()]:
+            if not future.done():
+                future.set_exception(kind(why))
 
     # -------------------------------------------------------------------------- to the scheduler
 
@@ -432,7 +438,12 @@ class Member:
             self._end()
 
     def fail(self, why: str) -> None:
-        """Leave at once, so that the others take this node as lost and hear why."""
+        """Leave at once, so that the others take this node as lost and hear why.
+
+        In a cluster that is broken already it leaves as by `close`: it is not lost as well.
+        """
+        if self._broken is not None:
+            self.close()
         if not self._closed and os.getpid() == self._pid:
             self._closed = True
             self._soon({"type": "failed", "why": why[:1000]})
@@ -461,18 +472,22 @@ class Member:
 
     def _at_exit(self) -> None:
         """What a process does that ends without `close`: it waits for nobody."""
-        ended_by = getattr(sys, "last_type", None)  # of an exception that nobody caught
+        # An exception that nobody caught; at a prompt it ended nothing.
+        ended_by = None if hasattr(sys, "ps1") else getattr(sys, "last_type", None)
         if self.role == "worker" and ended_by is None:
-            from .. import _core
-
-            with contextlib.suppress(KVStoreError):
-                _core.wait_all(self.settings.timeout)  # what was pushed last is on its way
-            with contextlib.suppress(KVStoreError):
-                self.close(min(self.settings.timeout, EXIT_S), together=False)
+            self._leave_alone()
         elif ended_by is not None:
             self.fail(f"it ended by {ended_by.__name__}: {getattr(sys, 'last_value', '')}")
         else:
             self.fail("it ended before the cluster did")
+
+    def _leave_alone(self) -> None:
+        from .. import _core
+
+        with contextlib.suppress(KVStoreError):
+            _core.wait_all(self.settings.timeout)  # what was pushed last is on its way
+        with contextlib.suppress(KVStoreError):
+            self.close(min(self.settings.timeout, EXIT_S), together=False)
 
 
 def _command(frame: Frame) -> Command:
@@ -487,6 +502,13 @@ _members: "weakref.WeakSet[Member]" = weakref.WeakSet()
 def of_this_process() -> Member | None:
     """The member that this process has open, if any."""
     return next((m for m in list(_members) if m._pid == os.getpid() and not m._closed), None)
+
+
+def leave_abandoned() -> None:
+    """Leave the cluster whose store was dropped without `close`, as at the end of the process."""
+    member = of_this_process()
+    if member is not None and member.store is not None and member.store() is None:
+        member._leave_alone()
 
 
 def _close_all() -> None:

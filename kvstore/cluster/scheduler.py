@@ -53,6 +53,7 @@ class Scheduler:
         self._strangers: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._logged: set[str] = set()
+        self._ending = False
         self._told = ""  # whom the nodes know to be missing
         self._launcher: TextIO | None = None
         self._changed = asyncio.Event()  # somebody has left or gone
@@ -111,6 +112,7 @@ class Scheduler:
             await self._changed.wait()
 
     def _close(self) -> None:
+        self._ending = True
         self._tell_launcher(None)
         for server in self._servers:
             server.close()
@@ -207,8 +209,8 @@ class Scheduler:
                     "many", f"more than {MAX_STRANGERS} connections have not said who they are"
                 )
                 oldest.transport.abort()
-            protocol.set_liveness(writer.get_extra_info("socket"))
             try:
+                protocol.set_liveness(writer.get_extra_info("socket"))
                 node = await asyncio.wait_for(
                     self._greet(reader, writer, peer), protocol.HANDSHAKE_S
                 )
@@ -224,6 +226,8 @@ class Scheduler:
             why = str(error)
             where = join_address(*map(str, peer[:2])) if node is None else str(node)
             self._say_once(error.kind, f"closed the connection from {where}: {error}")
+        except asyncio.CancelledError:
+            pass  # by the end of the scheduler; asyncio takes it for an error if it goes on
         except OSError as error:
             why = f"its connection failed: {error.strerror or error}"
         finally:
@@ -248,6 +252,7 @@ class Scheduler:
         try:
             self.roster.admit(node)
         except Refusal as refusal:
+            self._say(f"refused a node: {refusal}")
             error = {"type": "error", **protocol.error_fields(refusal.error())}
             for one in (node, *refusal.others):
                 self._send(one, error)
@@ -341,7 +346,7 @@ class Scheduler:
         """The connection of a node has ended."""
         node.connection = None
         self._changed.set()
-        if node.left or node not in self.roster.nodes:
+        if self._ending or node.left or node not in self.roster.nodes:
             return
         if self.roster.stage == Stage.JOINING:
             self.roster.nodes.remove(node)

@@ -315,6 +315,11 @@ def _timeout(look: _Look) -> float:
     return seconds
 
 
+def timeout(given: object = None) -> float:
+    """The setting of that name alone: as given, else from the environment."""
+    return _timeout(_Look({"timeout": given}))
+
+
 def listing() -> Iterator[tuple[str, str, str, str]]:
     """(variable, value, default, text) of each setting, as `_core.settings` gives its own."""
     for setting in TABLE:

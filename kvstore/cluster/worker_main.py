@@ -11,6 +11,7 @@ modules of the user, found by the search path that the settings bring.
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import io
 import os
@@ -94,10 +95,19 @@ def _run(file: io.BytesIO, answers: int) -> None:
         del function, args, kwargs
     except BaseException as error:
         kind, parts = ERROR, _described(error)
+    _leave_abandoned()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     _write(answers, kind, *parts)
+
+
+def _leave_abandoned() -> None:
+    """A store that the function has neither closed nor kept would be in the way of the next."""
+    member = sys.modules.get("kvstore.cluster.member")
+    if member is not None:
+        gc.collect()  # an exception that was caught may have held its frame
+        member.leave_abandoned()
 
 
 def _described(error: BaseException) -> list[bytes]:

@@ -2,6 +2,7 @@
 are threads of this process, and nodes that are processes of their own."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -53,9 +54,9 @@ def make_settings(role, address, **options):
 class Cluster:
     """A scheduler in this process; `join` makes members of it in threads."""
 
-    def __init__(self, num_workers, num_servers, host="127.0.0.1", **options):
+    def __init__(self, num_workers, num_servers, host="127.0.0.1", port=0, **options):
         self.numbers = {"num_workers": num_workers, "num_servers": num_servers}
-        address = settings.join_address(host, 0)
+        address = settings.join_address(host, port)
         self.scheduler = Scheduler(make_settings("scheduler", address, **self.numbers, **options))
         control.run(self.scheduler.listen())
         self.address = settings.join_address(host, self.scheduler.address[1])
@@ -107,19 +108,90 @@ class Cluster:
         self.pool.shutdown()
 
 
-def child(code, *arguments, **variables):
-    """A process that runs code with this folder on its path; its output is piped."""
-    env = {name: value for name, value in os.environ.items() if name != "KVSTORE_ROLE"}
-    paths = [str(HERE), *filter(None, [env.get("PYTHONPATH")])]
-    env.update(PYTHONPATH=os.pathsep.join(paths), **variables)
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        env=env,
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+# A node that is a process: it joins, says so, does what it was told and says how that ended.
+NODE = """
+import os, sys, time
+from fakes import FakeCore, make_settings
+from kvstore import server
+from kvstore.cluster.member import Member
+
+def controller(head, body):
+    time.sleep(float(body))
+
+role, address, action = sys.argv[1:]
+try:
+    settings = make_settings(role, address)
+    if role == "server":
+        FakeCore.wait_ready = lambda self, timeout: print("joined", flush=True)
+        server._serve(settings, controller, FakeCore)
+    else:
+        print("joining", flush=True)
+        member = Member.join(settings, make_core=FakeCore)
+        print("joined", flush=True)
+        exec(action)
+except BaseException as error:
+    print(time.time(), type(error).__name__, error, flush=True)
+    if action == "raise":
+        raise
+    if not isinstance(error, SystemExit):
+        os._exit(1)
+print("done", flush=True)
+"""
+
+
+class Child(subprocess.Popen):
+    """A Python process with this folder on its path, and no setting but those given."""
+
+    def __init__(self, *command, pass_fds=(), **variables):
+        env = {n: v for n, v in os.environ.items() if n not in settings.variables()}
+        paths = [str(HERE), *filter(None, [env.get("PYTHONPATH")])]
+        env.update(PYTHONPATH=os.pathsep.join(paths), **variables)
+        super().__init__(
+            [sys.executable, *map(str, command)],
+            env=env,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            pass_fds=pass_fds,
+        )
+
+    @classmethod
+    def node(cls, role, address, action=""):
+        return cls("-c", NODE, role, address, action)
+
+    @classmethod
+    def scheduler(cls, num_workers, num_servers):
+        """A scheduler as a program, and its address."""
+        read_fd, write_fd = os.pipe()
+        found = cls(
+            "-m",
+            "kvstore.server",
+            pass_fds=[write_fd],
+            KVSTORE_ROLE="scheduler",
+            KVSTORE_SCHEDULER="127.0.0.1:0",
+            KVSTORE_NUM_WORKERS=str(num_workers),
+            KVSTORE_NUM_SERVERS=str(num_servers),
+            KVSTORE_ANNOUNCE_FD=str(write_fd),
+        )
+        os.close(write_fd)
+        with os.fdopen(read_fd) as file:
+            told = json.loads(file.readline())
+        return found, settings.join_address(told["host"], told["port"])
+
+    def says(self, line):
+        assert self.stdout.readline() == f"{line}\n"
+
+    def ends(self, status=0):
+        """Wait for its end; what it said on stdout and stderr since."""
+        out, err = self.communicate(timeout=LONG)
+        assert self.returncode == status, (out, err)
+        return out, err
+
+    def stop(self):
+        if self.poll() is None:
+            self.kill()
+        self.communicate()
 
 
 def until(condition, timeout=LONG):

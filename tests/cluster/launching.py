@@ -14,15 +14,19 @@ KVRUN = (sys.executable, "-m", "kvstore.launch")
 
 
 def paths(*folders):
-    """A PYTHONPATH with the stand-in for the data plane, and folders, before what there is."""
+    """A PYTHONPATH with folders before what there is."""
     before = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
-    return os.pathsep.join([str(STAND_IN), *map(str, folders), *before])
+    return os.pathsep.join([*map(str, folders), *before])
 
 
 class Marked:
-    """Processes that inherit a mark in their environment; no setsid and no fork takes it away."""
+    """Processes that inherit a mark in their environment; no setsid and no fork takes it away.
 
-    def __init__(self, *folders, **variables):
+    Folders are for their PYTHONPATH, the one of the stand-in for the data plane unless said.
+    """
+
+    def __init__(self, *folders, stand_in=True, **variables):
+        folders = (STAND_IN, *folders) if stand_in else folders
         self.mark = f"KVSTORE_TEST_MARK={uuid.uuid4()}"
         name, _, value = self.mark.partition("=")
         self.env = {**os.environ, "PYTHONPATH": paths(*folders), name: value, **variables}

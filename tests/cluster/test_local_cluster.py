@@ -25,8 +25,9 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def data_plane(monkeypatch):
     """One that moves nothing, in this process and in those of the clusters."""
+    monkeypatch.setattr(local_run, "FAILED_S", LONG)
     sys.path.insert(0, str(STAND_IN))
-    monkeypatch.setenv("PYTHONPATH", paths())
+    monkeypatch.setenv("PYTHONPATH", paths(STAND_IN))
     yield
     sys.path.remove(str(STAND_IN))
 
@@ -35,7 +36,7 @@ def data_plane(monkeypatch):
 def shared():
     """A cluster for tests that leave it usable."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", paths())
+        patch.setenv("PYTHONPATH", paths(STAND_IN))
         made = LocalCluster(3, 1)
     yield made
     made.close()
@@ -221,7 +222,7 @@ def test_without_cloudpickle_functions_of_modules_work_and_others_say_what_is_mi
         shared.run(of_a_cell)
 
 
-def test_wrong_arguments_are_refused():
+def test_wrong_arguments_are_refused(monkeypatch):
     for wrong in (0, -1, 1 << 40):
         with pytest.raises(kvstore.InvalidArgumentError, match=f"num_workers={wrong}"):
             LocalCluster(wrong, 1)
@@ -230,10 +231,12 @@ def test_wrong_arguments_are_refused():
     for wrong in (True, 1.5, "2"):
         with pytest.raises(kvstore.ArrayTypeError, match="num_workers"):
             LocalCluster(wrong, 1)
-    with pytest.raises(kvstore.InvalidArgumentError, match="timeout"):
-        LocalCluster(1, 1, timeout=float("nan"))
-    with pytest.raises(kvstore.ArrayTypeError, match="timeout"):
-        LocalCluster(1, 1, timeout="long")
+    for wrong in (0, -1, float("nan"), "long", True):
+        with pytest.raises(kvstore.InvalidArgumentError, match="timeout"):
+            LocalCluster(1, 1, timeout=wrong)
+    monkeypatch.setenv("KVSTORE_TIMEOUT", "soon")
+    with pytest.raises(kvstore.InvalidArgumentError, match="KVSTORE_TIMEOUT='soon'"):
+        LocalCluster(1, 1)
     with pytest.raises(kvstore.ArrayTypeError, match="controller"):
         LocalCluster(1, 1, controller="module:f")
 
@@ -349,7 +352,17 @@ def test_an_error_in_the_block_ends_the_cluster_at_once():
         run = cluster.submit(signal.pause)
         raise KeyError
     assert gone(numbers)
-    with pytest.raises(kvstore.ClosedError):
+    with pytest.raises(kvstore.ClosedError, match="KeyError has left its block"):
+        run.result()
+
+
+def test_closing_ends_a_run():
+    cluster = LocalCluster(np.int64(1), 1)
+    numbers = pids(cluster)
+    run = cluster.submit(signal.pause)
+    cluster.close()
+    assert gone(numbers)
+    with pytest.raises(kvstore.ClosedError, match="closed during a run"):
         run.result()
 
 
@@ -382,8 +395,13 @@ def test_a_run_that_fails_in_one_worker_does_not_wait_for_ever_for_the_others(mo
         cluster.run(rank)
 
 
-@pytest.mark.parametrize("which", ["worker 1", "server 0", "scheduler"])
-def test_a_process_that_dies_ends_the_run(which):
+@pytest.mark.parametrize(
+    ("which", "descriptors"),
+    [("worker 1", True), ("worker 1", False), ("server 0", True), ("scheduler", True)],
+)
+def test_a_process_that_dies_ends_the_run(which, descriptors, monkeypatch):
+    if not descriptors:  # of processes: as on an old system
+        monkeypatch.delattr(os, "pidfd_open")
     cluster = LocalCluster(2, 1)
     (victim,) = (p.pid for p in cluster._cluster.processes if p.name == which)
     numbers = pids(cluster)
@@ -491,9 +509,9 @@ except KeyboardInterrupt:
 """
     fail = "cluster.run(lambda: 1 / 0)"
     close = "cluster.close()"
-    cells = [make, run, run, make, run, interrupt, make, fail, run, close]
+    cells = [make, run, run, make, fail, run, interrupt, close]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in cells])
-    notebook.cells[7].metadata["tags"] = ["raises-exception"]
+    notebook.cells[cells.index(fail)].metadata["tags"] = ["raises-exception"]
     # The kernel of this very interpreter, whatever else is installed on the machine.
     monkeypatch.setenv("JUPYTER_PATH", str(Path(sys.prefix) / "share" / "jupyter"))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
