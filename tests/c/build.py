@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("base", "net", "engine", "array", "kernels", "compress", "optim", "comm", "store")
+FOLDERS = ("base", "net", "engine", "array", "kernels", "compress", "optim", "comm", "ps", "store")
 COMMON = (
     "-std=c17 -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math -D_GNU_SOURCE "
     "-Isrc -fvisibility=hidden -pthread"
