@@ -129,6 +129,28 @@ ON_EACH_TRANSPORT(a_drop_ends_all_that_is_under_way_once)
     }
 }
 
+static kv_status_t drop_sender(node_t *node, const test_header_t *header)
+{
+    kv_net_drop(node->net, header->sender, "it was dropped");
+    return KV_OK;
+}
+
+ON_EACH_TRANSPORT(a_payload_that_comes_after_a_drop_is_lost)
+{
+    static const size_t sizes[] = {100, 3000000};
+    for (int i = 0; i < 2; i++) {
+        node_t *nodes = nodes_start(2, setup);
+        nodes[1].on_arrive = drop_sender;
+        packet_t *packet = packet_new(0, 1, 1, sizes[i], 0);
+        send_packet(&nodes[0], packet);
+        WAIT_UNTIL(atomic_load(&nodes[1].num_cut) == 1);
+        WAIT_UNTIL(atomic_load(&nodes[0].num_lost[1]) == 1);
+        CHECK_EQ(atomic_load(&nodes[1].num_whole), 0);
+        end_packet(packet);
+        nodes_end(nodes, 2);
+    }
+}
+
 static void *run_close(void *context)
 {
     kv_net_close(((node_t *)context)->net);
@@ -417,6 +439,7 @@ static void in_a_forked_child_close_and_free_do_nothing(void)
 
 static const test_t tests[] = {
     TEST(a_drop_ends_all_that_is_under_way_once),
+    TEST(a_payload_that_comes_after_a_drop_is_lost),
     TEST(a_close_from_several_threads_ends_all_once),
     TEST(both_ends_may_close_at_the_same_time),
     TEST(a_message_that_waits_can_be_taken_back),
