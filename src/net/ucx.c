@@ -497,8 +497,8 @@ static kv_status_t transport_open(kv_net_t *net, const kv_net_config_t *config)
     (void)config;
     return kv_fail(KV_NOT_BUILT,
                    "this build has no UCX, which carries values between processes: pip install "
-                   "'mlkvstore[dist]', where it has to be compiled with KVSTORE_UCX=system or the "
-                   "package libucx-cu12 at hand");
+                   "'mlkvstore[dist]', then build mlkvstore again (with KVSTORE_UCX=system where "
+                   "the system's UCX is to be used)");
 }
 
 #endif
