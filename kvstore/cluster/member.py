@@ -474,8 +474,11 @@ _members: "weakref.WeakSet[Member]" = weakref.WeakSet()
 
 
 def of_this_process() -> Member | None:
-    """The member that this process has open, if any."""
-    return next((m for m in list(_members) if m._pid == os.getpid() and not m._closed), None)
+    """The member that this process has open as a worker, if any."""
+    for member in list(_members):
+        if member.role == "worker" and member._pid == os.getpid() and not member._closed:
+            return member
+    return None
 
 
 def leave_abandoned() -> None:
