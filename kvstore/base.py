@@ -149,8 +149,8 @@ def _create_dist(name: str, options: dict[str, Any]) -> Any:
     member = of_this_process()
     if member is not None:
         raise InvalidArgumentError(
-            f"this process already is {member.role} {member.rank} of the cluster at "
-            f"{member.settings.address}: close that store before you make another"
+            f"this process already is a worker of the cluster at {member.settings.address}: "
+            "close that store before you make another"
         )
     member = Member.join(found, asynchronous="async" in name.lower().split("_"))
     try:

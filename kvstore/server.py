@@ -17,7 +17,7 @@ from .base import KVStoreBase
 from .errors import ArrayTypeError, InvalidArgumentError, KVStoreError
 
 if TYPE_CHECKING:
-    from .cluster.member import MakeCore
+    from .cluster.entry import MakeCore
     from .cluster.settings import Settings
 
 __all__ = ["KVStoreServer", "serve"]

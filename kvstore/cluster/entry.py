@@ -1,4 +1,4 @@
-"""How a node reaches its scheduler, and what it tells of its machine."""
+"""How a node reaches its scheduler, what it tells of its machine, and what it opens there."""
 
 import asyncio
 import fcntl
@@ -8,9 +8,10 @@ import socket
 import struct
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
-from ..errors import InvalidArgumentError, TimeoutError
+from ..errors import InvalidArgumentError, NotBuiltError, TimeoutError
 from . import control, protocol
 from .settings import Settings
 
@@ -181,3 +182,27 @@ def ucx_library() -> str | None:
         if os.path.isdir(os.path.join(folder, "lib")):
             return os.path.join(folder, "lib")
     return None
+
+
+class Core(Protocol):
+    """The data plane of a node: `kvstore._core.Node`."""
+
+    def address(self) -> bytes: ...
+    def connect(self, peers: list[tuple[int, str, bytes]]) -> None: ...
+    def wait_ready(self, timeout: float) -> None: ...
+    def drain(self, timeout: float) -> None: ...
+    def lose(self, why: str) -> None: ...
+    def close(self) -> None: ...
+
+
+MakeCore = Callable[..., Core]
+
+
+def core_of_this_build() -> MakeCore:
+    """What makes the data plane; NotBuiltError in a build without one."""
+    from .. import _core
+
+    make: MakeCore | None = getattr(_core, "Node", None)
+    if make is None:
+        raise NotBuiltError("this build has no dist stores")
+    return make

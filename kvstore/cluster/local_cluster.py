@@ -239,11 +239,11 @@ class Cluster:
 
     def _begin_session(self, controller: bytes) -> None:
         session = _Session()
-        read_fd, write_fd = os.pipe()
-        variables = {"KVSTORE_ANNOUNCE_FD": str(write_fd), "KVSTORE_TOKEN": session.token}
-        variables.update(address_variables("127.0.0.1", 0))
+        variables = {"KVSTORE_TOKEN": session.token, **address_variables("127.0.0.1", 0)}
         with self.lock:
             self._check_locked()
+            read_fd, write_fd = os.pipe()
+            variables["KVSTORE_ANNOUNCE_FD"] = str(write_fd)
             try:
                 scheduler = self._start_locked("scheduler", None, variables, write_fd)
             except BaseException:

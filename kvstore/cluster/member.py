@@ -19,17 +19,17 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from ..errors import (
     ClosedError,
     InvalidArgumentError,
     KVStoreError,
-    NotBuiltError,
     PeerLostError,
     TimeoutError,
 )
 from . import control, entry, protocol
+from .entry import Core, MakeCore, core_of_this_build
 from .protocol import Frame
 from .settings import Settings
 
@@ -39,34 +39,12 @@ EXIT_S = 5.0
 ROOM = 64  # a command's number at the scheduler may have more digits than here
 
 
-class Core(Protocol):
-    """The data plane of a node: `kvstore._core.Node`."""
-
-    def address(self) -> bytes: ...
-    def connect(self, peers: list[tuple[int, str, bytes]]) -> None: ...
-    def wait_ready(self, timeout: float) -> None: ...
-    def lose(self, why: str) -> None: ...
-    def close(self) -> None: ...
-
-
-MakeCore = Callable[..., Core]
-
-
 class Command(NamedTuple):
     """A command that a worker has sent to the servers."""
 
     number: int
     head: int
     body: str | bytes
-
-
-def _core_of_this_build() -> MakeCore:
-    from .. import _core
-
-    make: MakeCore | None = getattr(_core, "Node", None)
-    if make is None:
-        raise NotBuiltError("this build has no dist stores")
-    return make
 
 
 class Member:
@@ -137,7 +115,7 @@ class Member:
         PeerLostError
             A node went away meanwhile.
         """
-        make_core = make_core or _core_of_this_build()
+        make_core = make_core or core_of_this_build()
         member = cls(settings, asynchronous)
         _members.add(member)
         deadline = time.monotonic() + settings.timeout
@@ -308,9 +286,13 @@ class Member:
         if self._writer is not None:
             protocol.write(self._writer, frame)
 
-    async def _call(self, frame: Frame, timeout: float, what: str) -> Frame:
-        """Ask and wait for the answer; after the deadline TimeoutError says who is missing."""
-        if self._broken is not None:
+    async def _call(self, frame: Frame, timeout: float, what: str, whole: bool = True) -> Frame:
+        """Ask and wait for the answer; after the deadline TimeoutError says who is missing.
+
+        `whole`: a cluster that has lost a node is not asked.
+        """
+        gone = self._writer is None or self._writer.transport.is_closing()
+        if self._broken is not None and (whole or gone):
             kind, why = self._broken
             raise kind(why)
         ident = next(self._ids)
@@ -367,24 +349,16 @@ class Member:
         with contextlib.suppress(PeerLostError):
             self._check()
         frame = {"type": "dead", "role": role, "timeout_ms": int(min(silent, 1e9) * 1000)}
-        reply = control.run(self._ask(frame))
-        return protocol.field(reply, "count", int)
 
-    async def _ask(self, frame: Frame) -> Frame:
-        # Not `_call`: a loss elsewhere does not keep the scheduler from answering.
-        if self._writer is None or self._writer.transport.is_closing():
-            raise PeerLostError(f"the scheduler at {self.settings.address} is gone")
-        ident = next(self._ids)
-        future: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
-        self._calls[ident] = future
+        def ask() -> Frame:
+            limit = self.settings.timeout
+            return control.run(self._call(frame, limit, "the count of the dead", whole=False))
+
         try:
-            self._write({**frame, "id": ident})
-            await asyncio.wait({future}, timeout=self.settings.timeout)
-        finally:
-            del self._calls[ident]
-        if not future.done():
-            raise TimeoutError(f"the scheduler has not answered for {self.settings.timeout:g} s")
-        return future.result()
+            reply = ask()
+        except PeerLostError:  # a loss while it was under way; or the scheduler is gone
+            reply = ask()
+        return protocol.field(reply, "count", int)
 
     # -------------------------------------------------------------------------------- of a server
 
@@ -500,8 +474,11 @@ _members: "weakref.WeakSet[Member]" = weakref.WeakSet()
 
 
 def of_this_process() -> Member | None:
-    """The member that this process has open, if any."""
-    return next((m for m in list(_members) if m._pid == os.getpid() and not m._closed), None)
+    """The member that this process has open as a worker, if any."""
+    for member in list(_members):
+        if member.role == "worker" and member._pid == os.getpid() and not member._closed:
+            return member
+    return None
 
 
 def leave_abandoned() -> None:

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
 
 from kvstore.cluster import control, settings
 from kvstore.cluster.member import Member
+from kvstore.cluster.roster import Stage
 from kvstore.cluster.scheduler import Scheduler
 from kvstore.errors import PeerLostError
 
@@ -102,9 +104,10 @@ class Cluster:
         """End it however far it is."""
         for member in self.members:
             member.close(LONG, together=False)
+        if self.scheduler.roster.stage > Stage.JOINING:
+            with contextlib.suppress(PeerLostError, FutureTimeout, CancelledError):
+                self.ended.result(5)
         self.ended.cancel()
-        with contextlib.suppress(BaseException):
-            control.wait(self.ended)
         self.pool.shutdown()
 
 
