@@ -127,20 +127,12 @@ _STORE_OPTIONS = ("timeout", "deterministic", "num_threads")
 
 def _create_dist(name: str, options: dict[str, Any]) -> Any:
     """A store of a dist kind: this process joins its cluster first, if it is a worker."""
-    if not hasattr(_core, "Node"):
-        return _core.KVStore(name, **options)  # which says what is missing
     from .cluster import settings
     from .cluster.member import Member, leave_abandoned, of_this_process
 
-    known = (*_STORE_OPTIONS, *(option for option in settings.BY_OPTION if option != "timeout"))
-    for option in options:
-        if option not in known:
-            raise InvalidArgumentError(
-                f"there is no option {option!r} (options: {', '.join(known)})"
-            )
-    # All is checked before the cluster hears anything.
+    # Before the cluster hears anything.
+    _core.options_check(name, **options)
     own = {option: options[option] for option in _STORE_OPTIONS if option in options}
-    _core.KVStore("local", **own).close()
     found = settings.read({o: v for o, v in options.items() if o not in _STORE_OPTIONS[1:]})
     own["timeout"] = found.timeout
     if found.role != "worker":

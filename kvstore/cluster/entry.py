@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ..errors import InvalidArgumentError, NotBuiltError, TimeoutError
+from ..errors import InvalidArgumentError, TimeoutError
 from . import control, protocol
 from .settings import Settings
 
@@ -196,13 +196,3 @@ class Core(Protocol):
 
 
 MakeCore = Callable[..., Core]
-
-
-def core_of_this_build() -> MakeCore:
-    """What makes the data plane; NotBuiltError in a build without one."""
-    from .. import _core
-
-    make: MakeCore | None = getattr(_core, "Node", None)
-    if make is None:
-        raise NotBuiltError("this build has no dist stores")
-    return make

@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from .. import _core
 from ..errors import (
     ClosedError,
     InvalidArgumentError,
@@ -29,7 +30,7 @@ from ..errors import (
     TimeoutError,
 )
 from . import control, entry, protocol
-from .entry import Core, MakeCore, core_of_this_build
+from .entry import Core, MakeCore
 from .protocol import Frame
 from .settings import Settings
 
@@ -115,7 +116,7 @@ class Member:
         PeerLostError
             A node went away meanwhile.
         """
-        make_core = make_core or core_of_this_build()
+        make_core = make_core or _core.Node
         member = cls(settings, asynchronous)
         _members.add(member)
         deadline = time.monotonic() + settings.timeout

@@ -213,6 +213,13 @@ static kv_status_t merge(request_t *request, target_t *target)
     return status;
 }
 
+/* Also of no elements, whose array may have no memory: NULL would mean no array. */
+static void *place_of(const kv_view_t *view)
+{
+    static char nothing;
+    return view->data != NULL ? view->data : &nothing;
+}
+
 static kv_status_t prepare(request_t *request, target_t *target, kv_client_part_t *part)
 {
     if (target->entry->deleted) {
@@ -222,13 +229,13 @@ static kv_status_t prepare(request_t *request, target_t *target, kv_client_part_
     }
     *part = (kv_client_part_t){.remote = target->entry->remote};
     if (target->num_values == 1 && target->values[0].strides == NULL) {
-        part->value = target->values[0].data;
+        part->value = place_of(&target->values[0]);
     } else if (target->num_values > 0) {
         KV_TRY(merge(request, target));
         part->value = target->merged->data;
     }
     if (target->num_outs > 0 && target->outs[0].strides == NULL) {
-        part->out = target->outs[0].data;
+        part->out = place_of(&target->outs[0]);
     } else if (target->num_outs > 0) {
         KV_TRY(
             kv_pool_get(kv_client_pool(request->client), target->entry->bytes, &target->arrived));

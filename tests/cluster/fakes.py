@@ -40,6 +40,9 @@ class FakeCore:
         if self.lost is not None:
             raise PeerLostError(self.lost)
 
+    def drain(self, timeout):
+        pass
+
     def lose(self, why):
         self.lost = why
 

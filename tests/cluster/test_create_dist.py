@@ -26,9 +26,11 @@ class FakeStore:
 
 @pytest.fixture(autouse=True)
 def with_dist(monkeypatch):
-    stand_in = types.SimpleNamespace(kinds=_core.kinds, KVStore=FakeStore, Node=FakeCore)
+    stand_in = types.SimpleNamespace(
+        kinds=_core.kinds, options_check=_core.options_check, KVStore=FakeStore, Node=FakeCore
+    )
     monkeypatch.setattr(base, "_core", stand_in)
-    monkeypatch.setattr(member, "core_of_this_build", lambda: FakeCore)
+    monkeypatch.setattr(member, "_core", stand_in)
 
 
 @pytest.fixture
