@@ -205,13 +205,16 @@ class Roster:
 
     @property
     def same_host_copies(self) -> bool:
-        """Whether all nodes that share a host may read each other's memory."""
-        hosts: dict[str, set[tuple[str, int]]] = {}
-        for node in self.nodes:
-            user = (node.host["namespaces"], node.host["euid"])
-            hosts.setdefault(node.host["boot_id"], set()).add(user)
-        alike = all(len(users) == 1 for users in hosts.values()) and "" not in hosts
-        return alike and all(node.copies for node in self.nodes)
+        """Whether all nodes are on one host and may read each other's memory.
+
+        Between hosts it would not help, and what UCX needs for it makes tcp slow.
+        """
+        places = {
+            (node.host["boot_id"], node.host["namespaces"], node.host["euid"])
+            for node in self.nodes
+        }
+        known = all(node.host["boot_id"] for node in self.nodes)
+        return known and len(places) == 1 and all(node.copies for node in self.nodes)
 
     @property
     def inet6(self) -> bool:

@@ -88,7 +88,7 @@ typedef struct kv_net_config {
     const char *library;    /* a folder with libucp.so.0, NULL: the system's loader finds it */
     const char *interface;  /* network device ("eth0"); NULL: chosen by UCX */
     const char *port_range; /* "20000-20100", NULL: any */
-    bool same_host_copies; /* cma; every process of a host has the same boot, pid namespace, user */
+    bool same_host_copies;  /* cma; all nodes are of one host, pid namespace and user */
     bool inet6;
     /* faulty: */
     uint64_t seed;

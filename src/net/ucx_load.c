@@ -179,6 +179,16 @@ static kv_status_t set_one(const kv_ucx_t *ucx, ucp_config_t *config, const char
     return kv_fail(KV_INVALID, "UCX does not take the setting %s%s=%s", transport, name, value);
 }
 
+/* The older way to choose protocols leaves cma unused here, the newer one has nothing fast for tcp
+ * between worker addresses; and 1.13 ends the process when a message comes before the connection is
+ * up. */
+static bool chooses_copies(const kv_ucx_t *ucx)
+{
+    unsigned major = 0, minor = 0, patch = 0;
+    ucx->ucp_get_version(&major, &minor, &patch);
+    return major > 1 || minor >= 18;
+}
+
 static kv_status_t set_all(const kv_ucx_t *ucx, ucp_config_t *ucx_config,
                            const kv_net_config_t *config)
 {
@@ -187,8 +197,7 @@ static kv_status_t set_all(const kv_ucx_t *ucx, ucp_config_t *ucx_config,
     } settings[] = {
         {"", "TLS", config->same_host_copies ? "tcp,cma" : "tcp"},
         {"", "NET_DEVICES", config->interface},
-        /* The newer way to choose protocols has no fast one for tcp between worker addresses. */
-        {"", "PROTO_ENABLE", "n"},
+        {"", "PROTO_ENABLE", config->same_host_copies && chooses_copies(ucx) ? "y" : "n"},
         {"", "RNDV_THRESH", "256k"},
         {"", "KEEPALIVE_INTERVAL", "1s"},
         /* Without it cma is left out where errors of peers are to be told. */
