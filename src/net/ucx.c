@@ -23,6 +23,7 @@
 #include "net/ucx_load.h"
 #include "net/ucx_sockets.h"
 #include <poll.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -357,8 +358,9 @@ static void settle(endpoint_t *e)
 
 /* -------------------------------------------------------------------------------- progress */
 
-/* Looking on for a moment saves the sleep and the waking, two thirds of a short round trip. It is
- * done while it pays: after a sleep that it would have saved, until it has failed a few times. */
+/* Looking on for a moment saves the sleep and the waking, two thirds of a short round trip. Other
+ * threads that could run come first: the answer may be theirs. It is done while it pays: after a
+ * sleep that it would have saved, until it has failed a few times. */
 static bool look_on(endpoint_t *e, bool active)
 {
     int64_t now = kv_clock_ns();
@@ -369,8 +371,10 @@ static bool look_on(endpoint_t *e, bool active)
         e->idle_wakes = 0;
         return true;
     }
-    if (now - e->active_ns < e->spin_ns)
+    if (now - e->active_ns < e->spin_ns) {
+        (void)sched_yield();
         return true;
+    }
     e->spin_ns /= 2;
     return false;
 }
