@@ -214,9 +214,11 @@ class _Launch:
         with contextlib.suppress(_Signal):
             self.armed = True
             if for_workers is not None:
-                for process in self.processes:
-                    own = process in self.workers
-                    self.processes.signal(process, for_workers if own else signal.SIGTERM)
+                # Workers first, or they would tell of servers that are gone.
+                for worker in self.workers:
+                    self.processes.signal(worker, for_workers)
+                for other in self.others:
+                    self.processes.signal(other, signal.SIGTERM)
             self.deadline = time.monotonic() + GRACE_S
             self._write(2, self.last_words.encode(errors="replace"))
             while for_workers is not None and any(p.status is None for p in self.processes):
