@@ -215,10 +215,9 @@ class _Launch:
             self.armed = True
             if for_workers is not None:
                 # Workers first, or they would tell of servers that are gone.
-                for worker in self.workers:
-                    self.processes.signal(worker, for_workers)
-                for other in self.others:
-                    self.processes.signal(other, signal.SIGTERM)
+                for process in sorted(self.processes, key=lambda one: one not in self.workers):
+                    own = process in self.workers
+                    self.processes.signal(process, for_workers if own else signal.SIGTERM)
             self.deadline = time.monotonic() + GRACE_S
             self._write(2, self.last_words.encode(errors="replace"))
             while for_workers is not None and any(p.status is None for p in self.processes):
