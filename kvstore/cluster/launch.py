@@ -214,7 +214,8 @@ class _Launch:
         with contextlib.suppress(_Signal):
             self.armed = True
             if for_workers is not None:
-                for process in self.processes:
+                # Workers first, or they would tell of servers that are gone.
+                for process in sorted(self.processes, key=lambda one: one not in self.workers):
                     own = process in self.workers
                     self.processes.signal(process, for_workers if own else signal.SIGTERM)
             self.deadline = time.monotonic() + GRACE_S
