@@ -308,6 +308,7 @@ class Handle:
     def exception(self) -> BaseException | None: ...
     def __await__(self) -> Generator[Any, None, Any]: ...
 
+@final
 class Node:
     """This process on the data plane of a cluster; `kvstore.cluster` makes it."""
 

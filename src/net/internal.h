@@ -5,8 +5,8 @@
  *   queue.c     the messages that wait for one peer
  *   inproc.c    endpoints of one process
  *   faulty.c    inproc with faults chosen by a seed
- *   ucx.c       UCX active messages; ucx_load.c finds its library and sets it up (only these two see
- *               its headers), ucx_sockets.c cuts its connections
+ *   ucx.c       UCX active messages; ucx_load.c finds its library and sets it up (only these two
+ * see its headers), ucx_sockets.c cuts its connections
  *
  * The thread of an endpoint runs the same loop for every transport:
  *

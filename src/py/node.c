@@ -86,21 +86,21 @@ static void close_node(kv_py_node_t *self)
 static PyObject *node_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
     /* Without a session there are no bytes of one, which is refused below. */
-    static char *names[] = {"role",        "rank",         "num_workers",      "num_servers",
-                            "session",     "asynchronous", "transport",        "library",
-                            "interface",   "port_range",   "same_host_copies", "inet6",
-                            "num_threads", "seed",         "faults",           NULL};
+    static const char *const names[] = {
+        "role",        "rank",    "num_workers", "num_servers", "session",          "asynchronous",
+        "transport",   "library", "interface",   "port_range",  "same_host_copies", "inet6",
+        "num_threads", "seed",    "faults",      NULL};
     kv_state_t *state = PyType_GetModuleState(type);
     const char *role, *session = NULL;
     Py_ssize_t session_bytes = 0;
     int rank, num_workers, num_servers, asynchronous = 0, copies = 0, inet6 = 0, num_threads = 0;
     unsigned long long seed = 0;
     kv_net_config_t config = {.transport = "ucx"};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "siii|$y#pszzzppiKz:Node", names, &role, &rank,
-                                     &num_workers, &num_servers, &session, &session_bytes,
-                                     &asynchronous, &config.transport, &config.library,
-                                     &config.interface, &config.port_range, &copies, &inet6,
-                                     &num_threads, &seed, &config.faults))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "siii|$y#pszzzppiKz:Node", (char **)names,
+                                     &role, &rank, &num_workers, &num_servers, &session,
+                                     &session_bytes, &asynchronous, &config.transport,
+                                     &config.library, &config.interface, &config.port_range,
+                                     &copies, &inet6, &num_threads, &seed, &config.faults))
         return NULL;
     bool server = strcmp(role, "server") == 0;
     if ((!server && strcmp(role, "worker") != 0) || num_workers < 1 || num_servers < 1 ||
@@ -330,10 +330,11 @@ static PyMethodDef METHODS[] = {
 };
 
 static PyType_Slot SLOTS[] = {
-    {Py_tp_doc, "Node(role, rank, num_workers, num_servers, *, session, asynchronous=False,\n"
-                "     transport='ucx', library=None, interface=None, port_range=None,\n"
-                "     same_host_copies=False, inet6=False, num_threads=0, seed=0, faults=None)\n"
-                "--\n\nThis process on the data plane of a cluster."},
+    {Py_tp_doc,
+     (void *)"Node(role, rank, num_workers, num_servers, *, session, asynchronous=False,\n"
+             "     transport='ucx', library=None, interface=None, port_range=None,\n"
+             "     same_host_copies=False, inet6=False, num_threads=0, seed=0, faults=None)\n"
+             "--\n\nThis process on the data plane of a cluster."},
     {Py_tp_new, node_new},
     {Py_tp_dealloc, node_dealloc},
     {Py_tp_traverse, node_traverse},

@@ -259,12 +259,12 @@
     "Forget all keys and refuse further calls; may be called again.\n"                             \
     "\n"                                                                                           \
     "In a dist store it waits until the servers have what was pushed, and, unless\n"               \
-    "set_barrier_before_exit(False) was called, until all workers close; then it leaves the cluster.\n"\
+    "set_barrier_before_exit(False) was called, until all workers close; then it leaves.\n"        \
     "\n"                                                                                           \
     "Raises\n"                                                                                     \
     "------\n"                                                                                     \
     "TimeoutError\n"                                                                               \
-    "    When others have not closed within the store's timeout; the store is closed all the same.\n"\
+    "    When others have not closed in the store's timeout; it is closed all the same.\n"         \
     "\n"                                                                                           \
     "Examples\n"                                                                                   \
     "--------\n"                                                                                   \
