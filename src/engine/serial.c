@@ -72,6 +72,7 @@ static void wake_waiters_locked(kv_engine_t *engine)
 }
 
 static kv_op_t *take_any_locked(kv_engine_t *engine, const kv_wait_t *wait, int64_t deadline_ns)
+    KV_REQUIRES(engine->lock)
 {
     (void)wait, (void)deadline_ns;
     if (engine->num_runnable == 0)
