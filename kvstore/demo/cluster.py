@@ -41,8 +41,7 @@ TIMEOUT_S = 60.0
 class Wire(NamedTuple):
     """What a worker has given to the transport and got from it, since the training began."""
 
-    messages: int  # sent
-    sent: int  # bytes, as is the next
+    sent: int  # in bytes
     received: int
 
 
@@ -96,7 +95,7 @@ class Worker:
         here = member.of_this_process()
         assert here is not None and isinstance(here.core, kvstore._core.Node)
         counters = here.core.counters()
-        return Wire(counters["messages_sent"], counters["bytes_sent"], counters["bytes_received"])
+        return Wire(counters["bytes_sent"], counters["bytes_received"])
 
 
 # In a worker process: its one worker.

@@ -99,18 +99,17 @@ def ways(runs: Sequence[Run], enough: float) -> Table:
 def wire(counted: Sequence[Wire], steps: int, model_bytes: int) -> Table:
     """What went over the wire at each worker, and a step of it against the model's size."""
     result = Table(title="Over the wire", title_justify="left", title_style="bold")
-    for name in ("worker", "messages", "sent", "received", "sent a step", "received a step"):
+    for name in ("worker", "sent", "received", "sent a step", "received a step"):
         result.add_column(name, justify="right")
     for rank, one in enumerate(counted):
         both = one.sent, one.received
         a_step = [bytes_ / steps for bytes_ in both]
         result.add_row(
             str(rank),
-            f"{one.messages:,}",
             *(size(bytes_) for bytes_ in both),
             *(f"{size(bytes_)}, {bytes_ / model_bytes:.2f} ×" for bytes_ in a_step),
         )
-    result.caption = f"messages: sent; ×: against the model's {size(model_bytes)}"
+    result.caption = f"×: against the model's {size(model_bytes)}"
     result.caption_justify = "left"
     return result
 
