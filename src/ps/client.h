@@ -8,7 +8,9 @@
  * push says which round it is of and a pull how many came before it. A push that would be two
  * unfinished rounds ahead of its key waits here, also one behind a pull that is not answered yet,
  * and everything behind it on its keys. (A call waits as a whole: workers that make calls on lists
- * of keys in different orders may wait for each other, until their deadlines.)
+ * of keys in different orders may wait for each other, until their deadlines.) When a push has
+ * failed because a worker did not come in time, pushes that wait behind it fail for the same
+ * reason. A call that ends while it waits has had no effect.
  *
  * Nothing here blocks but cancel and close. Callbacks run in the endpoint's thread or inside
  * kv_client_lose, _cancel and _close, never inside kv_client_start, with no lock held.
@@ -104,6 +106,8 @@ struct kv_client_call {
      * call names the key and the node in its sentence (kv_status_message of this thread). Outs of a
      * call that failed may have been written in part. */
     void (*done)(kv_client_call_t *call, kv_status_t status);
+    /* Out, before `sent`: it failed before anything of it went out. */
+    bool unsent;
     /* The client's own: */
     struct kv_client_work *work;
     kv_client_call_t *next, *prev;
@@ -113,8 +117,9 @@ struct kv_client_call {
 KV_MUST_CHECK kv_status_t kv_client_start(kv_client_t *client, kv_client_call_t *call);
 
 /* The caller gives up waiting: after this has returned nothing reads the values or writes the outs
- * of the call. The call itself goes on: values that have not gone out are copied first (a round
- * that lacks some slices of a key would never end), answers are thrown away. A session whose
+ * of the call. A call that waits for its turn ends with KV_TIMEOUT. Another goes on: values that
+ * have not gone out are copied first (a round that lacks some slices of a key would never end),
+ * answers are thrown away. A session whose
  * transfer from or to that memory cannot be stopped is closed. Blocks, for a second or so at most.
  * `sent` and `done` come as always, before or after the return. `missing` gets who has not answered
  * yet ("server 1"). */

@@ -61,6 +61,9 @@ void kv_client_send_locked(kv_client_t *client, kv_outgoing_t *message)
 static void launch_locked(kv_client_t *client, kv_client_work_t *work) KV_REQUIRES(client->lock)
 {
     work->started = true;
+    kv_work_write_locked(work);
+    for (int64_t i = 0; i < work->num_remotes; i++)
+        work->remotes[i]->pushes += kv_part_pushes(work->call, i);
     count_started_locked(work, 1);
     for (uint32_t i = 0; i < work->num_messages && client->status == KV_OK; i++)
         kv_client_send_locked(client, &work->messages[i]);
@@ -104,12 +107,53 @@ void kv_client_queue_locked(kv_client_t *client, kv_client_work_t *work)
     client->held_end = &work->next_held;
 }
 
+void kv_client_withdraw_locked(kv_client_t *client, kv_client_work_t *work, kv_status_t status)
+{
+    kv_client_work_t **link = &client->held;
+    while (*link != NULL && *link != work)
+        link = &(*link)->next_held;
+    if (*link == NULL)
+        return;
+    *link = work->next_held;
+    if (*link == NULL)
+        client->held_end = link;
+    if (status != KV_OK && work->error.code == KV_OK)
+        kv_sentence_save(&work->error);
+    work->call->unsent = true;
+    kv_work_fail_locked(work);
+}
+
+/* The pushes that wait for one that failed: they would be still further ahead of a worker that is
+ * late. */
+static void withdraw_behind_locked(kv_client_t *client, const kv_client_work_t *failed)
+    KV_REQUIRES(client->lock)
+{
+    client->walk++;
+    for (int64_t i = 0; i < failed->num_remotes; i++)
+        if (kv_part_pushes(failed->call, i))
+            failed->remotes[i]->mark = client->walk;
+    for (kv_client_work_t *work = client->held, *next; work != NULL; work = next) {
+        next = work->next_held;
+        bool behind = false;
+        for (int64_t i = 0; i < work->num_remotes; i++)
+            behind =
+                behind || (kv_part_pushes(work->call, i) && work->remotes[i]->mark == client->walk);
+        if (behind)
+            kv_client_withdraw_locked(
+                client, work,
+                kv_fail(KV_TIMEOUT, "%s; a later push was not sent", failed->error.message));
+    }
+}
+
 void kv_client_unqueue_locked(kv_client_t *client, kv_client_work_t *work)
 {
-    if (!work->started) { /* the cluster was lost, the list given up */
+    if (work->started)
+        count_started_locked(work, -1);
+    else
         count_held_locked(work, -1);
+    if (client->status != KV_OK)
         return;
-    }
-    count_started_locked(work, -1);
+    if (work->started && work->error.code == KV_TIMEOUT && work->call->verb == KV_CLIENT_MOVE)
+        withdraw_behind_locked(client, work);
     release_held_locked(client);
 }
