@@ -333,9 +333,6 @@ void kv_client_cancel(kv_client_t *client, kv_client_call_t *call, char *missing
         list_missing(work, missing, missing_bytes);
         work->given_up = true;
         work->cancelling++;
-        if (!work->started && !work->failed)
-            kv_client_withdraw_locked(client, work,
-                                      kv_fail(KV_TIMEOUT, "given up before its turn"));
         for (uint32_t i = 0; i < work->num_messages; i++)
             detach_value_locked(client, &work->messages[i]);
         int64_t until = kv_clock_ns() + CANCEL_NS;

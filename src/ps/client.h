@@ -10,7 +10,7 @@
  * and everything behind it on its keys. (A call waits as a whole: workers that make calls on lists
  * of keys in different orders may wait for each other, until their deadlines.) When a push has
  * failed because a worker did not come in time, pushes that wait behind it fail for the same
- * reason. A call that ends while it waits has had no effect.
+ * reason and have had no effect.
  *
  * Nothing here blocks but cancel and close. Callbacks run in the endpoint's thread or inside
  * kv_client_lose, _cancel and _close, never inside kv_client_start, with no lock held.
@@ -117,9 +117,8 @@ struct kv_client_call {
 KV_MUST_CHECK kv_status_t kv_client_start(kv_client_t *client, kv_client_call_t *call);
 
 /* The caller gives up waiting: after this has returned nothing reads the values or writes the outs
- * of the call. A call that waits for its turn ends with KV_TIMEOUT. Another goes on: values that
- * have not gone out are copied first (a round that lacks some slices of a key would never end),
- * answers are thrown away. A session whose
+ * of the call. The call itself goes on: values that have not gone out are copied first (a round
+ * that lacks some slices of a key would never end), answers are thrown away. A session whose
  * transfer from or to that memory cannot be stopped is closed. Blocks, for a second or so at most.
  * `sent` and `done` come as always, before or after the return. `missing` gets who has not answered
  * yet ("server 1"). */

@@ -147,9 +147,6 @@ kv_client_work_t *kv_client_find_locked(kv_client_t *client, uint64_t id) KV_REQ
 /* client_order.c */
 /* Sends the messages of a new call, or lets it wait for its turn. */
 void kv_client_queue_locked(kv_client_t *client, kv_client_work_t *work) KV_REQUIRES(client->lock);
-/* Ends a call that waits for its turn with an error, whose sentence is this thread's. */
-void kv_client_withdraw_locked(kv_client_t *client, kv_client_work_t *work, kv_status_t status)
-    KV_REQUIRES(client->lock);
 /* A call has ended: others may go. */
 void kv_client_unqueue_locked(kv_client_t *client, kv_client_work_t *work)
     KV_REQUIRES(client->lock);

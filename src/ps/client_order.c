@@ -107,24 +107,8 @@ void kv_client_queue_locked(kv_client_t *client, kv_client_work_t *work)
     client->held_end = &work->next_held;
 }
 
-void kv_client_withdraw_locked(kv_client_t *client, kv_client_work_t *work, kv_status_t status)
-{
-    kv_client_work_t **link = &client->held;
-    while (*link != NULL && *link != work)
-        link = &(*link)->next_held;
-    if (*link == NULL)
-        return;
-    *link = work->next_held;
-    if (*link == NULL)
-        client->held_end = link;
-    if (status != KV_OK && work->error.code == KV_OK)
-        kv_sentence_save(&work->error);
-    work->call->unsent = true;
-    kv_work_fail_locked(work);
-}
-
-/* The pushes that wait for one that failed: they would be still further ahead of a worker that is
- * late. */
+/* The pushes that wait behind one that failed because a worker is late: they would be further ahead
+ * of it still. */
 static void withdraw_behind_locked(kv_client_t *client, const kv_client_work_t *failed)
     KV_REQUIRES(client->lock)
 {
@@ -132,17 +116,24 @@ static void withdraw_behind_locked(kv_client_t *client, const kv_client_work_t *
     for (int64_t i = 0; i < failed->num_remotes; i++)
         if (kv_part_pushes(failed->call, i))
             failed->remotes[i]->mark = client->walk;
-    for (kv_client_work_t *work = client->held, *next; work != NULL; work = next) {
-        next = work->next_held;
+    kv_client_work_t **link = &client->held;
+    while (*link != NULL) {
+        kv_client_work_t *work = *link;
         bool behind = false;
         for (int64_t i = 0; i < work->num_remotes; i++)
             behind =
                 behind || (kv_part_pushes(work->call, i) && work->remotes[i]->mark == client->walk);
-        if (behind)
-            kv_client_withdraw_locked(
-                client, work,
-                kv_fail(KV_TIMEOUT, "%s; a later push was not sent", failed->error.message));
+        if (!behind) {
+            link = &work->next_held;
+            continue;
+        }
+        *link = work->next_held;
+        kv_fail(KV_TIMEOUT, "%s; a later push was not sent", failed->error.message);
+        kv_sentence_save(&work->error);
+        work->call->unsent = true;
+        kv_work_fail_locked(work);
     }
+    client->held_end = link;
 }
 
 void kv_client_unqueue_locked(kv_client_t *client, kv_client_work_t *work)

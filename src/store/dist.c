@@ -422,9 +422,7 @@ static kv_status_t give_up(request_t *request, kv_status_t status, const kv_call
     return kv_fail(KV_TIMEOUT, "key %s: %s %s not answered within the deadline of %.3g s%s", name,
                    missing[0] != '\0' ? missing : "the servers",
                    missing[0] != '\0' ? "has" : "have", (double)caller->timeout_ns * 1e-9,
-                   !request->push         ? ""
-                   : request->call.unsent ? "; the push was not sent"
-                                          : "; the push may have counted");
+                   request->push ? "; the push may have counted" : "");
 }
 
 /* With arrays and keys held by `op`. */
