@@ -1,7 +1,6 @@
 /* The client: start and end of calls.
  *
- * A call's rounds are counted when it starts. Then its messages go to the endpoint, or it waits
- * (client_order.c).
+ * A call's messages go to the endpoint at once, or it waits (client_order.c).
  *
  * When the cluster is lost, calls end as soon as no message reads their values and no answer is
  * being written: messages that have not begun are taken back, and sessions that do not let go of
@@ -55,6 +54,14 @@ static void take_back_locked(kv_client_t *client, kv_outgoing_t *message)
         end_message_locked(message);
 }
 
+void kv_work_fail_locked(kv_client_work_t *work)
+{
+    work->failed = true;
+    for (uint32_t i = 0; i < work->num_messages; i++)
+        take_back_locked(work->client, &work->messages[i]);
+    kv_work_touch_locked(work);
+}
+
 static void fail_locked(kv_client_work_t *work)
 {
     kv_client_t *client = work->client;
@@ -67,10 +74,8 @@ static void fail_locked(kv_client_work_t *work)
         kv_fail(client->status, "key %s: %s", name, client->why);
         kv_sentence_save(&work->error);
     }
-    work->failed = true;
-    for (uint32_t i = 0; i < work->num_messages; i++)
-        take_back_locked(client, &work->messages[i]);
-    kv_work_touch_locked(work);
+    work->call->unsent = work->call->unsent || !work->started;
+    kv_work_fail_locked(work);
 }
 
 static void fail_all_locked(kv_client_t *client, kv_status_t code, const char *why)
@@ -157,13 +162,11 @@ static void enter_locked(kv_client_t *client, kv_client_work_t *work) KV_REQUIRE
 {
     kv_client_call_t *call = work->call;
     work->id = client->next_id++;
-    kv_work_write_locked(work);
-    for (int64_t i = 0; i < work->num_remotes; i++)
-        work->remotes[i]->pushes += kv_part_pushes(call, i);
     kv_client_work_t **bucket = &client->buckets[work->id % KV_CLIENT_BUCKETS];
     work->next_in_bucket = *bucket;
     *bucket = work;
     call->work = work;
+    call->unsent = false;
     call->prev = NULL;
     call->next = client->calls;
     if (call->next != NULL)

@@ -65,8 +65,10 @@ static void set_error(kv_slice_op_t *op, const kv_remote_t *remote, kv_status_t 
     if (work->error.code != KV_OK)
         return;
     kv_name_format(&remote->name, name, sizeof name);
-    kv_fail(code, "key %s: %.*s (server %d)", name, (int)(bytes < 320 ? bytes : 320), words,
-            (int)op->server);
+    bool pushes = op->action == KV_WIRE_PUSH || op->action == KV_WIRE_PUSHPULL;
+    kv_fail(code, "key %s: %.*s (server %d)%s", name, (int)(bytes < 320 ? bytes : 320), words,
+            (int)op->server,
+            pushes && code == KV_TIMEOUT ? "; the push counts as soon as all have pushed" : "");
     kv_sentence_save(&work->error);
 }
 

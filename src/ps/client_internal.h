@@ -84,7 +84,7 @@ struct kv_client_work {
     /* What has not ended yet: */
     uint32_t ops_left, messages_left, receiving;
     bool placed;        /* the servers' loads count its slices */
-    bool started;       /* its messages have gone to the endpoint */
+    bool started;       /* it has its rounds; its messages have gone to the endpoint */
     bool failed;        /* no answers are waited for */
     bool given_up;      /* answers are thrown away */
     int32_t cancelling; /* threads in cancel: they look at the work */
@@ -128,6 +128,8 @@ static inline bool kv_part_pushes(const kv_client_call_t *call, int64_t part)
 
 /* client.c */
 void kv_client_message_done(kv_net_message_t *message, kv_status_t status);
+/* No answers are waited for any more; messages that have not begun to go out stay here. */
+void kv_work_fail_locked(kv_client_work_t *work);
 /* Looks whether there is something to tell the caller. */
 void kv_work_touch_locked(kv_client_work_t *work);
 /* Drops the lock and calls all callbacks that are due. */

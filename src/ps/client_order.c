@@ -61,6 +61,9 @@ void kv_client_send_locked(kv_client_t *client, kv_outgoing_t *message)
 static void launch_locked(kv_client_t *client, kv_client_work_t *work) KV_REQUIRES(client->lock)
 {
     work->started = true;
+    kv_work_write_locked(work);
+    for (int64_t i = 0; i < work->num_remotes; i++)
+        work->remotes[i]->pushes += kv_part_pushes(work->call, i);
     count_started_locked(work, 1);
     for (uint32_t i = 0; i < work->num_messages && client->status == KV_OK; i++)
         kv_client_send_locked(client, &work->messages[i]);
@@ -104,12 +107,44 @@ void kv_client_queue_locked(kv_client_t *client, kv_client_work_t *work)
     client->held_end = &work->next_held;
 }
 
+/* The pushes that wait behind one that failed because a worker is late: they would be further ahead
+ * of it still. */
+static void withdraw_behind_locked(kv_client_t *client, const kv_client_work_t *failed)
+    KV_REQUIRES(client->lock)
+{
+    client->walk++;
+    for (int64_t i = 0; i < failed->num_remotes; i++)
+        if (kv_part_pushes(failed->call, i))
+            failed->remotes[i]->mark = client->walk;
+    kv_client_work_t **link = &client->held;
+    while (*link != NULL) {
+        kv_client_work_t *work = *link;
+        bool behind = false;
+        for (int64_t i = 0; i < work->num_remotes; i++)
+            behind =
+                behind || (kv_part_pushes(work->call, i) && work->remotes[i]->mark == client->walk);
+        if (!behind) {
+            link = &work->next_held;
+            continue;
+        }
+        *link = work->next_held;
+        kv_fail(KV_TIMEOUT, "%s; a later push was not sent", failed->error.message);
+        kv_sentence_save(&work->error);
+        work->call->unsent = true;
+        kv_work_fail_locked(work);
+    }
+    client->held_end = link;
+}
+
 void kv_client_unqueue_locked(kv_client_t *client, kv_client_work_t *work)
 {
-    if (!work->started) { /* the cluster was lost, the list given up */
+    if (work->started)
+        count_started_locked(work, -1);
+    else
         count_held_locked(work, -1);
+    if (client->status != KV_OK)
         return;
-    }
-    count_started_locked(work, -1);
+    if (work->started && work->error.code == KV_TIMEOUT && work->call->verb == KV_CLIENT_MOVE)
+        withdraw_behind_locked(client, work);
     release_held_locked(client);
 }

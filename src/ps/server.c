@@ -10,8 +10,10 @@
 
 enum { MESSAGE_BYTES = 1 << 30 }; /* of names and records, at most */
 
-/* A request is answered so long before its worker gives up, or a fifth of its time. */
-#define EARLY_NS (500 * INT64_C(1000000))
+/* A request is answered so long before its worker gives up: a fifth of its time, but enough for a
+ * tick of the endpoint and the way back, unless that is half of its time. */
+#define LEAST_EARLY_NS (150 * INT64_C(1000000))
+#define MOST_EARLY_NS (500 * INT64_C(1000000))
 
 /* ------------------------------------------------------------------------------------ tables */
 
@@ -146,7 +148,12 @@ static int64_t deadline(uint32_t timeout_ms)
     int64_t timeout = (int64_t)timeout_ms * 1000000;
     if (timeout == 0)
         return INT64_MAX;
-    return kv_clock_ns() + timeout - (timeout / 5 < EARLY_NS ? timeout / 5 : EARLY_NS);
+    int64_t early = timeout / 5;
+    if (early > MOST_EARLY_NS)
+        early = MOST_EARLY_NS;
+    if (early < LEAST_EARLY_NS)
+        early = timeout / 2 < LEAST_EARLY_NS ? timeout / 2 : LEAST_EARLY_NS;
+    return kv_clock_ns() + timeout - early;
 }
 
 /* ---------------------------------------------------------------------------- messages in */

@@ -36,7 +36,8 @@ typedef struct request {
     kv_op_t op;
     kv_op_t copy; /* writes the outs that the answer did not go to */
     _Atomic int32_t refs;
-    _Atomic int state; /* ISSUED | SENT | DONE */
+    _Atomic int state;     /* ISSUED | SENT | DONE */
+    _Atomic bool given_up; /* who waited for it has been told why no more */
     kv_engine_t *engine;
     kv_client_t *client;
     kv_host_t host;
@@ -90,9 +91,13 @@ static void request_finish(kv_op_t *op)
 
 static void end(request_t *request)
 {
-    kv_status_t status = request->status;
+    kv_status_t status = atomic_load(&request->given_up) ? KV_OK : request->status;
     if (status != KV_OK)
         kv_sentence_restore(&request->sentence);
+    if (request->sent != NULL && request->call.unsent) {
+        kv_handle_end_one(request->sent, status); /* somebody waits, and is told of it there */
+        status = KV_OK;
+    }
     kv_engine_end(request->engine, &request->op, status, request->keys,
                   request->push ? request->num_targets : 0);
 }
@@ -124,7 +129,7 @@ static void call_sent(kv_client_call_t *call)
     request_t *request = of_call(call);
     if (atomic_fetch_or(&request->state, SENT) & ISSUED)
         kv_engine_give_back(request->engine, &request->op, request->first_value);
-    if (request->sent != NULL)
+    if (request->sent != NULL && !call->unsent)
         kv_handle_end_one(request->sent, KV_OK);
 }
 
@@ -253,6 +258,7 @@ static void issue(request_t *request)
     if (status == KV_OK)
         status = kv_client_start(request->client, &request->call);
     if (status != KV_OK) {
+        request->call.unsent = true;
         call_sent(&request->call);
         note_done(request, status);
     }
@@ -408,6 +414,7 @@ static kv_status_t run_later(request_t *request, kv_call_t *call)
 static kv_status_t give_up(request_t *request, kv_status_t status, const kv_caller_t *caller)
 {
     char missing[128], name[NAME_BYTES];
+    atomic_store(&request->given_up, true);
     kv_client_cancel(request->client, &request->call, missing, sizeof missing);
     if (status != KV_TIMEOUT)
         return status;
@@ -443,7 +450,9 @@ static kv_status_t run_held(request_t *request, kv_op_t *op, kv_caller_t *caller
     kv_caller_detach(caller);
     if (status != KV_OK) {
         status = give_up(request, status, caller);
-    } else if (wants_outs) {
+        if (kv_handle_done(handle))
+            (void)kv_handle_error(handle); /* too late to be told */
+    } else {
         kv_error_t *error = kv_handle_error(handle);
         status = error != NULL ? kv_error_raise(error) : deliver(request);
     }

@@ -29,6 +29,27 @@ class Member:
             self.core.close()
 
 
+def each(stores, function):
+    """``function(kv)`` for each store, in a thread each; the results in order."""
+    results, errors = [None] * len(stores), [None] * len(stores)
+
+    def work(i):
+        try:
+            results[i] = function(stores[i])
+        except BaseException as error:
+            errors[i] = error
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(stores))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in errors:
+        if error is not None:
+            raise error
+    return results
+
+
 class Cluster:
     """``with Cluster(2, 2) as cluster: kv = cluster.store(rank)``."""
 
@@ -81,25 +102,13 @@ class Cluster:
         self.stores.append(store)
         return store
 
+    def all_stores(self, **options):
+        """A store of each worker, by rank."""
+        return [self.store(rank, **options) for rank in range(self.num_workers)]
+
     def run(self, function, **options):
         """``function(kv)`` with a store of each worker, in a thread each; the results by rank."""
-        results, errors = [None] * self.num_workers, [None] * self.num_workers
-
-        def work(rank):
-            try:
-                results[rank] = function(self.store(rank, **options))
-            except BaseException as error:
-                errors[rank] = error
-
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(self.num_workers)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        for error in errors:
-            if error is not None:
-                raise error
-        return results
+        return each(self.all_stores(**options), function)
 
     def close(self):
         for store in self.stores:
