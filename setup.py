@@ -20,7 +20,19 @@ import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-FOLDERS = ("base", "net", "engine", "array", "kernels", "compress", "optim", "comm", "ps", "store", "py")
+FOLDERS = (
+    "base",
+    "net",
+    "engine",
+    "array",
+    "kernels",
+    "compress",
+    "optim",
+    "comm",
+    "ps",
+    "store",
+    "py",
+)
 
 # The arithmetic must not depend on the compiler: no dialect that fuses multiply and add, nothing
 # that -ffast-math brings. The flavours' flags come last and so replace the interpreter's own.

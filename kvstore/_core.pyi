@@ -308,6 +308,8 @@ class Handle:
     def exception(self) -> BaseException | None: ...
     def __await__(self) -> Generator[Any, None, Any]: ...
 
+@final
+@disjoint_base
 class Node:
     """This process on the data plane of a cluster; `kvstore.cluster` makes it."""
 
