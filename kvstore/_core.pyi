@@ -309,7 +309,6 @@ class Handle:
     def __await__(self) -> Generator[Any, None, Any]: ...
 
 @final
-@disjoint_base
 class Node:
     """This process on the data plane of a cluster; `kvstore.cluster` makes it."""
 
