@@ -296,7 +296,7 @@ NOT_BUILT = {
 def test_what_is_not_built_says_so_and_changes_nothing(pair, call):
     init(pair, "w", np.ones((4, 2)))
     for kv in pair:
-        with pytest.raises(kvstore.NotBuiltError, match="not built.*local store"):
+        with pytest.raises(kvstore.NotBuiltError, match=r"not built.*local store"):
             call(kv)
         assert list(kv.keys()) == ["w"]
         assert (pulled(kv, "w") == 1).all()
