@@ -21,20 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 FOLDERS = (
-<<<<<<< HEAD
     *("base", "net", "engine", "array", "kernels", "compress", "optim", "comm", "ps", "store"),
-=======
-    "base",
-    "net",
-    "engine",
-    "array",
-    "kernels",
-    "compress",
-    "optim",
-    "comm",
-    "ps",
-    "store",
->>>>>>> demo6
     "py",
 )
 
