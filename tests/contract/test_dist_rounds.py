@@ -187,13 +187,13 @@ def test_a_call_that_waits_for_another_worker_is_told_who(pair, call):
     out = np.full(3, 9.0)
     if call == "pull":
         a.push("w", np.ones(3))
-        with pytest.raises(kvstore.TimeoutError, match="'w'.*worker 1 has not pushed round 0"):
+        with pytest.raises(kvstore.TimeoutError, match=r"'w'.*worker 1 has not pushed round 0"):
             a.pull("w", out=out)
         with pytest.raises(kvstore.TimeoutError, match="worker 1 has not pushed"):
             kvstore.wait_all()  # of the push
     else:
         with pytest.raises(
-            kvstore.TimeoutError, match="'w'.*worker 1 has not pushed round 0.*counts as soon as"
+            kvstore.TimeoutError, match=r"'w'.*worker 1 has not pushed round 0.*counts as soon as"
         ):
             a.pushpull("w", np.ones(3), out=out)
     assert out.tolist() == [9, 9, 9]
@@ -214,7 +214,7 @@ def test_a_deleted_key_takes_the_pushes_before_it_along(pair):
 
 def test_a_delete_by_one_worker_only_names_the_others_and_deletes_nothing(pair):
     a, b = pair
-    with pytest.raises(kvstore.TimeoutError, match="'w'.*worker 1 has not deleted it"):
+    with pytest.raises(kvstore.TimeoutError, match=r"'w'.*worker 1 has not deleted it"):
         a.delete("w")
     assert "w" in a
     each([a, b], lambda kv: kv.push("w", np.ones(3)))
@@ -226,7 +226,7 @@ def test_a_delete_by_one_worker_only_names_the_others_and_deletes_nothing(pair):
 
 def test_init_by_another_worker_than_rank_0_names_worker_0(pair):
     a, b = pair
-    with pytest.raises(kvstore.TimeoutError, match="'x'.*worker 0 has not initialised"):
+    with pytest.raises(kvstore.TimeoutError, match=r"'x'.*worker 0 has not initialised"):
         b.init("x", np.zeros(3))
     assert "x" not in b
     a.init("x", np.full(3, 2.0))
@@ -254,13 +254,11 @@ def test_a_second_init_raises_and_changes_nothing(pair):
     ids=["length", "dimensions", "type"],
 )
 @pytest.mark.parametrize("first", [0, 1])
-def test_what_disagrees_with_rank_0_raises_there_and_makes_no_key(
-    pair, value, error, words, first
-):
+def test_what_disagrees_with_rank_0_raises_there_and_makes_no_key(pair, value, error, words, first):
     a, b = pair
 
     def refused():
-        with pytest.raises(error, match=f"'x'.*{words}"):
+        with pytest.raises(error, match=rf"'x'.*{words}"):
             b.init(["x", "y"], [value, np.zeros(2)])
         assert sorted(b.keys()) == ["v", "w"]
 
