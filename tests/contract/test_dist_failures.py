@@ -1,5 +1,6 @@
 """A dist store when something is missing: deadlines, lost nodes, faults of the wire, no memory."""
 
+import contextlib
 import signal
 import threading
 import time
@@ -237,15 +238,11 @@ def test_every_allocation_may_fail(name):
                 pass
             finally:
                 cluster_lost = False
-                try:
+                with contextlib.suppress(MemoryError):
                     cluster.members[0].core.drain(LONG)
-                except MemoryError:
-                    pass
                 hit = _core.fault_set("alloc", 0) >= nth
-            try:
+            with contextlib.suppress(MemoryError, kvstore.PeerLostError):
                 kvstore.wait_all()
-            except (MemoryError, kvstore.PeerLostError):
-                pass
             try:
                 if "v" in kv:
                     found = pulled(kv, "v")

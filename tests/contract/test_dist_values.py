@@ -273,6 +273,7 @@ def test_dist_async_needs_an_optimizer_and_lets_pulls_work():
             assert pulled(kv, "w").tolist() == [5, 5, 5]
             with pytest.raises(kvstore.InvalidArgumentError, match="set_optimizer"):
                 kv.push("w", np.ones(3))
+                cluster.members[kv.rank].core.drain(10)
                 pulled(kv, "w")
             with pytest.raises(kvstore.InvalidArgumentError, match="set_optimizer"):
                 kv.pushpull("w", np.ones(3), out=np.zeros(3))
