@@ -293,8 +293,8 @@ def test_random_programs_of_two_workers_give_what_numpy_gives(seed):
     def work(kv):
         rng = np.random.default_rng([seed, kv.rank])
         kv.init([0, 1, 2], [np.zeros(size) for size in sizes])
-        for number, keys in enumerate(rounds, 1):
-            keys = [int(key) for key in keys]
+        for number, chosen in enumerate(rounds, 1):
+            keys = [int(key) for key in chosen]
             values = [np.full(sizes[key], number * (kv.rank + 1.0)) for key in keys]
             outs = [np.zeros(sizes[key]) for key in keys]
             way = rng.integers(4)
