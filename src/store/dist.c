@@ -497,8 +497,10 @@ kv_status_t kv_dist_run(kv_store_t *store, const kv_plan_t *plan, kv_call_t *cal
     if (plan->num_groups == 0 || (!push && call->num_outs == 0))
         return KV_OK;
     KV_TRY(request_new(store, plan, call, push, caller, &request));
-    kv_status_t status;
-    if (call->async) {
+    kv_status_t status = KV_OK;
+    if (request->num_targets == 0) {
+        request_rele(request);
+    } else if (call->async) {
         status = run_later(request, call);
     } else {
         status = run_now(request, call, caller);

@@ -258,7 +258,7 @@ def test_what_disagrees_with_rank_0_raises_there_and_makes_no_key(pair, value, e
     a, b = pair
 
     def refused():
-        with pytest.raises(error, match=f"'x'.*{words}"):
+        with pytest.raises(error, match=rf"'x'.*{words}"):
             b.init(["x", "y"], [value, np.zeros(2)])
         assert sorted(b.keys()) == ["v", "w"]
 
