@@ -159,6 +159,7 @@ FAMILIES = {
         {
             "kvstore": ("", "kvstore_dist.py"),
             "gloo": ("torch", "gloo_dist.py"),
+            "views": ("torch", "gloo_dist.py", "--views"),
             "mxnet": ("mxnet", "mxnet_dist.py"),
         },
         DIST,

@@ -231,8 +231,6 @@ static double large(large_job *job)
     for (size_t way = 0; way < sizeof pieces / sizeof pieces[0]; way++) {
         job->piece = pieces[way];
         double seconds = run_processes(large_worker, large_server, job);
-        if (getenv("LIMIT_WAYS"))
-            fprintf(stderr, "piece %zu: %g\n", job->piece, seconds);
         if (seconds < best)
             best = seconds;
     }
@@ -287,7 +285,6 @@ typedef struct small_job {
     int num_servers, num_keys; /* keys of one server */
     int gathered;              /* keys that one call of the system sends or receives */
     int calls;
-    bool spin; /* look again and again instead of sleeping */
     int worker_ends[WORKERS][SERVERS], server_ends[WORKERS][SERVERS];
 } small_job;
 
@@ -298,7 +295,7 @@ static ssize_t send_message(int socket, struct msghdr *message, int flags)
     return sendmsg(socket, message, flags);
 }
 
-/* All keys through one socket; `first` is the first key's number in `keys`. */
+/* The keys of one server through its socket. */
 static void transfer(const small_job *job, message_function move, int socket, char **keys)
 {
     struct iovec parts[MAX_GATHERED];
@@ -308,14 +305,6 @@ static void transfer(const small_job *job, message_function move, int socket, ch
         for (int i = 0; i < count; i++)
             parts[i] = (struct iovec){keys[at + i], KEY_BYTES};
         struct msghdr message = {.msg_iov = parts, .msg_iovlen = (size_t)count};
-        if (job->spin && move == recvmsg) {
-            char seen;
-            for (int spins = 0; recv(socket, &seen, 1, MSG_PEEK | MSG_DONTWAIT) < 1; spins++) {
-                if (errno != EAGAIN)
-                    fail("a connection is lost");
-                relax(spins + 9900);
-            }
-        }
         if (move(socket, &message, move == recvmsg ? MSG_WAITALL : MSG_NOSIGNAL) != bytes)
             fail("a connection is lost");
     }
@@ -344,8 +333,7 @@ static void small_server(const void *argument, int server)
         meet();
         for (int call = 0; call < calls; call++) {
             for (int i = 0; i < WORKERS; i++)
-                transfer(job, recvmsg, job->server_ends[(server + i) % WORKERS][server],
-                         stored[i]);
+                transfer(job, recvmsg, job->server_ends[(server + i) % WORKERS][server], stored[i]);
             for (int i = 0; i < WORKERS; i++)
                 transfer(job, send_message, job->server_ends[(server + i) % WORKERS][server],
                          stored[0]);
@@ -415,18 +403,12 @@ static double small(small_job job)
             close(job.worker_ends[w][s]);
             close(job.server_ends[w][s]);
         }
-    if (getenv("LIMIT_WAYS"))
-        fprintf(stderr, "gathered %d spin %d: %g\n", job.gathered, job.spin, seconds);
     return seconds;
 }
 
 static double pushpull_4kib(void)
 {
-    small_job job = {.num_servers = 1, .num_keys = 1, .gathered = 1, .calls = 500};
-    double sleeping = small(job);
-    job.spin = true;
-    double spinning = small(job);
-    return sleeping < spinning ? sleeping : spinning;
+    return small((small_job){.num_servers = 1, .num_keys = 1, .gathered = 1, .calls = 500});
 }
 
 static double list_1000x4kib(void)

@@ -43,6 +43,7 @@ TITLES = {
     "compiled": "torch.compile",
     "fbgemm": "fbgemm",
     "gloo": "gloo",
+    "views": "gloo, no copies",
     "mxnet": "MXNet",
     "1 thread": "1 thread",
 }
@@ -54,6 +55,7 @@ MARKS = {
     "compiled": ("D", "#8c2d19"),
     "fbgemm": ("v", "#9467bd"),
     "gloo": ("o", "#ee4c2c"),
+    "views": ("D", "#8c2d19"),
     "mxnet": ("^", "#1f77b4"),
 }
 
