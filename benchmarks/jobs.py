@@ -111,6 +111,26 @@ TRAINING = {
     ),
 }
 
+DIST = {
+    "push_pull_64MiB": Job(
+        "push + pull of 64 MiB", "push_pull_64MiB", {"limit": 0.5, "gloo": 1.7, "mxnet": 5.5}
+    ),
+    "resnet50": Job(
+        "push + pull of ResNet-50's 161 keys, 102 MB, in lists",
+        "resnet50",
+        {"limit": 0.45, "gloo": 1.35, "mxnet": 3},
+    ),
+    "pushpull_4KiB": Job(
+        "pushpull of 4 KiB", "pushpull_4KiB", {"limit": 0.4, "gloo": 8, "mxnet": 3}
+    ),
+    "list_1000x4KiB": Job(
+        "push + pull, 1,000 keys of 4 KiB in lists, a key",
+        "list_1000x4KiB",
+        {"limit": 0.6, "gloo": 1.0, "mxnet": 20},
+    ),
+    "processor_64MiB": Job("processor time of push + pull of 64 MiB, a byte", None, {"mxnet": 3}),
+}
+
 FAMILIES = {
     "local": Family(
         "limit",
@@ -133,5 +153,15 @@ FAMILIES = {
             "mxnet": ("mxnet", "mxnet_training.py"),
         },
         TRAINING,
+    ),
+    "dist": Family(
+        "limit_dist",
+        {
+            "kvstore": ("", "kvstore_dist.py"),
+            "gloo": ("torch", "gloo_dist.py"),
+            "views": ("torch", "gloo_dist.py", "--views"),
+            "mxnet": ("mxnet", "mxnet_dist.py"),
+        },
+        DIST,
     ),
 }

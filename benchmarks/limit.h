@@ -1,4 +1,4 @@
-/* What the two limit programs share: vectors of this machine's width, clock, memory, threads that
+/* What the limit programs share: vectors of this machine's width, clock, memory, threads that
  * wait for work, and the command line.
  *
  * The threads wait by looking again and again, because waking a sleeping one costs as much as the

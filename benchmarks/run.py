@@ -1,7 +1,7 @@
 """Measures the store against what the machine can do and against its peers, in one run.
 
-    python benchmarks/run.py                all jobs: a table, and of each family (local, training)
-                                            a plot and a record in benchmarks/results/
+    python benchmarks/run.py                all jobs: a table, and of each family (local, training,
+                                            dist) a plot and a record in benchmarks/results/
     python benchmarks/run.py --only FAMILY  one family
     python benchmarks/run.py --quick        short, table only
     python benchmarks/run.py --make-peers   first installs PyTorch, FBGEMM and MXNet 1.9.1 into
@@ -10,7 +10,8 @@
 Every subject is a process of its own. Rounds are interleaved: in each round every subject measures
 a job right after the others, and ratios are taken within a round, so that a machine whose speed
 drifts does not favour anybody. Quoted are medians over the rounds. "limit" is a plain C program
-(limit.c, limit_train.c) that does the least work: one function call a call, one pass over memory.
+(limit.c, limit_train.c, limit_dist.c) that does the least work: one function call a call, one pass
+over memory, one message a value.
 """
 
 import argparse
@@ -41,6 +42,8 @@ TITLES = {
     "torch": "torch",
     "compiled": "torch.compile",
     "fbgemm": "fbgemm",
+    "gloo": "gloo",
+    "views": "gloo, no copies",
     "mxnet": "MXNet",
     "1 thread": "1 thread",
 }
@@ -51,6 +54,8 @@ MARKS = {
     "torch": ("o", "#ee4c2c"),
     "compiled": ("D", "#8c2d19"),
     "fbgemm": ("v", "#9467bd"),
+    "gloo": ("o", "#ee4c2c"),
+    "views": ("D", "#8c2d19"),
     "mxnet": ("^", "#1f77b4"),
 }
 

@@ -36,7 +36,7 @@ def measure(run, budget):
     return statistics.median(times)
 
 
-def serve(jobs):
+def serve(jobs, measure=measure):
     """Answer the driver until it closes the pipe.
 
     Parameters
@@ -44,6 +44,8 @@ def serve(jobs):
     jobs : dict
         Job name -> function without arguments that makes the arrays and returns `run(times)`,
         which makes the calls to measure, and how many units (keys, calls) one call stands for.
+    measure : function
+        `measure(run, seconds)` returns the median cost of one call.
     """
     ready = {}
     print(json.dumps({"jobs": sorted(jobs)}), flush=True)
