@@ -129,6 +129,7 @@ def report() -> Iterator[str]:
         yield _row("kernels", f"{info['isa']} (of {', '.join(info['isas'])})")
         yield _row("engine", info["engine"])
         yield _row("processors", str(info["processors"]))
+        yield _row("dist stores", "yes" if info["ucx"] else "no: built without UCX")
 
     yield ""
     yield "Optional libraries"

@@ -127,11 +127,12 @@ _STORE_OPTIONS = ("timeout", "deterministic", "num_threads")
 
 def _create_dist(name: str, options: dict[str, Any]) -> Any:
     """A store of a dist kind: this process joins its cluster first, if it is a worker."""
-    from .cluster import settings
+    from .cluster import entry, settings
     from .cluster.member import Member, leave_abandoned, of_this_process
 
     # Before the cluster hears anything.
     _core.options_check(name, **options)
+    entry.check_ucx()
     own = {option: options[option] for option in _STORE_OPTIONS if option in options}
     found = settings.read({o: v for o, v in options.items() if o not in _STORE_OPTIONS[1:]})
     own["timeout"] = found.timeout

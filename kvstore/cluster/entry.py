@@ -1,6 +1,7 @@
 """How a node reaches its scheduler, what it tells of its machine, and what it opens there."""
 
 import asyncio
+import ctypes.util
 import fcntl
 import importlib.util
 import os
@@ -11,7 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from ..errors import InvalidArgumentError, TimeoutError
+from .. import _core
+from ..errors import InvalidArgumentError, NotBuiltError, TimeoutError
 from . import control, protocol
 from .settings import Settings
 
@@ -182,6 +184,20 @@ def ucx_library() -> str | None:
         if os.path.isdir(os.path.join(folder, "lib")):
             return os.path.join(folder, "lib")
     return None
+
+
+def check_ucx() -> None:
+    """NotBuiltError, which says what to do, where no data plane can be opened. Loads nothing."""
+    if not _core.build_info()["ucx"]:
+        raise NotBuiltError(
+            "this build of kvstore has no UCX, which carries the values of dist stores: install it "
+            "again without KVSTORE_UCX=off, on Linux: pip install --force-reinstall '.[dist]'"
+        )
+    if ucx_library() is None and ctypes.util.find_library("ucp") is None:
+        raise NotBuiltError(
+            "UCX, which carries the values of dist stores, is not on this machine: "
+            "pip install 'mlkvstore[dist]'"
+        )
 
 
 class Core(Protocol):

@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from types import FrameType
 
 from .. import __version__
-from ..errors import KVStoreError
+from ..errors import KVStoreError, NotBuiltError
+from .entry import check_ucx
 from .processes import Process, Processes, address_variables, environment
 
 START_S = 60.0  # for the scheduler to listen
@@ -50,6 +51,11 @@ class _Failed(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     options = _parse(arguments)
+    try:
+        check_ucx()
+    except NotBuiltError as error:
+        print(f"kvrun: {error}", file=sys.stderr)
+        return 1
     # Ignored, as some starters leave it, it would take away how the processes have ended.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     launch = _Launch(options)

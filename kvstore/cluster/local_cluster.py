@@ -34,7 +34,7 @@ from ..errors import (
     PeerLostError,
     TimeoutError,
 )
-from . import settings
+from . import entry, settings
 from .local_run import INTERRUPTED, Answer, LocalRun, WorkerTraceback
 from .processes import Process, Processes, address_variables, environment
 from .worker_main import BOOT, HEADER, READY, RUN, SERVE, dumps
@@ -96,6 +96,7 @@ class LocalCluster:
         num_servers = _count("num_servers", num_servers)
         if controller is not None and not callable(controller):
             raise ArrayTypeError(f"controller is a function of (head, body), not {controller!r}")
+        entry.check_ucx()
         first = 1 if join else 0
         limit = settings.timeout(timeout)
         self._cluster = Cluster(num_workers, num_servers, first, controller, limit)

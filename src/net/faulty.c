@@ -1,13 +1,14 @@
 /* inproc with faults. What happens is chosen by `seed` and by `faults`, a list such as
  * "delay=3,reorder,kill=2:100":
  *
- *     delay=MS         each header is held back up to so many milliseconds; those of one sender
- * stay in order reorder          every second payload comes after a pause of its own (of up to
- * `delay`, or 2, milliseconds), so that younger messages overtake it kill=PEER:N      the session
- * with PEER breaks on both sides once the N-th message was posted fail=PEER:N      the N-th send to
- * PEER ends with an error short=PEER:N     the N-th message from PEER brings half of its payload,
- * then the session breaks stall=PEER:N     from the N-th on, no message from PEER comes any more,
- * and nobody says why
+ *   - delay=MS: each header is held back up to so many milliseconds; those of one sender stay in
+ *     order
+ *   - reorder: every second payload comes after a pause of its own (of up to `delay`, or 2,
+ *     milliseconds), so that younger messages overtake it
+ *   - kill=PEER:N: the session with PEER breaks on both sides once the N-th message was posted
+ *   - fail=PEER:N: the N-th send to PEER ends with an error
+ *   - short=PEER:N: the N-th message from PEER brings half of its payload, then the session breaks
+ *   - stall=PEER:N: from the N-th on, no message from PEER comes any more, and nobody says why
  *
  * Messages are counted from 1. Which of both is told first, a broken session or the ends of its
  * sends, changes from time to time.

@@ -8,6 +8,12 @@
 #define KV_FLAVOUR "unknown"
 #endif
 
+#ifdef KV_WITH_UCX
+#define WITH_UCX true
+#else
+#define WITH_UCX false
+#endif
+
 static struct PyModuleDef MODULE;
 
 kv_state_t *kv_py_state(PyObject *module)
@@ -159,10 +165,11 @@ static PyObject *build_info(PyObject *module, PyObject *unused)
     PyObject *isas = isa_available(module, unused), *info = NULL;
     kv_runtime_t *runtime = isas != NULL ? kv_py_runtime(kv_py_state(module)) : NULL;
     if (runtime != NULL)
-        info = Py_BuildValue("{s:s,s:s,s:s,s:O,s:s,s:i,s:s}", "flavour", KV_FLAVOUR, "compiler",
-                             __VERSION__, "isa", runtime->kernels->name, "isas", isas, "engine",
-                             kv_engine_name(runtime->engine), "processors", kv_processor_count(),
-                             "numpy_target", kv_numpy_target());
+        info =
+            Py_BuildValue("{s:s,s:s,s:s,s:O,s:s,s:i,s:s,s:O}", "flavour", KV_FLAVOUR, "compiler",
+                          __VERSION__, "isa", runtime->kernels->name, "isas", isas, "engine",
+                          kv_engine_name(runtime->engine), "processors", kv_processor_count(),
+                          "numpy_target", kv_numpy_target(), "ucx", WITH_UCX ? Py_True : Py_False);
     Py_XDECREF(isas);
     return info;
 }
