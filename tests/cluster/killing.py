@@ -8,7 +8,6 @@ monotonic clock, so that the test can tell how long after a kill something was r
 import contextlib
 import json
 import os
-import signal
 import sys
 import threading
 import time
