@@ -148,7 +148,7 @@ print("done", flush=True)
 class Child(subprocess.Popen):
     """A Python process with this folder on its path, and no setting but those given."""
 
-    def __init__(self, *command, pass_fds=(), **variables):
+    def __init__(self, *command, pass_fds=(), talks=False, **variables):
         env = {n: v for n, v in os.environ.items() if n not in settings.variables()}
         paths = [str(HERE), *filter(None, [env.get("PYTHONPATH")])]
         env.update(PYTHONPATH=os.pathsep.join(paths), **variables)
@@ -156,7 +156,7 @@ class Child(subprocess.Popen):
             [sys.executable, *map(str, command)],
             env=env,
             text=True,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             pass_fds=pass_fds,

@@ -1,0 +1,241 @@
+"""Clusters of real processes, one of which is to be killed or stopped, and the worker's program.
+
+Every process is a child of the test and not of a launcher, which would end the others itself. A
+worker prints a line of JSON before it waits and one for each error; times are of the machine's
+monotonic clock, so that the test can tell how long after a kill something was raised.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import threading
+import time
+
+import numpy as np
+from fakes import LONG, Child
+
+import kvstore
+
+SMALL, LARGE = 1 << 8, 1 << 22  # elements of 4 bytes: 16 MiB are cut into slices for all servers
+KEYS = {"small": SMALL, "large": LARGE}
+COMMAND_S = 6
+# What a worker can be in. The victim takes part in none of them, so none can end by itself.
+WAITS = (
+    "first init",
+    "second init",
+    "push small",
+    "push large",
+    "pull small",
+    "pull large",
+    "pushpull small",
+    "pushpull large",
+    "barrier",
+    "command",
+    "handle",
+    "idle",
+)
+
+
+def say(**news):
+    print(json.dumps({"at": time.monotonic(), **news}), flush=True)
+
+
+def controller(head, body):
+    """Of a command that outlasts the kill. It must end: a server ends after its controller only."""
+    threading.Event().wait(COMMAND_S)
+
+
+def ones(size):
+    return np.ones(size, "float32")
+
+
+def wait_in(kv, situation):
+    what, _, name = situation.partition(" ")
+    if situation == "first init":
+        for i in range(1 << 30):
+            kv.init(f"more {i}", ones(LARGE if i % 4 == 0 else SMALL))
+    elif situation == "second init":
+        kv.init("never", ones(SMALL))
+    elif what == "push":
+        for _ in range(1 << 30):  # a key's second round waits for its first one
+            kv.push(name, ones(KEYS[name]))
+            kv.pull(name, out=np.empty(KEYS[name], "float32"))
+    elif what == "pull":
+        kv.push(name, ones(KEYS[name]), async_op=True)
+        kv.pull(name, out=np.empty(KEYS[name], "float32"))
+    elif what == "pushpull":
+        kv.pushpull(name, ones(KEYS[name]), out=np.empty(KEYS[name], "float32"))
+    elif what == "barrier":
+        kv.barrier()
+    elif what == "command":
+        kv.send_command_to_servers(1, "wait")
+    elif what == "handle":
+        out = np.empty(LARGE, "float32")
+        kv.pushpull("large", ones(LARGE), out=out, async_op=True).wait()
+    else:
+        sys.stdin.readline()  # until the test has seen a death
+        while True:
+            kv.pull("small", out=np.empty(SMALL, "float32"))
+
+
+LATER = {
+    "init": lambda kv: kv.init("new", ones(SMALL)),
+    "push": lambda kv: kv.push("small", ones(SMALL)),
+    "pull": lambda kv: kv.pull("small", out=np.empty(SMALL, "float32")),
+    "pushpull": lambda kv: kv.pushpull("large", ones(LARGE), out=ones(LARGE)),
+    "handle": lambda kv: kv.pushpull("small", ones(SMALL), out=ones(SMALL), async_op=True).wait(),
+    "barrier": lambda kv: kv.barrier(),
+    "command": lambda kv: kv.send_command_to_servers(2, ""),
+}
+
+
+def tell(kv, call, function):
+    try:
+        function(kv)
+    except kvstore.KVStoreError as error:
+        say(call=call, error=type(error).__name__, text=str(error))
+    else:
+        say(call=call, error=None, text="")
+
+
+def waiter(kv, situation):
+    for name, size in KEYS.items():
+        kv.init(name, np.zeros(size, "float32"))
+    kv.barrier()
+    say(inside=situation)
+    tell(kv, situation, lambda kv: wait_in(kv, situation))
+    for call, function in LATER.items():
+        tell(kv, call, function)
+
+
+def load(kv, seed):
+    """Rounds of pushes and pulls in a random order that is every worker's, until an error."""
+    same, size = np.random.default_rng(int(seed)), {}
+    for i in range(8):
+        size[f"k{i}"] = int(same.choice([1, 100, 5000, 300_000, 1_500_000]))
+    for key, number in size.items():
+        kv.init(key, np.zeros(number, "float32"))
+    say(inside="load")
+    with contextlib.suppress(kvstore.PeerLostError):
+        for step in range(1 << 30):
+            key = f"k{same.integers(8)}"
+            out = np.full(size[key], -1, "float32")
+            if same.integers(2):
+                kv.push(key, np.full(size[key], step, "float32"))
+                kv.pull(key, out=out)
+            else:
+                kv.pushpull(key, np.full(size[key], step, "float32"), out=out)
+            if not (out == step * kv.num_workers).all():
+                say(wrong=key, step=step)
+                return
+    tell(kv, "load", lambda kv: kv.pull("k0", out=np.empty(size["k0"], "float32")))
+
+
+def main():
+    what, argument, timeout = sys.argv[1:]
+    kv = kvstore.create("dist_sync", timeout=float(timeout))
+    {"waiter": waiter, "load": load, "steps": steps}[what](kv, argument)
+    kv.close()
+    say(closed=True)
+
+
+def steps(kv, _):
+    """Calls that the test asks for by lines; `kv` and `np` are what they may use."""
+    names = {"kv": kv, "np": np, "kvstore": kvstore}
+    say(inside="steps", rank=kv.rank)
+    for line in sys.stdin:
+        try:
+            say(value=eval(line, names))
+        except kvstore.KVStoreError as error:
+            say(error=type(error).__name__, text=str(error))
+
+
+class Processes:
+    """The processes of a cluster by name: `scheduler`, `server 0`, `worker 0`."""
+
+    def __init__(self, workers, num_servers, timeout=LONG):
+        self.all, self.killed_at = {}, None
+        self.news = {}
+        try:
+            scheduler, address = Child.scheduler(len(workers), num_servers)
+            self.all["scheduler"] = scheduler
+            place = {
+                "KVSTORE_SCHEDULER": address,
+                "KVSTORE_NUM_WORKERS": str(len(workers)),
+                "KVSTORE_NUM_SERVERS": str(num_servers),
+                "KVSTORE_TIMEOUT": str(LONG),
+            }
+            for i in range(num_servers):
+                role = {"KVSTORE_ROLE": "server", "KVSTORE_RANK": str(i), **place}
+                command = ("-m", "kvstore.server", "--controller", "killing:controller")
+                self.all[f"server {i}"] = Child(*command, **role)
+            for i, (what, argument) in enumerate(workers):
+                role = {"KVSTORE_ROLE": "worker", "KVSTORE_RANK": str(i), **place}
+                command = (__file__, what, argument, timeout)
+                self.all[f"worker {i}"] = Child(*command, talks=True, **role)
+            for name in self.workers():
+                assert "inside" in self.hear(name), name
+        except BaseException:
+            self.close()
+            raise
+
+    def workers(self):
+        return [name for name in self.all if name.startswith("worker")]
+
+    def hear(self, name):
+        line = self.all[name].stdout.readline()
+        assert line, (name, self.all[name].communicate()[1])
+        return json.loads(line)
+
+    def tell(self, name, line=""):
+        self.all[name].stdin.write(line + "\n")
+        self.all[name].stdin.flush()
+
+    def ask(self, name, line):
+        self.tell(name, line)
+        return self.hear(name)
+
+    def signal(self, name, number):
+        os.kill(self.all[name].pid, number)
+
+    def kill(self, name):
+        self.killed_at = time.monotonic()
+        self.all[name].kill()
+        return self.killed_at
+
+    def end(self, dead=None):
+        """Wait for all to end. The news of each worker; status 0 of workers, 1 of the others where
+        one was killed."""
+        found = {}
+        for name, process in self.all.items():
+            out, err = process.communicate(timeout=LONG)
+            if name == dead:
+                continue
+            expected = 0 if name.startswith("worker") or dead is None else 1
+            assert process.returncode == expected, (name, process.returncode, out[-2000:], err)
+            if name.startswith("worker"):
+                assert err == "", (name, err)
+                found[name] = [json.loads(line) for line in out.splitlines()]
+            elif dead is not None:
+                assert f"{dead} (" in err or f"the {dead} at" in err, (name, dead, err)
+        return found
+
+    def close(self):
+        for process in self.all.values():
+            process.stop()
+
+
+def until_asleep(process):
+    """Wait until the process's main thread sleeps: it is inside of what it was about to call."""
+    deadline = time.monotonic() + LONG
+    seen = 0
+    while seen < 5:
+        assert time.monotonic() < deadline
+        with open(f"/proc/{process.pid}/stat") as file:
+            seen = seen + 1 if file.read().rpartition(")")[2].split()[0] == "S" else 0
+        threading.Event().wait(0.002)
+
+
+if __name__ == "__main__":
+    main()
