@@ -13,6 +13,7 @@ Controller = Callable[[int, Any], object]
 
 ROLES = ("worker", "server", "scheduler")
 MASKS = {1: "scheduler", 2: "server", 4: "worker"}  # MXNet's groups of nodes
+LOSS_S = 1.0
 HEADS = range(-(2**63), 2**63)
 
 # The package's own commands, by their negative heads: functions of (member, body).
@@ -59,7 +60,9 @@ def close(member: Member, timeout_s: float, together: bool | None = None) -> Non
         if member.core is not None:
             member.core.drain(timeout_s)
     except PeerLostError:
-        pass
+        # The scheduler will know in a moment; a worker that has left before that would be taken
+        # for the one that is missing.
+        member.await_loss(LOSS_S)
     except TimeoutError:
         together = False
         raise

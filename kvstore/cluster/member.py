@@ -16,6 +16,7 @@ import os
 import queue
 import socket
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -82,6 +83,7 @@ class Member:
         self._waiting_for = ""
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._broken: tuple[type[KVStoreError], str] | None = None
+        self._told = threading.Event()  # of what has broken it
         self._closed = False
         self._shut_down = False
         self.store: Callable[[], object] | None = None
@@ -259,6 +261,7 @@ class Member:
         if self._broken is not None:
             return
         self._broken = kind, why
+        self._told.set()
         self._fail_calls(kind, why)
         self._commands.put(None)
         if self.core is not None and not self._closed:
@@ -411,6 +414,10 @@ class Member:
                 self._soon({**frame, "id": 0})
         finally:
             self._end()
+
+    def await_loss(self, seconds: float) -> None:
+        """Wait until the scheduler has told of a loss that the data plane knows of already."""
+        self._told.wait(seconds)
 
     def fail(self, why: str) -> None:
         """Leave at once, so that the others take this node as lost and hear why.

@@ -6,6 +6,7 @@
  */
 #include "ps/client_internal.h"
 #include <inttypes.h>
+#include <stdio.h>
 #include <string.h>
 
 /* Many answers in one message, on their way into a buffer. */
@@ -127,6 +128,18 @@ static kv_status_t take_value_locked(kv_client_t *client, kv_net_arrival_t *arri
 
 /* ------------------------------------------------------------------------------- many answers */
 
+/* A server may have heard of a loss before this node has: what it says of one call holds for all.
+ */
+static void take_loss_locked(kv_client_t *client, uint8_t status, const char *words, size_t bytes)
+    KV_REQUIRES(client->lock)
+{
+    char why[KV_MESSAGE_BYTES];
+    if (status != KV_PEER_LOST)
+        return;
+    snprintf(why, sizeof why, "%.*s", bytes < sizeof why ? (int)bytes : (int)sizeof why - 1, words);
+    kv_client_lose_locked(client, KV_PEER_LOST, why);
+}
+
 static kv_status_t take_reply_locked(kv_client_t *client, int32_t peer,
                                      const kv_wire_record_t *record, const void *data)
     KV_REQUIRES(client->lock)
@@ -141,6 +154,7 @@ static kv_status_t take_reply_locked(kv_client_t *client, int32_t peer,
                        (int)record->status);
     if (record->status != KV_OK) {
         set_error(op, remote, (kv_status_t)record->status, data, (size_t)record->bytes);
+        take_loss_locked(client, record->status, data, (size_t)record->bytes);
         answered_locked(op);
         return KV_OK;
     }
@@ -202,6 +216,7 @@ static kv_status_t take_key_locked(kv_client_t *client, kv_slice_op_t *op, int64
         return kv_fail(KV_INVALID, "it answers the declaration of another key");
     if (key->status != KV_OK) {
         set_error(op, remote, (kv_status_t)key->status, key->sentence, key->sentence_bytes);
+        take_loss_locked(client, key->status, key->sentence, key->sentence_bytes);
         return KV_OK;
     }
     if (!is_same_key(&call->keys[i], key) || !is_possible(client, remote, key))

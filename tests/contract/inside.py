@@ -23,6 +23,9 @@ class Member:
     def barrier(self, timeout_s):
         self.cluster.barrier.wait(timeout_s)
 
+    def await_loss(self, seconds):
+        """Nobody else tells of losses here."""
+
     def close(self, timeout_s, together=None):
         if not self.closed:
             self.closed = True
