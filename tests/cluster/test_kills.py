@@ -1,4 +1,9 @@
-"""Processes of a cluster over UCX that are killed while the others are in a call."""
+"""Processes of a cluster over UCX that are killed or stopped while the others are in a call."""
+
+import os
+import random
+import signal
+import threading
 
 import pytest
 from killing import LATER, WAITS, Processes, until_asleep
@@ -44,3 +49,74 @@ def test_a_kill_ends_every_call_of_the_others_with_the_name_of_the_dead(victim, 
         waited[calls[0]["call"]] = calls[0]["at"] - at
     print(f"{victim} killed; slowest {max(waited.values()):.3f} s", waited)
     assert max(waited.values()) < SOON_S
+
+
+# --------------------------------------------------------------------------------- under load
+
+KILLS = int(os.environ.get("KVSTORE_KILLS", "10"))
+
+
+def test_random_kills_under_load_are_told_and_leave_no_wrong_value(make, capsys):
+    """Each round: every worker makes the same random calls until a process is killed at a random
+    moment. Values that come are right; then all raise, close and end."""
+    chance, slowest, victims = random.Random(KILLS), 0.0, {}
+    for seed in range(KILLS):
+        workers = chance.choice((2, 3))
+        cluster = make([("load", seed)] * workers, 2)
+        threading.Event().wait(chance.uniform(0, 0.4))
+        victim = chance.choice(list(cluster.all))
+        at = cluster.kill(victim)
+        for name, news in cluster.end(victim).items():
+            assert not any("wrong" in one for one in news), (seed, name, news)
+            told = next(one for one in news if one.get("call") == "load")
+            assert told["error"] == "PeerLostError" and named(victim) in told["text"], (seed, told)
+            assert news[-1]["closed"]
+            slowest = max(slowest, told["at"] - at)
+        victims[victim.split()[0]] = victims.get(victim.split()[0], 0) + 1
+    with capsys.disabled():
+        print(f" [{KILLS} kills: {victims}; all told, the slowest after {slowest:.3f} s]", end="")
+    assert slowest < SOON_S
+
+
+# ------------------------------------------------------------------------------------ stopped
+
+PULL = "kv.pull('w', out=np.empty(4, 'float32'))"
+
+
+def test_a_stopped_server_ends_waits_at_their_deadline_and_goes_on_later(make):
+    cluster = make([("steps", "")] * 2, 2, timeout=2)
+    for name in cluster.workers():
+        cluster.tell(name, "kv.init('w', np.zeros(4, 'float32'))")
+    for name in cluster.workers():
+        assert cluster.hear(name)["value"] is None
+    stopped = [f"server {i}" for i in range(2)]
+    for name in stopped:
+        cluster.signal(name, signal.SIGSTOP)
+    told = cluster.ask("worker 0", PULL)
+    assert told["error"] == "TimeoutError" and "server" in told["text"] and "'w'" in told["text"]
+    for name in stopped:
+        cluster.signal(name, signal.SIGCONT)
+    assert cluster.ask("worker 0", PULL)["value"] is None
+    for name in cluster.workers():
+        cluster.all[name].stdin.close()
+        cluster.all[name].stdin = None
+    cluster.end()
+
+
+def test_a_stopped_worker_is_named_at_the_deadline_of_those_who_wait_for_it(make):
+    cluster = make([("steps", "")] * 2, 2, timeout=2)
+    for name in cluster.workers():
+        cluster.tell(name, "kv.init('w', np.zeros(4, 'float32'))")
+    for name in cluster.workers():
+        assert cluster.hear(name)["value"] is None
+    cluster.signal("worker 1", signal.SIGSTOP)
+    cluster.ask("worker 0", "kv.push('w', np.ones(4, 'float32'))")
+    told = cluster.ask("worker 0", PULL)
+    assert told["error"] == "TimeoutError" and "worker 1" in told["text"]
+    cluster.signal("worker 1", signal.SIGCONT)
+    assert cluster.ask("worker 1", "kv.push('w', np.ones(4, 'float32'))")["value"] is None
+    assert cluster.ask("worker 0", "kv.pull('w').asnumpy().tolist()")["value"] == [2, 2, 2, 2]
+    for name in cluster.workers():
+        cluster.all[name].stdin.close()
+        cluster.all[name].stdin = None
+    cluster.end()
