@@ -2,18 +2,28 @@
 
 KVSTORE_BUILD chooses a flavour, each built in its own directory build/<flavour>:
 release (the default), debug (assertions and the order of locks checked), asan, tsan.
+
+KVSTORE_UCX says whose headers of UCX, the transport between processes, are used: package (the
+default; libucx-cu12, where it is installed), system, or off. Its library is found at run time.
 """
 
 import os
+import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-FOLDERS = ("base", "net", "engine", "array", "kernels", "compress", "optim", "comm", "store", "py")
+FOLDERS = (
+    *("base", "net", "engine", "array", "kernels", "compress", "optim", "comm", "ps", "store"),
+    "py",
+)
 
 # The arithmetic must not depend on the compiler: no dialect that fuses multiply and add, nothing
 # that -ffast-math brings. The flavours' flags come last and so replace the interpreter's own.
@@ -42,6 +52,42 @@ if flavour not in FLAVOURS:
 compile_flags, link_flags = FLAVOURS[flavour]
 
 
+def system_folders():
+    """Where the system may keep the headers of its libraries."""
+    command = ["pkg-config", "--cflags-only-I", "ucx"]
+    if shutil.which(command[0]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        yield from (flag.removeprefix("-I") for flag in done.stdout.split())
+    yield from ("/usr/include", "/usr/local/include")
+
+
+def package_folders():
+    found = find_spec("libucx")
+    if found is not None and found.origin is not None:
+        yield os.path.join(os.path.dirname(found.origin), "include")
+
+
+def ucx_flags():
+    """How to compile with UCX, nothing where its headers are not. A sanitizer's build is without:
+    UCX is not instrumented and patches functions of the C library that the sanitizer has replaced.
+    """
+    wanted = os.environ.get("KVSTORE_UCX") or "package"
+    choices = {"package": package_folders, "system": system_folders, "off": tuple}
+    if wanted not in choices:
+        raise SystemExit(f"KVSTORE_UCX={wanted!r}: choose one of {', '.join(choices)}")
+    if wanted == "off" or sys.platform != "linux" or flavour in ("asan", "tsan"):
+        return []
+    for folder in choices[wanted]():
+        if Path(folder, "ucp/api/ucp.h").exists():
+            # What the compiler searches anyway must keep its place in the order.
+            place = [] if folder == "/usr/include" else ["-isystem", folder]
+            return ["-DKV_WITH_UCX", *place]
+    if wanted == "system":
+        raise SystemExit("KVSTORE_UCX=system: the headers of UCX are not here (Debian: libucx-dev)")
+    print("without UCX, the transport between processes: libucx-cu12 is not installed here")
+    return []
+
+
 class BuildInParallel(build_ext):
     """Compiles the sources of an extension side by side; setuptools does one after the other."""
 
@@ -57,13 +103,16 @@ class BuildInParallel(build_ext):
         super().build_extensions()
 
 
+# dlopen is in the C library itself since glibc 2.34; before it has a library of its own.
+dlopen_library = ["-ldl"] if sys.platform == "linux" else []
+
 core = Extension(
     "kvstore._core",
     sources=sorted(path for folder in FOLDERS for path in glob(f"src/{folder}/*.c")),
     depends=sorted(glob("src/**/*.h", recursive=True) + glob("src/**/*.inc", recursive=True)),
     include_dirs=[numpy.get_include()],
-    extra_compile_args=[*COMMON, *compile_flags, f'-DKV_FLAVOUR="{flavour}"'],
-    extra_link_args=["-pthread", "-lm", *link_flags],
+    extra_compile_args=[*COMMON, *ucx_flags(), *compile_flags, f'-DKV_FLAVOUR="{flavour}"'],
+    extra_link_args=["-pthread", "-lm", *dlopen_library, *link_flags],
 )
 
 setup(

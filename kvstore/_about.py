@@ -27,13 +27,12 @@ MODULES = (
     ("rich", "the demo's progress bar"),
 )
 LIBRARIES = (
-    ("ucp", "UCX"),
     ("cuda", "the CUDA driver"),
     ("nccl", "NCCL"),
 )
 
 # Read by setup.py, not by the package.
-BUILD_VARIABLES = ("KVSTORE_BUILD",)
+BUILD_VARIABLES = ("KVSTORE_BUILD", "KVSTORE_UCX")
 
 
 def why_no_core(error: ImportError) -> str:
@@ -87,10 +86,22 @@ def find_module(name: str) -> str | None:
     return spec.origin
 
 
+def find_ucx() -> str | None:
+    """Where UCX would come from: the wheel libucx-cu12 before the system's library."""
+    package = find_module("libucx")
+    if package is not None:
+        for found in sorted(Path(package).glob("lib/libucp.so*")):
+            return str(found)
+    return ctypes.util.find_library("ucp")
+
+
 def unknown_settings(known: list[str]) -> Iterator[str]:
     """A line for each variable of the environment that looks like a setting and is none."""
     for variable in sorted(os.environ):
-        if not variable.startswith("KVSTORE_") or variable in (*known, *BUILD_VARIABLES):
+        # KVSTORE_UCX_* are settings of UCX, which knows their names.
+        if not variable.startswith("KVSTORE_") or variable.startswith("KVSTORE_UCX_"):
+            continue
+        if variable in (*known, *BUILD_VARIABLES):
             continue
         near = difflib.get_close_matches(variable, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -102,6 +113,7 @@ def report() -> Iterator[str]:
     import numpy
 
     from . import __version__, _core
+    from .cluster import settings as cluster_settings
     from .errors import KVStoreError
 
     yield f"kvstore {__version__}, {HERE}"
@@ -122,17 +134,19 @@ def report() -> Iterator[str]:
     yield "Optional libraries"
     for name, purpose in MODULES:
         yield _row(name, f"{find_module(name) or 'not found'}  ({purpose})")
+    yield _row("ucx", f"{find_ucx() or 'not found'}  (values between the nodes of a cluster)")
     for name, purpose in LIBRARIES:
         yield _row(name, f"{ctypes.util.find_library(name) or 'not found'}  ({purpose})")
 
     yield ""
     yield "Settings, from the environment"
-    settings = _core.settings()
+    settings = [*_core.settings(), *cluster_settings.listing()]
     for variable, value, default, text in settings:
         origin = "default" if variable not in os.environ else f"default {default}"
         yield f"  {variable}={value}  ({origin})"
         yield textwrap.fill(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    for line in unknown_settings([variable for variable, *_ in settings]):
+    known = [variable for variable, *_ in settings] + cluster_settings.variables()
+    for line in unknown_settings(known):
         yield f"  {line}"
 
 

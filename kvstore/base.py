@@ -2,6 +2,7 @@
 
 import abc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
@@ -116,4 +117,38 @@ def create(name: str = "local", **options: Any) -> Any:
     make: Callable[..., Any] | None = None
     if isinstance(name, str):
         make = _registered.get(name.lower())
+        if make is None and name.lower() in _core.kinds() and name.lower().startswith("dist"):
+            return _create_dist(name, options)
     return _core.KVStore(name, **options) if make is None else make(**options)
+
+
+_STORE_OPTIONS = ("timeout", "deterministic", "num_threads")
+
+
+def _create_dist(name: str, options: dict[str, Any]) -> Any:
+    """A store of a dist kind: this process joins its cluster first, if it is a worker."""
+    from .cluster import settings
+    from .cluster.member import Member, leave_abandoned, of_this_process
+
+    # Before the cluster hears anything.
+    _core.options_check(name, **options)
+    own = {option: options[option] for option in _STORE_OPTIONS if option in options}
+    found = settings.read({o: v for o, v in options.items() if o not in _STORE_OPTIONS[1:]})
+    own["timeout"] = found.timeout
+    if found.role != "worker":
+        return _core.KVStore(name, _member=None, **own)
+    leave_abandoned()
+    member = of_this_process()
+    if member is not None:
+        raise InvalidArgumentError(
+            f"this process already is a worker of the cluster at {member.settings.address}: "
+            "close that store before you make another"
+        )
+    member = Member.join(found, asynchronous="async" in name.lower().split("_"))
+    try:
+        store = _core.KVStore(name, _member=member, **own)
+    except BaseException as error:
+        member.fail(f"its store could not be made: {type(error).__name__}: {error}")
+        raise
+    member.store = weakref.ref(store)
+    return store

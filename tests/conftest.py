@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from inside import Cluster
 
 import kvstore
 from kvstore import _core
@@ -14,7 +15,21 @@ from kvstore import _core
 if os.environ.get("KVSTORE_TESTS_WITHOUT_TORCH"):
     sys.modules["torch"] = None
 
-KINDS = ("local", "device")
+KINDS = ("local", "device", "dist_sync")
+# Where a store of a dist kind joins, but for tests marked `one_process`. The other files are about
+# what servers do not do: updaters, and as yet optimizers, compression and row-sparse values.
+EVERYWHERE = {
+    "test_arrays_in",
+    "test_create",
+    "test_dlpack",
+    "test_dtypes",
+    "test_errors",
+    "test_init_push_pull",
+    "test_layouts",
+    "test_lists",
+    "test_order",
+    "test_threads",
+}
 QUIET_S = 5.0  # how long a worker thread may take to drop the last reference of finished work
 
 
@@ -75,8 +90,21 @@ def nothing_left(request):
     assert not left_over(before), "the test left objects behind"
 
 
-@pytest.fixture(params=KINDS)
+def pytest_generate_tests(metafunc):
+    if "kv" in metafunc.fixturenames:
+        everywhere = metafunc.module.__name__ in EVERYWHERE
+        local = metafunc.definition.get_closest_marker("one_process") or not everywhere
+        kinds = [kind for kind in KINDS if not (local and kind == "dist_sync")]
+        metafunc.parametrize("kv", kinds, indirect=True)
+
+
+@pytest.fixture
 def kv(request):
-    """A store of each kind that this build has."""
-    with kvstore.create(request.param) as store:
-        yield store
+    """A store of each kind that does what the test asks for; of a dist kind in a cluster inside
+    this process."""
+    if request.param != "dist_sync":
+        with kvstore.create(request.param) as store:
+            yield store
+        return
+    with Cluster(1, 2) as cluster:
+        yield cluster.store()

@@ -102,7 +102,9 @@ def lint(options):
 
 
 def compiler_warnings():
-    """gcc with its optimiser on, which finds more, and clang with its analysis of locks."""
+    """gcc with its optimiser on, which finds more, and clang with its analysis of locks. UCX is in
+    the build once, if its headers are here, and once not."""
+    import build
     import numpy
 
     headers = ("-isystem", sysconfig.get_path("include"), "-isystem", numpy.get_include())
@@ -115,7 +117,7 @@ def compiler_warnings():
     jobs = [
         [*compiler, *defines, source.relative_to(ROOT)]
         for compiler in compilers
-        for defines in ((), ("-DKV_DEBUG",))
+        for defines in (build.ucx_flags("debug"), ("-DKV_DEBUG",))
         for source in sources
     ]
     together(lambda job: run(*job, quiet=True), jobs)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PICTURES = (".png", ".pdf", ".svg")
+SCENES = ("digits", "cluster", "words")
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -26,22 +27,33 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m kvstore.demo",
-        description="Two trainings with the weights in a kvstore: a small network learns "
-        "scikit-learn's digits images, data-parallel over threads, in three ways; and word vectors "
-        "learn Python's language reference through row-sparse keys.",
+        description="Three scenes of training with a kvstore. digits: a small network learns "
+        "scikit-learn's digits images, data-parallel over threads, in three ways. cluster: it "
+        "learns them data-parallel over processes. words: word vectors learn Python's language "
+        "reference through row-sparse keys.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("scene", nargs="?", choices=("digits", "words", "both"), default="both")
+    parser.add_argument("scene", nargs="?", choices=(*SCENES, "all"), default="all")
     for name, default, low, high, what in (
         ("--epochs", 40, 1, 10_000, "how often to go through the images, or the text"),
-        ("--workers", 4, 1, 64, "digits: threads, each with a shard of every batch"),
+        (
+            "--workers",
+            4,
+            1,
+            64,
+            "of digits and cluster: threads or processes, each with a shard of every batch",
+        ),
         ("--seed", 0, 0, 2**32 - 1, "of first weights and batches; same seed, same result"),
     ):
         parser.add_argument(
             name, type=whole_number(low, high), default=default, metavar="N", help=what
         )
     parser.add_argument(
-        "--output", type=Path, default="kvstore_demo.png", metavar="FILE", help="digits: the plot"
+        "--output",
+        type=Path,
+        default="kvstore_demo.png",
+        metavar="FILE",
+        help="the plot of digits and cluster",
     )
     options = parser.parse_args(arguments)
     if options.output.suffix.lower() not in PICTURES:
@@ -54,21 +66,35 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from kvstore.demo import scenes
+    from kvstore import NotBuiltError
+    from kvstore.demo import report, scenes
     from kvstore.demo.words import NoTextError
 
     console = Console()
+    shown = SCENES if options.scene == "all" else (options.scene,)
+    runs: list[report.Run] = []
+    of_digits = options.epochs, options.workers, options.seed, runs
     good = True
-    if options.scene != "words":
-        good = scenes.show_digits(
-            console, options.epochs, options.workers, options.seed, options.output
-        )
-    if options.scene != "digits":
+
+    def leave_out(scene: str, why: Exception) -> bool:
+        text = f"{why}".rstrip(".")
+        console.print(f"{text}. The scene '{scene}' is left out.", style="yellow")
+        return bool(options.scene == "all")
+
+    if "digits" in shown:
+        good &= scenes.show_digits(console, *of_digits)
+    if "cluster" in shown:
+        try:
+            good &= scenes.show_cluster(console, *of_digits)
+        except NotBuiltError as error:
+            good &= leave_out("cluster", error)
+    if runs:
+        good &= scenes.save_plot(console, runs, options.output)
+    if "words" in shown:
         try:
             good &= scenes.show_words(console, options.epochs, options.seed)
         except NoTextError as error:
-            console.print(f"{error} The scene 'words' is left out.", style="yellow")
-            good &= options.scene != "words"
+            good &= leave_out("words", error)
     return 0 if good else 1
 
 

@@ -23,7 +23,6 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 import kvstore
@@ -45,6 +44,9 @@ class Images(NamedTuple):
 
 def load_images() -> Images:
     """scikit-learn's 1,797 images; every fifth is kept for the test."""
+    # Here, because the processes of cluster.py get the images and need not import scikit-learn.
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+
     pixels, labels = load_digits(return_X_y=True)
     pixels = (pixels / 16).astype(np.float32)
     test = np.arange(len(labels)) % 5 == 4

@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from kvstore.demo import words
+from kvstore.demo.cluster import WAY, Wire
 from kvstore.demo.digits import WAYS, Step, Way
 
-BLUE, ORANGE, GREEN, GREY = "#2166ac", "#d6604d", "#1b7837", "#666666"
+BLUE, ORANGE, GREEN, PURPLE = "#2166ac", "#d6604d", "#1b7837", "#762a83"
+GREY = "#666666"
 
 
 def size(bytes_: float) -> str:
@@ -94,6 +96,24 @@ def ways(runs: Sequence[Run], enough: float) -> Table:
     return result
 
 
+def wire(counted: Sequence[Wire], steps: int, model_bytes: int) -> Table:
+    """What went over the wire at each worker, and a step of it against the model's size."""
+    result = Table(title="Over the wire", title_justify="left", title_style="bold")
+    for name in ("worker", "sent", "received", "sent a step", "received a step"):
+        result.add_column(name, justify="right")
+    for rank, one in enumerate(counted):
+        both = one.sent, one.received
+        a_step = [bytes_ / steps for bytes_ in both]
+        result.add_row(
+            str(rank),
+            *(size(bytes_) for bytes_ in both),
+            *(f"{size(bytes_)}, {bytes_ / model_bytes:.2f} ×" for bytes_ in a_step),
+        )
+    result.caption = f"×: against the model's {size(model_bytes)}"
+    result.caption_justify = "left"
+    return result
+
+
 def neighbours(training: words.Training, shown: Sequence[str]) -> Table:
     result = Table(title="Nearest neighbours", title_justify="left", title_style="bold")
     result.add_column("word", style="bold")
@@ -170,9 +190,13 @@ def draw(
     lower.set_ylim(low, high * (high / low) ** 0.3)
     lower.legend(frameon=False, loc="upper right")
 
-    for color, (name, of_way) in zip((BLUE, ORANGE, GREEN), accuracies.items(), strict=False):
+    for color, (name, of_way) in zip(
+        (BLUE, ORANGE, GREEN, PURPLE), accuracies.items(), strict=False
+    ):
         label = f"{name}: {of_way[-1]:.1%}"
-        ways.plot(np.arange(1, epochs + 1), of_way, ".-", color=color, label=label)
+        # Processes end where threads do: open circles leave the other curve to be seen.
+        style = {"marker": "o", "ls": "", "mfc": "none"} if name == WAY.name else {"marker": "."}
+        ways.plot(np.arange(1, epochs + 1), of_way, color=color, label=label, **style)
     ways.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     ways.set_ylabel("test images right")
     ways.set_xlabel("epoch")

@@ -1,13 +1,17 @@
-"""The two scenes: each trains with a bar of its progress, shows what came of it, and judges."""
+"""The scenes: each trains with a bar of its progress, shows what came of it, and judges.
+
+Those about digits share a list of runs, from which the plot is drawn at the end.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from kvstore.demo import digits, report, words
+from kvstore.demo import cluster, digits, report, words
 
 ENOUGH = 0.95
 ENOUGH_LOSS = 0.6 * words.UNTRAINED_LOSS
@@ -29,43 +33,96 @@ def verdict(console: Console, text: str, good: bool) -> bool:
     return good
 
 
-def show_digits(console: Console, epochs: int, workers: int, seed: int, output: Path) -> bool:
-    images = digits.load_images()
-    console.print(
-        f"{len(images.train_labels):,} images to learn, {len(images.test_labels)} to test, "
-        f"{workers} worker thread{'s' * (workers > 1)}"
-    )
-    runs: list[report.Run] = []
-    with bar(
-        console, "loss {task.fields[loss]:.4f}  test accuracy {task.fields[accuracy]:.1%}"
-    ) as progress:
-        for way in digits.WAYS:
-            steps: list[digits.Step] = []
-            accuracies: list[float] = []
-            task = progress.add_task(way.name, total=epochs, loss=0.0, accuracy=0.0)
-            with digits.Training(images, workers, seed, way) as training:
-                for _ in range(epochs):
-                    epoch = list(training.epoch())
-                    steps.extend(epoch)
-                    accuracies.append(training.test_accuracy())
-                    loss = sum(step.loss for step in epoch) / len(epoch)
-                    progress.update(task, advance=1, loss=loss, accuracy=accuracies[-1])
-                runs.append(report.Run(way, training.gradient_bytes, steps, accuracies))
-                bytes_per_call = training.bytes_per_call
+LEARNING = "loss {task.fields[loss]:.4f}  test accuracy {task.fields[accuracy]:.1%}"
 
-    first = runs[0]
-    console.print(report.table(first.steps, bytes_per_call, workers))
+
+def learn(
+    progress: Progress, training: digits.Training | cluster.Training, epochs: int, way: digits.Way
+) -> tuple[list[digits.Step], list[float]]:
+    """All steps, and the test accuracy after each epoch."""
+    steps: list[digits.Step] = []
+    accuracies: list[float] = []
+    task = progress.add_task(way.name, total=epochs, loss=0.0, accuracy=0.0)
+    for _ in range(epochs):
+        epoch = list(training.epoch())
+        steps.extend(epoch)
+        accuracies.append(training.test_accuracy())
+        loss = sum(step.loss for step in epoch) / len(epoch)
+        progress.update(task, advance=1, loss=loss, accuracy=accuracies[-1])
+    return steps, accuracies
+
+
+def told(images: digits.Images, workers: str) -> str:
+    learned, tested = len(images.train_labels), len(images.test_labels)
+    return f"{learned:,} images to learn, {tested} to test, {workers}"
+
+
+def several(number: int, what: str, ending: str = "s") -> str:
+    return f"{number} {what}{ending * (number > 1)}"
+
+
+def judge_digits(console: Console, worst: float, what: str) -> bool:
+    good = worst >= ENOUGH
+    return verdict(
+        console, f"{what} {worst:.1%}, {'at least' if good else 'below'} {ENOUGH:.0%}.", good
+    )
+
+
+def show_digits(
+    console: Console, epochs: int, workers: int, seed: int, runs: list[report.Run]
+) -> bool:
+    images = digits.load_images()
+    console.print(told(images, several(workers, "worker thread")))
+    with bar(console, LEARNING) as progress:
+        for way in digits.WAYS:
+            with digits.Training(images, workers, seed, way) as training:
+                found = learn(progress, training, epochs, way)
+                runs.append(report.Run(way, training.gradient_bytes, *found))
+                bytes_per_call = training.bytes_per_call
+    console.print(report.table(runs[0].steps, bytes_per_call, workers))
     console.print(report.ways(runs, ENOUGH))
+    worst = min(run.accuracies[-1] for run in runs)
+    return judge_digits(console, worst, "Lowest test accuracy")
+
+
+def show_cluster(
+    console: Console, epochs: int, workers: int, seed: int, runs: list[report.Run]
+) -> bool:
+    """By threads too, if `runs` has no run to compare with."""
+    images = digits.load_images()
+    way = digits.WAYS[0]
+    with (
+        cluster.Training(images, workers, seed) as processes,
+        bar(console, LEARNING) as progress,
+    ):
+        nodes = (
+            f"{several(workers, 'worker process', 'es')}, {several(cluster.SERVERS, 'server')}, "
+            "a scheduler"
+        )
+        console.print(told(images, nodes))
+        console.print("Servers of this version sum the gradients; the workers apply the sums.")
+        if not runs:
+            with digits.Training(images, workers, seed, way) as threads:
+                found = learn(progress, threads, epochs, way)
+                runs.append(report.Run(way, threads.gradient_bytes, *found))
+        found = learn(progress, processes, epochs, cluster.WAY)
+        wire = processes.wire()
+    by_threads = runs[0]
+    run = report.Run(cluster.WAY, by_threads.gradient_bytes, *found)
+    runs.append(run)
+    console.print(report.wire(wire, len(run.steps), run.gradient_bytes))
+    what = f"Test accuracy by threads {by_threads.accuracies[-1]:.1%}, by processes"
+    return judge_digits(console, run.accuracies[-1], what)
+
+
+def save_plot(console: Console, runs: Sequence[report.Run], output: Path) -> bool:
     try:
-        figure = report.draw(first.steps, {run.way.name: run.accuracies for run in runs})
+        figure = report.draw(runs[0].steps, {run.way.name: run.accuracies for run in runs})
         figure.savefig(output, dpi=150)
     except OSError as error:
         return verdict(console, f"The plot could not be saved: {error}", False)
     console.print(f"Plot: {output}")
-    worst = min(run.accuracies[-1] for run in runs)
-    good = worst >= ENOUGH
-    text = f"Lowest test accuracy {worst:.1%}, {'at least' if good else 'below'} {ENOUGH:.0%}."
-    return verdict(console, text, good)
+    return True
 
 
 def show_words(console: Console, epochs: int, seed: int) -> bool:

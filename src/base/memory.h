@@ -25,7 +25,9 @@
     X(HOLDS, "holds")                                                                              \
     X(CACHES, "caches")                                                                            \
     X(NET_MESSAGES, "net_messages")                                                                \
-    X(NET_ARRIVALS, "net_arrivals")
+    X(NET_ARRIVALS, "net_arrivals")                                                                \
+    X(SLICES, "slices")                                                                            \
+    X(REQUESTS, "requests")
 
 typedef enum kv_counter {
 #define KV_COUNTER_ENUM(id, name) KV_COUNT_##id,

@@ -25,9 +25,10 @@ typedef struct kv_row_block {
 } kv_row_block_t;
 
 enum {
-    KV_ROWS_AHEAD = 16,     /* rows asked for before their turn */
-    KV_ROW_AHEAD_MAX = 512, /* bytes of a row asked for; the processor goes on by itself */
-    KV_ROW_COST = 192,      /* what it costs to come to a row, in bytes of traffic */
+    KV_LINE = 64,
+    KV_ROW_LINES = 8,    /* lines of a row asked for; the processor goes on by itself */
+    KV_LINES_AHEAD = 64, /* lines asked for before their turn; with more, some come too late */
+    KV_ROW_COST = 192,   /* what it costs to come to a row, in bytes of traffic */
 };
 
 /* `traffic`: bytes read and written for one row, its ids not counted. num_rows >= 0,
@@ -47,7 +48,8 @@ static inline kv_row_grid_t kv_row_grid(const kv_host_t *host, int64_t num_rows,
     int64_t total = num_rows * traffic;
     if (total < alone || host->num_threads == 1)
         return grid;
-    int64_t bytes = total / ((int64_t)host->num_threads * 4);
+    /* Many: at the end all but one thread wait for the last block. */
+    int64_t bytes = total / ((int64_t)host->num_threads * 16);
     bytes = bytes < smallest ? smallest : bytes > largest ? largest : bytes;
     grid.rows = bytes / traffic;
     if (grid.rows == 0) {
@@ -70,16 +72,28 @@ static inline kv_row_block_t kv_row_block(const kv_row_grid_t *grid, int64_t i)
     return block;
 }
 
+/* With a bound that the compiler knows, which takes the loop apart: a loop here costs each row a
+ * branch that is not foreseen. */
 static inline void kv_row_prefetch(const void *row, size_t bytes)
 {
     /* gcc takes a function that only prefetches for one without effect and drops its calls. */
     __asm__ volatile("");
-    const char *from = row;
-    if (bytes > KV_ROW_AHEAD_MAX)
-        bytes = KV_ROW_AHEAD_MAX;
-    for (size_t at = 0; at < bytes; at += 64)
-        __builtin_prefetch(from + at);
-    __builtin_prefetch(from + bytes - 1);
+    const char *from = row, *end = from + bytes;
+    from -= (uintptr_t)from % KV_LINE;
+    for (int i = 0; i < KV_ROW_LINES && from < end; i++, from += KV_LINE)
+        __builtin_prefetch(from);
+}
+
+/* Lines that kv_row_prefetch asks for. */
+static inline int64_t kv_row_lines(size_t bytes)
+{
+    return bytes < KV_ROW_LINES * KV_LINE ? (int64_t)(bytes + KV_LINE - 1) / KV_LINE : KV_ROW_LINES;
+}
+
+/* How many rows ahead to ask for one that is so many lines in all arrays together. */
+static inline int64_t kv_rows_ahead(int64_t lines)
+{
+    return lines < KV_LINES_AHEAD ? KV_LINES_AHEAD / (lines + (lines == 0)) : 1;
 }
 
 /* The first place at or after `at` where the increasing ids are not below `id`: near places by

@@ -21,12 +21,13 @@ static void copy_rows(const copy_job_t *job, size_t begin, size_t end, int64_t c
     size_t row_bytes = job->row_bytes, bytes = end - begin;
     const char *from = job->from; /* NULL if there is no row at all */
     out += begin;
-    for (int64_t i = 0; i < count && i < KV_ROWS_AHEAD; i++)
+    int64_t ahead = kv_rows_ahead(kv_row_lines(bytes));
+    for (int64_t i = 0; i < count && i < ahead; i++)
         if (places[i] >= 0)
             kv_row_prefetch(from + (size_t)places[i] * row_bytes + begin, bytes);
     for (int64_t i = 0; i < count; i++, out += row_bytes) {
-        if (i + KV_ROWS_AHEAD < count && places[i + KV_ROWS_AHEAD] >= 0)
-            kv_row_prefetch(from + (size_t)places[i + KV_ROWS_AHEAD] * row_bytes + begin, bytes);
+        if (i + ahead < count && places[i + ahead] >= 0)
+            kv_row_prefetch(from + (size_t)places[i + ahead] * row_bytes + begin, bytes);
         if (places[i] >= 0)
             memcpy(out, from + (size_t)places[i] * row_bytes + begin, bytes);
         else

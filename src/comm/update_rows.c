@@ -59,7 +59,7 @@ static const void *read_anywhere(const kv_source_t *source, int64_t begin, int64
 
 /* An array that the step changes, by rows. */
 typedef struct stream {
-    const char *rows;
+    char *rows;
     size_t row_bytes;
 } stream_t;
 
@@ -67,11 +67,12 @@ typedef struct lazy_job {
     const kv_update_t *update;
     const rows_source_t *source;
     kv_row_grid_t grid;
-    int num_streams;
+    int64_t ahead;   /* rows asked for before their turn */
+    int num_streams; /* the weight and, without a master, its slots */
     stream_t streams[2 + KV_MAX_SLOTS];
 } lazy_job_t;
 
-static void add_stream(lazy_job_t *job, const void *rows, size_t row_bytes)
+static void add_stream(lazy_job_t *job, void *rows, size_t row_bytes)
 {
     job->streams[job->num_streams++] = (stream_t){.rows = rows, .row_bytes = row_bytes};
 }
@@ -87,6 +88,10 @@ static void find_streams(lazy_job_t *job)
         add_stream(job, weight->master, row_count * wide);
     for (int k = 0; k < KV_MAX_SLOTS && weight->slots[k] != NULL; k++)
         add_stream(job, weight->slots[k], per_row ? wide : row_count * wide);
+    int64_t lines = 0;
+    for (int k = 0; k < job->num_streams; k++)
+        lines += kv_row_lines(job->streams[k].row_bytes);
+    job->ahead = kv_rows_ahead(lines);
 }
 
 /* Gradients need no asking: they are read in the order of memory. */
@@ -98,43 +103,56 @@ static void ask_for(const lazy_job_t *job, int64_t i)
                         job->streams[k].row_bytes);
 }
 
-/* kv_update_part for what most rows are: short, and of the wide type. */
-static void short_row(const kv_update_t *update, const rows_source_t *source, int64_t i)
+/* kv_update_part for what most rows are: short, and of the wide type. What each row costs beside
+ * its arithmetic shows here, so whatever is the same for all is found before. */
+static void short_rows(const lazy_job_t *job, int64_t begin, int64_t end)
 {
-    const kv_weight_t *weight = update->weight;
-    size_t first = (size_t)(source->places[i] * weight->row_count) * source->wide;
+    const kv_update_t *update = job->update;
+    const rows_source_t *source = job->source;
+    const kv_row_sum_t *sum = source->sum;
+    int64_t row_count = update->weight->row_count;
+    bool in_place = sum->data != NULL && (uintptr_t)sum->data % source->wide == 0;
     _Alignas(64) char block[KV_UPDATE_BLOCK * sizeof(double)];
-    void *slots[KV_MAX_SLOTS];
-    for (int k = 0; k < KV_MAX_SLOTS; k++)
-        slots[k] = weight->slots[k] != NULL ? (char *)weight->slots[k] + first : NULL;
-    update->kernel(source->places[i] * weight->row_count, weight->row_count, update->factors,
-                   read_part(source, i, 0, weight->row_count, block), (char *)weight->data + first,
-                   slots);
+    void *at[1 + KV_MAX_SLOTS] = {NULL};
+    for (int64_t i = begin; i < end; i++) {
+        if (i + job->ahead < end)
+            ask_for(job, i + job->ahead);
+        int64_t place = source->places[i];
+        for (int k = 0; k < job->num_streams; k++)
+            at[k] = job->streams[k].rows + (size_t)place * job->streams[k].row_bytes;
+        const void *gradient = in_place ? sum->data + (size_t)i * sum->row_bytes
+                                        : read_part(source, i, 0, row_count, block);
+        update->kernel(place * row_count, row_count, update->factors, gradient, at[0], at + 1);
+    }
+}
+
+static void other_rows(const lazy_job_t *job, const kv_row_block_t *block)
+{
+    rows_source_t source = *job->source;
+    kv_update_t update = *job->update;
+    update.source = &source.base;
+    int64_t unfinite = 0;
+    for (int64_t i = block->row; i < block->row_end; i++) {
+        if (i + job->ahead < block->row_end)
+            ask_for(job, i + job->ahead);
+        source.row = i;
+        source.first = source.places[i] * update.weight->row_count;
+        kv_update_part(&update, source.first + block->begin, source.first + block->end, &unfinite);
+    }
 }
 
 static void lazy_block(void *context, int64_t index)
 {
     const lazy_job_t *job = context;
+    const kv_update_t *update = job->update;
     kv_row_block_t block = kv_row_block(&job->grid, index);
-    rows_source_t source = *job->source;
-    kv_update_t update = *job->update;
-    update.source = &source.base;
-    bool is_short = source.element == source.wide && update.weight->row_count <= KV_UPDATE_BLOCK &&
-                    update.pass.kind != KV_STEP_group_adagrad;
-    int64_t unfinite = 0;
-    for (int64_t i = block.row; i < block.row_end && i < block.row + KV_ROWS_AHEAD; i++)
+    for (int64_t i = block.row; i < block.row_end && i < block.row + job->ahead; i++)
         ask_for(job, i);
-    for (int64_t i = block.row; i < block.row_end; i++) {
-        if (i + KV_ROWS_AHEAD < block.row_end)
-            ask_for(job, i + KV_ROWS_AHEAD);
-        if (is_short) {
-            short_row(&update, &source, i);
-            continue;
-        }
-        source.row = i;
-        source.first = source.places[i] * update.weight->row_count;
-        kv_update_part(&update, source.first + block.begin, source.first + block.end, &unfinite);
-    }
+    if (job->source->element == job->source->wide && update->weight->row_count <= KV_UPDATE_BLOCK &&
+        update->pass.kind != KV_STEP_group_adagrad)
+        short_rows(job, block.row, block.row_end);
+    else
+        other_rows(job, &block);
 }
 
 /* Rows whose sum of earlier gradients waits. Those of this push have had their step already, which

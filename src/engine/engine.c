@@ -111,12 +111,19 @@ int64_t kv_engine_pending(kv_engine_t *engine)
 
 /* --------------------------------------------------------------- the end of a locked section */
 
+/* In a thread that has a sentence of its own. */
+static void run_task(kv_engine_t *engine, kv_op_t *op)
+{
+    kv_sentence_t sentence;
+    kv_sentence_save(&sentence);
+    kv_task_run(engine, op);
+    kv_sentence_restore(&sentence);
+}
+
 /* Runs what is runnable until nothing is. A task that makes others runnable does not run them
  * itself: its thread is here already. */
 static void drain(kv_engine_t *engine, kv_actor_t *self)
 {
-    kv_sentence_t sentence;
-    kv_sentence_save(&sentence);
     kv_engine_t *outer = self->draining;
     self->draining = engine;
     for (;;) {
@@ -125,10 +132,9 @@ static void drain(kv_engine_t *engine, kv_actor_t *self)
         kv_mutex_unlock(&engine->lock);
         if (op == NULL)
             break;
-        kv_task_run(engine, op);
+        run_task(engine, op);
     }
     self->draining = outer;
-    kv_sentence_restore(&sentence);
 }
 
 void kv_engine_unlock(kv_engine_t *engine)
@@ -174,20 +180,22 @@ static kv_status_t fail_timeout(const kv_wait_t *wait, const kv_caller_t *caller
                    seconds);
 }
 
-/* Sleeps until something may have changed, or lets this thread run a task where that is its job. */
-static void pass_time_locked(kv_engine_t *engine, const kv_wait_t *wait, int64_t until_ns)
-    KV_REQUIRES(engine->lock)
+/* Runs a task of those that the engine gives to a thread that waits, or sleeps until something may
+ * have changed. */
+static void pass_time_locked(kv_engine_t *engine, const kv_wait_t *wait, int64_t deadline_ns,
+                             int64_t poll_ns) KV_REQUIRES(engine->lock)
 {
-    if (engine->kind->waiters_run && engine->num_runnable > 0) {
-        kv_op_t *op = kv_runnable_pick_locked(engine, kv_stepping_random_locked(engine));
-        kv_engine_unlock(engine);
-        kv_task_run(engine, op);
-        kv_mutex_lock(&engine->lock);
-        return;
-    }
+    kv_op_t *op = engine->kind->take_locked(engine, wait, deadline_ns);
     if (wait->handle != NULL)
         wait->handle->num_waiting++;
-    kv_cond_wait_until(wait->cond, &engine->lock, until_ns);
+    if (op != NULL) {
+        kv_engine_unlock(engine);
+        run_task(engine, op);
+        kv_mutex_lock(&engine->lock);
+    } else {
+        kv_cond_wait_until(wait->cond, &engine->lock,
+                           deadline_ns < poll_ns ? deadline_ns : poll_ns);
+    }
     if (wait->handle != NULL)
         wait->handle->num_waiting--;
 }
@@ -198,7 +206,7 @@ static kv_status_t wait_loop_locked(kv_engine_t *engine, const kv_wait_t *wait, 
     int64_t deadline = caller != NULL ? kv_caller_deadline(caller) : INT64_MAX;
     int64_t poll_at = caller != NULL ? kv_clock_ns() + KV_POLL_NS : INT64_MAX;
     while (!is_over_locked(engine, wait)) {
-        pass_time_locked(engine, wait, deadline < poll_at ? deadline : poll_at);
+        pass_time_locked(engine, wait, deadline, poll_at);
         if (caller == NULL || is_over_locked(engine, wait))
             continue;
         if (kv_clock_ns() >= poll_at) {

@@ -16,7 +16,8 @@
  *                granted afterwards.
  *   engine-run   kv_engine_submit hands over a task; an engine thread runs it when its variables
  *                are free, among the runnable those of higher priority first (equal priority: in
- *                order of submission).
+ *                order of submission). A thread that waits does not sleep beside a task that it
+ *                waits for: if that is the next in order, it runs it (unless its deadline is near).
  *
  * The state of a variable is one 64-bit word: number of readers, a writer bit, number of pins, and
  * flags. QUEUED means that operations stand in its list; then, and to look at the list, the

@@ -38,13 +38,15 @@ kv_actor_t *kv_actor_self(void);
 /* One engine, as the table sees it. */
 typedef struct kv_engine_kind {
     const char *name;
-    bool waiters_run; /* a thread that waits runs tasks meanwhile (kv_runnable_pick_locked) */
+    bool waiters_run; /* only threads that wait run tasks: so all of them hear of one */
     bool drains;      /* a thread that made tasks runnable runs them when it drops the lock */
     bool (*wants_inline)(kv_engine_t *engine, size_t work_bytes);
     /* Before a task is queued; an error refuses it. */
     kv_status_t (*prepare_locked)(kv_engine_t *engine);
     /* A task has become runnable. */
     void (*runnable_locked)(kv_engine_t *engine);
+    /* Gives a runnable task that a thread shall run instead of sleeping, or NULL. */
+    kv_op_t *(*take_locked)(kv_engine_t *engine, const kv_wait_t *wait, int64_t deadline_ns);
     /* No task is pending any more and none will come. */
     void (*join)(kv_engine_t *engine);
 } kv_engine_kind_t;

@@ -32,12 +32,19 @@ static void runs_at_unlock_locked(kv_engine_t *engine)
     (void)engine;
 }
 
+static kv_op_t *take_nothing_locked(kv_engine_t *engine, const kv_wait_t *wait, int64_t deadline_ns)
+{
+    (void)engine, (void)wait, (void)deadline_ns;
+    return NULL;
+}
+
 const kv_engine_kind_t kv_engine_naive = {
     .name = "naive",
     .drains = true,
     .wants_inline = always_inline,
     .prepare_locked = prepare_locked,
     .runnable_locked = runs_at_unlock_locked,
+    .take_locked = take_nothing_locked,
     .join = join,
 };
 
@@ -64,11 +71,21 @@ static void wake_waiters_locked(kv_engine_t *engine)
     kv_cond_broadcast(&engine->ended);
 }
 
+static kv_op_t *take_any_locked(kv_engine_t *engine, const kv_wait_t *wait, int64_t deadline_ns)
+    KV_REQUIRES(engine->lock)
+{
+    (void)wait, (void)deadline_ns;
+    if (engine->num_runnable == 0)
+        return NULL;
+    return kv_runnable_pick_locked(engine, kv_stepping_random_locked(engine));
+}
+
 const kv_engine_kind_t kv_engine_stepping = {
     .name = "stepping",
     .waiters_run = true,
     .wants_inline = inline_by_seed,
     .prepare_locked = prepare_locked,
     .runnable_locked = wake_waiters_locked,
+    .take_locked = take_any_locked,
     .join = join,
 };

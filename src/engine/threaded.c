@@ -1,5 +1,10 @@
 /* The threaded engine: threads that take the runnable tasks in order of priority.
  *
+ * A thread that waits takes the first in order as well, if it is one that it waits for: a push and
+ * the wait for it then cost no change of threads, and of many tasks the waiter does its part. It
+ * takes no other, which could keep it longer than what it came for. Tasks are local work of a
+ * bounded length, but nobody knows which; so near its deadline a thread takes none.
+ *
  * They are started when there is more to run than threads without work, and stay until the engine
  * stops. `num_idle` counts those that have nothing to do yet, the starting ones too, until they
  * have noticed; so comparing it with the number of runnable tasks does not start one too many.
@@ -62,6 +67,32 @@ static void runnable_locked(kv_engine_t *engine) KV_REQUIRES(engine->lock)
     kv_cond_signal(&engine->work);
 }
 
+/* Of the operations before a turn only the next ones: what they wait for runs as always. */
+static bool is_waited_for_locked(kv_engine_t *engine, const kv_wait_t *wait, const kv_op_t *task)
+    KV_REQUIRES(engine->lock)
+{
+    (void)engine;
+    if (wait->handle != NULL)
+        return task->handle == wait->handle;
+    if (wait->op == NULL)
+        return true;
+    for (int32_t i = 0; i < wait->op->num_deps; i++) {
+        const kv_dep_t *dep = &wait->op->deps[i];
+        if (!dep->granted && dep->var->head->op == task)
+            return true;
+    }
+    return false;
+}
+
+static kv_op_t *take_locked(kv_engine_t *engine, const kv_wait_t *wait, int64_t deadline_ns)
+    KV_REQUIRES(engine->lock)
+{
+    if (engine->num_runnable == 0 || !is_waited_for_locked(engine, wait, engine->runnable[0]) ||
+        deadline_ns - kv_clock_ns() < KV_POLL_NS)
+        return NULL;
+    return kv_runnable_pop_locked(engine);
+}
+
 static void join(kv_engine_t *engine)
 {
     kv_mutex_lock(&engine->lock);
@@ -77,5 +108,6 @@ const kv_engine_kind_t kv_engine_threaded = {
     .wants_inline = wants_inline,
     .prepare_locked = prepare_locked,
     .runnable_locked = runnable_locked,
+    .take_locked = take_locked,
     .join = join,
 };

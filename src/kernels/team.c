@@ -9,10 +9,10 @@
 #include "base/thread.h"
 #include <stdatomic.h>
 
-/* Before a thread sleeps it looks this often whether what it waits for has come: some 10 us. Waking
- * a sleeper takes longer, so jobs that follow each other closely, and the two ends of one job, meet
- * here. With one processor nobody spins. */
-#define SPINS 400
+/* Before a thread sleeps it looks this often whether what it waits for has come: some 25 us. Waking
+ * a sleeper takes as long, so jobs that follow each other closely, and the two ends of one job,
+ * meet here. With one processor nobody spins. */
+#define SPINS 1000
 
 struct kv_team {
     int max_helpers;

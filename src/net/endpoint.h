@@ -66,7 +66,7 @@ struct kv_net {
     kv_net_peer_t *work, **work_tail;
     uint64_t sequence;
     int64_t num_posts, num_accepted; /* what the transport has */
-    bool opened, sleeping, closing, joined;
+    bool opened, started, sleeping, closing, joined;
     kv_status_t open_status;
     kv_sentence_t open_sentence;
 

@@ -7,8 +7,9 @@
  * therefore lives as long as one of its parcels is out; every other pointer to a port is cut, under
  * the lock, before that port is freed.
  *
- * Who ends a session takes back what lies in inboxes, returns what it holds of the other's, and
- * leaves news for the other, which then does the same.
+ * Who ends a session returns what it holds of the other's and leaves news for the other, which then
+ * does the same. (One that has not connected this side gets no news: it reads what it has got, and
+ * returns it.)
  *
  * One lock guards the list and what ports do to each other. With faults (faulty.c) a parcel may be
  * held by its receiver before its header is shown, and once more before its payload is copied.
@@ -78,6 +79,16 @@ static void append(parcels_t *list, parcel_t *parcel)
     list->tail = parcel;
 }
 
+static void append_all(parcels_t *list, parcels_t more)
+{
+    if (list->head == NULL)
+        *list = more;
+    else if (more.head != NULL) {
+        list->tail->next = more.head;
+        list->tail = more.tail;
+    }
+}
+
 static parcel_t *pop(parcels_t *list)
 {
     parcel_t *parcel = list->head;
@@ -93,15 +104,13 @@ static parcels_t take_all(parcels_t *list)
     return all;
 }
 
-/* Those that came from a port; `peer` -1: whomever they were for. */
-static parcels_t take_from(parcels_t *list, uint64_t number, int32_t peer)
+/* Those that came from a port. */
+static parcels_t take_from(parcels_t *list, uint64_t number)
 {
     parcels_t all = take_all(list);
     parcels_t found = {0};
-    for (parcel_t *parcel; (parcel = pop(&all)) != NULL;) {
-        bool wanted = parcel->from->number == number && (peer < 0 || parcel->post->peer == peer);
-        append(wanted ? &found : list, parcel);
-    }
+    for (parcel_t *parcel; (parcel = pop(&all)) != NULL;)
+        append(parcel->from->number == number ? &found : list, parcel);
     return found;
 }
 
@@ -202,16 +211,15 @@ void kv_inproc_drop(kv_net_t *net, int32_t peer)
 {
     port_t *port = kv_net_own(net);
     session_t *session = &port->sessions[peer];
-    parcels_t filling = take_from(&port->filling, session->number, -1);
+    parcels_t filling = take_from(&port->filling, session->number);
     for (parcel_t *parcel = filling.head; parcel != NULL; parcel = parcel->next)
         kv_net_received(net, parcel->accepted, kv_fail(KV_PEER_LOST, "its connection ended"));
 
     kv_mutex_lock(&lock);
     return_all_locked(filling);
-    return_all_locked(take_from(&port->taken, session->number, -1));
-    return_all_locked(take_from(&port->inbox, session->number, -1));
+    return_all_locked(take_from(&port->taken, session->number));
+    return_all_locked(take_from(&port->inbox, session->number));
     if (session->remote != NULL) {
-        return_all_locked(take_from(&session->remote->inbox, port->number, peer));
         cut_locked(session->remote, port);
         session->remote = NULL;
     }
@@ -344,14 +352,15 @@ static bool open_parcels(port_t *port, int64_t now_ns)
         }
     }
     parcels_t taken = take_all(&port->taken);
-    for (parcel_t *parcel; (parcel = pop(&taken)) != NULL;) {
-        if (parcel->due_ns > now_ns || opened >= BATCH) {
+    for (parcel_t *parcel; opened < BATCH && (parcel = pop(&taken)) != NULL;) {
+        if (parcel->due_ns > now_ns) {
             append(&port->taken, parcel);
         } else {
             show(port, parcel, now_ns);
             opened++;
         }
     }
+    append_all(&port->taken, taken);
     return opened > 0;
 }
 

@@ -1,11 +1,14 @@
 /* What the files of net share: the endpoint, its peers, and the table behind a transport.
  *
- *   net.c       the endpoint: its thread, the queues of messages, sessions, the ends of things
+ *   net.c       the endpoint: what others call; endpoint.h says how it works
+ *   progress.c  its thread, sessions, the ends of things
+ *   queue.c     the messages that wait for one peer
  *   inproc.c    endpoints of one process
  *   faulty.c    inproc with faults chosen by a seed
- *   ucx.c       UCX active messages; the only file that sees UCX's headers
+ *   ucx.c       UCX active messages; ucx_load.c finds its library and sets it up (only these two
+ * see its headers), ucx_sockets.c cuts its connections
  *
- * The thread of net.c runs the same loop for every transport:
+ * The thread of an endpoint runs the same loop for every transport:
  *
  *     take connects, drops and what may be posted now from the queues  → transport->connect, drop,
  *                                                                        post
@@ -15,8 +18,8 @@
  *     every 0.1 s: handlers.tick
  *
  * A transport has no thread and needs no lock: all its functions but `wake` are called by this
- * thread. A wire header is a fixed prefix (see kv_net_prefix_t) and the message's own header; net.c
- * writes and checks it, and sends and checks the greeting that makes a peer ready.
+ * thread. A wire header is a fixed prefix and the message's own header; progress.c writes and
+ * checks it, and sends and checks the greeting that makes a peer ready.
  */
 #ifndef KV_NET_INTERNAL_H
 #define KV_NET_INTERNAL_H
@@ -81,8 +84,7 @@ typedef struct kv_net_accepted {
     struct kv_net_accepted *next, *prev;
 } kv_net_accepted_t;
 
-/* ------------------------------------------------------- net.c, called by transports, its thread
- */
+/* ---------------------------------------- progress.c, called by transports, in the thread */
 
 /* A wire header has come. Checks it and asks the handler. Gives NULL when the message is to be
  * thrown away (a greeting, a stranger, a dead session, a refusal: that peer is dropped), else what

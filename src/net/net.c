@@ -34,15 +34,22 @@ static void free_all(kv_net_t *net)
     kv_free(net);
 }
 
-/* The transport is opened by the thread, which alone may use it; its error is passed on here. */
-static kv_status_t start(kv_net_t *net, const kv_net_config_t *config)
+/* The transport is opened by the thread, which alone may use it; its error is passed on here. The
+ * thread goes on once the caller has its endpoint, which handlers may use. */
+static kv_status_t start(kv_net_t *net, const kv_net_config_t *config, kv_net_t **out)
 {
     net->config = config;
     KV_TRY(kv_thread_start(&net->thread, "kv-net", kv_net_run, net));
     kv_mutex_lock(&net->lock);
     while (!net->opened)
         kv_cond_wait(&net->changed, &net->lock);
+    net->config = NULL;
     kv_status_t status = net->open_status;
+    if (status == KV_OK) {
+        *out = net;
+        net->started = true;
+        kv_cond_broadcast(&net->changed);
+    }
     kv_mutex_unlock(&net->lock);
     if (status != KV_OK) {
         kv_thread_join(net->thread);
@@ -75,13 +82,10 @@ kv_status_t kv_net_open(const kv_net_config_t *config, const kv_net_handlers_t *
     net->work_tail = &net->work;
     kv_mutex_init(&net->lock, KV_RANK_NET);
     kv_cond_init(&net->changed);
-    kv_status_t status = start(net, config);
-    if (status != KV_OK) {
+    kv_status_t status = start(net, config, out);
+    if (status != KV_OK)
         free_all(net);
-        return status;
-    }
-    *out = net;
-    return KV_OK;
+    return status;
 }
 
 /* In a forked child the thread is not there, and the lock may be held for ever. */

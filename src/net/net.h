@@ -50,7 +50,6 @@ struct kv_net_message {
     /* KV_OK: the payload may be changed again. It is not known to have been received. */
     void (*done)(kv_net_message_t *message, kv_status_t status);
     /* The endpoint's own: */
-    kv_net_message_t *next;
     uint64_t sequence;
     int state;
 };
@@ -89,23 +88,25 @@ typedef struct kv_net_config {
     const char *library;    /* a folder with libucp.so.0, NULL: the system's loader finds it */
     const char *interface;  /* network device ("eth0"); NULL: chosen by UCX */
     const char *port_range; /* "20000-20100", NULL: any */
-    bool same_host_copies; /* cma; every process of a host has the same boot, pid namespace, user */
+    bool same_host_copies;  /* cma; all nodes are of one host, pid namespace and user */
     bool inet6;
     /* faulty: */
     uint64_t seed;
     const char *faults; /* see faulty.c */
 } kv_net_config_t;
 
-/* Gives an endpoint, its thread running. KV_NOT_BUILT when the transport is not in this build or
- * its library is not on this machine, with what to install; KV_INVALID for a setting. */
+/* Gives an endpoint, its thread running; no handler is called before `out` is written. KV_NOT_BUILT
+ * when the transport is not in this build or its library is not on this machine, with what to
+ * install; KV_INVALID for a setting. */
 KV_MUST_CHECK kv_status_t kv_net_open(const kv_net_config_t *config,
                                       const kv_net_handlers_t *handlers, kv_net_t **out);
 
 /* The address for others, at most KV_NET_ADDRESS_BYTES. */
 void kv_net_address(const kv_net_t *net, void *address, size_t *bytes);
 
-/* Begins to connect a peer; `name` is for messages. Both sides do it. Does not block.
- * KV_INVALID for an address that is none. */
+/* Begins to connect a peer; `name` is for messages. Both sides do it. Does not block. KV_PEER_LOST
+ * for a peer that was dropped before. An address that the transport cannot use is told by `lost`.
+ */
 KV_MUST_CHECK kv_status_t kv_net_connect(kv_net_t *net, int32_t peer, const char *name,
                                          const void *address, size_t bytes);
 
@@ -114,8 +115,9 @@ KV_MUST_CHECK kv_status_t kv_net_connect(kv_net_t *net, int32_t peer, const char
 KV_MUST_CHECK kv_status_t kv_net_wait_ready(kv_net_t *net, kv_caller_t *caller);
 
 /* Queues a message for its peer. Of those to one peer a bounded number of bytes is under way at a
- * time, so that a later one of higher priority is not far behind. KV_PEER_LOST (with the reason),
- * KV_CLOSED: the message is still the caller's and `done` is not called. */
+ * time, so that a later one of higher priority is not far behind. It may be sent before the peer
+ * has greeted, and waits till then. KV_PEER_LOST (with the reason), KV_CLOSED, KV_NO_MEMORY,
+ * KV_INVALID: the message is still the caller's and `done` is not called. */
 KV_MUST_CHECK kv_status_t kv_net_send(kv_net_t *net, kv_net_message_t *message);
 
 /* Takes back a message that has not begun to go out: true, and `done` is not called. False: it is
@@ -128,12 +130,14 @@ void kv_net_drop(kv_net_t *net, int32_t peer, const char *why);
 /* Why a peer is gone: text for messages, copied; false when it is not. */
 bool kv_net_is_lost(kv_net_t *net, int32_t peer, char *why, size_t bytes);
 
-/* Ends all sessions, calls every `done` that is due, joins the thread. Blocks, for seconds at most.
- * Idempotent. Afterwards only kv_net_free, kv_net_counters and failing sends. */
+/* Ends all sessions, calls every `done` that is due (with KV_CLOSED; `lost` is not called for those
+ * sessions), joins the thread. Blocks, for seconds at most; not from handlers. Idempotent.
+ * Afterwards only kv_net_free, kv_net_counters and failing sends. In a forked child this and
+ * kv_net_free do nothing. */
 void kv_net_close(kv_net_t *net);
 void kv_net_free(kv_net_t *net); /* after close; NULL is allowed */
 
-/* What has gone over the wire, headers included, and how. */
+/* What has gone over the wire, headers included but greetings not, and how. */
 typedef struct kv_net_counters {
     uint64_t messages_sent, bytes_sent;
     uint64_t messages_received, bytes_received;

@@ -243,6 +243,8 @@ void *kv_net_run(void *context)
     net->open_status = status;
     kv_sentence_save(&net->open_sentence);
     kv_cond_broadcast(&net->changed);
+    while (status == KV_OK && !net->started)
+        kv_cond_wait(&net->changed, &net->lock);
     kv_mutex_unlock(&net->lock);
     if (status != KV_OK)
         return NULL;

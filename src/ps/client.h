@@ -5,9 +5,12 @@
  * call is done when all have come.
  *
  * Order. Calls on a key take effect in the order of kv_client_start, whatever their priorities: a
- * message never overtakes an older one of the same key on its way to a server (its priority is
- * lowered to that of the one before it), and servers keep the order of a worker. A push that would
- * be two unfinished rounds ahead of its key waits here, and everything behind it on that key.
+ * push says which round it is of and a pull how many came before it. A push that would be two
+ * unfinished rounds ahead of its key waits here, also one behind a pull that is not answered yet,
+ * and everything behind it on its keys. (A call waits as a whole: workers that make calls on lists
+ * of keys in different orders may wait for each other, until their deadlines.) When a push has
+ * failed because a worker did not come in time, pushes that wait behind it fail for the same
+ * reason and have had no effect.
  *
  * Nothing here blocks but cancel and close. Callbacks run in the endpoint's thread or inside
  * kv_client_lose, _cancel and _close, never inside kv_client_start, with no lock held.
@@ -103,6 +106,8 @@ struct kv_client_call {
      * call names the key and the node in its sentence (kv_status_message of this thread). Outs of a
      * call that failed may have been written in part. */
     void (*done)(kv_client_call_t *call, kv_status_t status);
+    /* Out, before `sent`: it failed before anything of it went out. */
+    bool unsent;
     /* The client's own: */
     struct kv_client_work *work;
     kv_client_call_t *next, *prev;

@@ -85,21 +85,22 @@ static void close_node(kv_py_node_t *self)
 
 static PyObject *node_new(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-    static char *names[] = {"role",        "rank",         "num_workers",      "num_servers",
-                            "session",     "asynchronous", "transport",        "library",
-                            "interface",   "port_range",   "same_host_copies", "inet6",
-                            "num_threads", "seed",         "faults",           NULL};
+    /* Without a session there are no bytes of one, which is refused below. */
+    static const char *const names[] = {
+        "role",        "rank",    "num_workers", "num_servers", "session",          "asynchronous",
+        "transport",   "library", "interface",   "port_range",  "same_host_copies", "inet6",
+        "num_threads", "seed",    "faults",      NULL};
     kv_state_t *state = PyType_GetModuleState(type);
-    const char *role, *session;
-    Py_ssize_t session_bytes;
+    const char *role, *session = NULL;
+    Py_ssize_t session_bytes = 0;
     int rank, num_workers, num_servers, asynchronous = 0, copies = 0, inet6 = 0, num_threads = 0;
     unsigned long long seed = 0;
     kv_net_config_t config = {.transport = "ucx"};
-    if (!PyArg_ParseTupleAndKeywords(args, keywords, "siii$y#pszzzppiKz:Node", names, &role, &rank,
-                                     &num_workers, &num_servers, &session, &session_bytes,
-                                     &asynchronous, &config.transport, &config.library,
-                                     &config.interface, &config.port_range, &copies, &inet6,
-                                     &num_threads, &seed, &config.faults))
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "siii|$y#pszzzppiKz:Node", (char **)names,
+                                     &role, &rank, &num_workers, &num_servers, &session,
+                                     &session_bytes, &asynchronous, &config.transport,
+                                     &config.library, &config.interface, &config.port_range,
+                                     &copies, &inet6, &num_threads, &seed, &config.faults))
         return NULL;
     bool server = strcmp(role, "server") == 0;
     if ((!server && strcmp(role, "worker") != 0) || num_workers < 1 || num_servers < 1 ||
@@ -252,11 +253,11 @@ static PyObject *node_drain(PyObject *object, PyObject *timeout)
     kv_py_node_t *self = as_node(object);
     kv_py_caller_t caller;
     int64_t timeout_ns;
+    if (self->closed || self->client == NULL)
+        Py_RETURN_NONE;
     if (!check_open(self) ||
         !kv_py_timeout(self->state, timeout, KV_PY_DEFAULT_TIMEOUT_NS, &timeout_ns))
         return NULL;
-    if (self->client == NULL)
-        Py_RETURN_NONE;
     kv_py_caller_init(&caller, timeout_ns);
     kv_status_t status = kv_client_drain(self->client, &caller.base);
     kv_caller_attach(&caller.base);
@@ -329,10 +330,11 @@ static PyMethodDef METHODS[] = {
 };
 
 static PyType_Slot SLOTS[] = {
-    {Py_tp_doc, "Node(role, rank, num_workers, num_servers, *, session, asynchronous=False,\n"
-                "     transport='ucx', library=None, interface=None, port_range=None,\n"
-                "     same_host_copies=False, inet6=False, num_threads=0, seed=0, faults=None)\n"
-                "--\n\nThis process on the data plane of a cluster."},
+    {Py_tp_doc,
+     (void *)"Node(role, rank, num_workers, num_servers, *, session, asynchronous=False,\n"
+             "     transport='ucx', library=None, interface=None, port_range=None,\n"
+             "     same_host_copies=False, inet6=False, num_threads=0, seed=0, faults=None)\n"
+             "--\n\nThis process on the data plane of a cluster."},
     {Py_tp_new, node_new},
     {Py_tp_dealloc, node_dealloc},
     {Py_tp_traverse, node_traverse},

@@ -20,9 +20,9 @@ static double timeout_s(const kv_py_store_t *self)
     return (double)self->timeout_ns * 1e-9;
 }
 
-PyObject *kv_py_store_close(PyObject *object, PyObject *unused)
+/* `together`: None as the user has set it, or False: without waiting for other workers. */
+static PyObject *close_store(PyObject *object, PyObject *together)
 {
-    (void)unused;
     kv_py_store_t *self = as_store(object);
     if (kv_store_generation(self->store) != kv_fork_generation())
         Py_RETURN_NONE; /* the parent's; nothing of it can be closed here */
@@ -32,7 +32,13 @@ PyObject *kv_py_store_close(PyObject *object, PyObject *unused)
     kv_py_release_now();
     if (self->member == NULL)
         Py_RETURN_NONE;
-    return in_cluster("close", Py_BuildValue("(Od)", self->member, timeout_s(self)));
+    return in_cluster("close", Py_BuildValue("(OdO)", self->member, timeout_s(self), together));
+}
+
+PyObject *kv_py_store_close(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    return close_store(object, Py_None);
 }
 
 PyObject *kv_py_store_enter(PyObject *object, PyObject *unused)
@@ -43,8 +49,9 @@ PyObject *kv_py_store_enter(PyObject *object, PyObject *unused)
 
 PyObject *kv_py_store_exit(PyObject *object, PyObject *args)
 {
-    (void)args;
-    return kv_py_store_close(object, NULL);
+    /* The others would wait for one that will not go on. */
+    bool failed = PyTuple_GET_SIZE(args) > 0 && PyTuple_GET_ITEM(args, 0) != Py_None;
+    return close_store(object, failed ? Py_False : Py_None);
 }
 
 PyObject *kv_py_store_barrier(PyObject *object, PyObject *unused)

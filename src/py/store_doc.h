@@ -258,6 +258,14 @@
     "\n"                                                                                           \
     "Forget all keys and refuse further calls; may be called again.\n"                             \
     "\n"                                                                                           \
+    "In a dist store it waits until the servers have what was pushed, and, unless\n"               \
+    "set_barrier_before_exit(False) was called, until all workers close; then it leaves.\n"        \
+    "\n"                                                                                           \
+    "Raises\n"                                                                                     \
+    "------\n"                                                                                     \
+    "TimeoutError\n"                                                                               \
+    "    When others have not closed in the store's timeout; it is closed all the same.\n"         \
+    "\n"                                                                                           \
     "Examples\n"                                                                                   \
     "--------\n"                                                                                   \
     ">>> import kvstore\n"                                                                         \
@@ -361,7 +369,14 @@
     "barrier($self, /)\n"                                                                          \
     "--\n"                                                                                         \
     "\n"                                                                                           \
-    "Wait for all workers; in one process there is nobody to wait for.\n"                          \
+    "Wait until all workers have called it; in one process there is nobody to wait for.\n"         \
+    "\n"                                                                                           \
+    "Raises\n"                                                                                     \
+    "------\n"                                                                                     \
+    "TimeoutError\n"                                                                               \
+    "    Names the workers that have not come.\n"                                                  \
+    "PeerLostError\n"                                                                              \
+    "    A node of the cluster is gone, or a worker has closed its store.\n"                       \
     "\n"                                                                                           \
     "Examples\n"                                                                                   \
     "--------\n"                                                                                   \
@@ -372,7 +387,7 @@
     "set_barrier_before_exit($self, /, barrier_before_exit=True)\n"                                \
     "--\n"                                                                                         \
     "\n"                                                                                           \
-    "Whether workers wait for each other at their exit; for the dist kinds.\n"                     \
+    "Whether close waits for the other workers; for the dist kinds.\n"                             \
     "\n"                                                                                           \
     "Examples\n"                                                                                   \
     "--------\n"                                                                                   \
@@ -383,18 +398,27 @@
     "send_command_to_servers($self, /, head, body)\n"                                              \
     "--\n"                                                                                         \
     "\n"                                                                                           \
-    "Have every server run its controller; a store of one process has none.\n"                     \
+    "Have every server of a dist store run its controller; return when all have.\n"                \
+    "\n"                                                                                           \
+    "Parameters\n"                                                                                 \
+    "----------\n"                                                                                 \
+    "head : int\n"                                                                                 \
+    "    From 0 on; the package's own commands are negative.\n"                                    \
+    "body : str or bytes\n"                                                                        \
+    "    Given to controller(head, body) as it is.\n"                                              \
     "\n"                                                                                           \
     "Raises\n"                                                                                     \
     "------\n"                                                                                     \
+    "KVStoreError\n"                                                                               \
+    "    A controller failed: with the server and what it raised.\n"                               \
     "InvalidArgumentError\n"                                                                       \
-    "    Always, for the kinds of this version.\n"
+    "    A store of one process has no server; a negative head.\n"
 
 #define DEAD_DOC                                                                                   \
     "num_dead_node($self, /, role='worker', timeout=60)\n"                                         \
     "--\n"                                                                                         \
     "\n"                                                                                           \
-    "How many nodes of a role are gone: none, in one process.\n"                                   \
+    "How many nodes of a role have not been heard of; none, in one process.\n"                     \
     "\n"                                                                                           \
     "Parameters\n"                                                                                 \
     "----------\n"                                                                                 \
@@ -406,7 +430,7 @@
     "Examples\n"                                                                                   \
     "--------\n"                                                                                   \
     ">>> import kvstore\n"                                                                         \
-    ">>> kvstore.create('local').num_dead_node('worker')\n"                                        \
+    ">>> kvstore.create('local').num_dead_node()\n"                                                \
     "0\n"
 
 #endif

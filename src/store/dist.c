@@ -36,7 +36,8 @@ typedef struct request {
     kv_op_t op;
     kv_op_t copy; /* writes the outs that the answer did not go to */
     _Atomic int32_t refs;
-    _Atomic int state; /* ISSUED | SENT | DONE */
+    _Atomic int state;     /* ISSUED | SENT | DONE */
+    _Atomic bool given_up; /* who waited for it has been told why no more */
     kv_engine_t *engine;
     kv_client_t *client;
     kv_host_t host;
@@ -90,9 +91,13 @@ static void request_finish(kv_op_t *op)
 
 static void end(request_t *request)
 {
-    kv_status_t status = request->status;
+    kv_status_t status = atomic_load(&request->given_up) ? KV_OK : request->status;
     if (status != KV_OK)
         kv_sentence_restore(&request->sentence);
+    if (request->sent != NULL && request->call.unsent) {
+        kv_handle_end_one(request->sent, status); /* somebody waits, and is told of it there */
+        status = KV_OK;
+    }
     kv_engine_end(request->engine, &request->op, status, request->keys,
                   request->push ? request->num_targets : 0);
 }
@@ -124,7 +129,7 @@ static void call_sent(kv_client_call_t *call)
     request_t *request = of_call(call);
     if (atomic_fetch_or(&request->state, SENT) & ISSUED)
         kv_engine_give_back(request->engine, &request->op, request->first_value);
-    if (request->sent != NULL)
+    if (request->sent != NULL && !call->unsent)
         kv_handle_end_one(request->sent, KV_OK);
 }
 
@@ -213,17 +218,29 @@ static kv_status_t merge(request_t *request, target_t *target)
     return status;
 }
 
+/* Also of no elements, whose array may have no memory: NULL would mean no array. */
+static void *place_of(const kv_view_t *view)
+{
+    static char nothing;
+    return view->data != NULL ? view->data : &nothing;
+}
+
 static kv_status_t prepare(request_t *request, target_t *target, kv_client_part_t *part)
 {
+    if (target->entry->deleted) {
+        char name[NAME_BYTES];
+        return kv_fail(KV_NO_KEY, "key %s was deleted before this call came to its turn",
+                       kv_name_format(&target->entry->name, name, sizeof name));
+    }
     *part = (kv_client_part_t){.remote = target->entry->remote};
     if (target->num_values == 1 && target->values[0].strides == NULL) {
-        part->value = target->values[0].data;
+        part->value = place_of(&target->values[0]);
     } else if (target->num_values > 0) {
         KV_TRY(merge(request, target));
         part->value = target->merged->data;
     }
     if (target->num_outs > 0 && target->outs[0].strides == NULL) {
-        part->out = target->outs[0].data;
+        part->out = place_of(&target->outs[0]);
     } else if (target->num_outs > 0) {
         KV_TRY(
             kv_pool_get(kv_client_pool(request->client), target->entry->bytes, &target->arrived));
@@ -241,6 +258,7 @@ static void issue(request_t *request)
     if (status == KV_OK)
         status = kv_client_start(request->client, &request->call);
     if (status != KV_OK) {
+        request->call.unsent = true;
         call_sent(&request->call);
         note_done(request, status);
     }
@@ -396,6 +414,7 @@ static kv_status_t run_later(request_t *request, kv_call_t *call)
 static kv_status_t give_up(request_t *request, kv_status_t status, const kv_caller_t *caller)
 {
     char missing[128], name[NAME_BYTES];
+    atomic_store(&request->given_up, true);
     kv_client_cancel(request->client, &request->call, missing, sizeof missing);
     if (status != KV_TIMEOUT)
         return status;
@@ -431,7 +450,9 @@ static kv_status_t run_held(request_t *request, kv_op_t *op, kv_caller_t *caller
     kv_caller_detach(caller);
     if (status != KV_OK) {
         status = give_up(request, status, caller);
-    } else if (wants_outs) {
+        if (kv_handle_done(handle))
+            (void)kv_handle_error(handle); /* too late to be told */
+    } else {
         kv_error_t *error = kv_handle_error(handle);
         status = error != NULL ? kv_error_raise(error) : deliver(request);
     }
@@ -465,7 +486,7 @@ static kv_status_t run_now(request_t *request, kv_call_t *call, kv_caller_t *cal
 kv_status_t kv_dist_run(kv_store_t *store, const kv_plan_t *plan, kv_call_t *call, bool push,
                         kv_caller_t *caller)
 {
-    request_t *request;
+    request_t *request = NULL;
     for (int64_t g = 0; g < plan->num_groups; g++) {
         const kv_group_t *group = &plan->groups[g];
         if ((push && group->values[0].sparse != NULL) ||
@@ -476,8 +497,10 @@ kv_status_t kv_dist_run(kv_store_t *store, const kv_plan_t *plan, kv_call_t *cal
     if (plan->num_groups == 0 || (!push && call->num_outs == 0))
         return KV_OK;
     KV_TRY(request_new(store, plan, call, push, caller, &request));
-    kv_status_t status;
-    if (call->async) {
+    kv_status_t status = KV_OK;
+    if (request->num_targets == 0) {
+        request_rele(request);
+    } else if (call->async) {
         status = run_later(request, call);
     } else {
         status = run_now(request, call, caller);

@@ -18,7 +18,8 @@ enum { NAME_BYTES = 96 };
 typedef struct agreement {
     kv_client_call_t call;
     kv_op_t op;
-    _Atomic int32_t refs; /* the task, and the thread that waits */
+    _Atomic int32_t refs;  /* the task, and the thread that waits */
+    _Atomic bool given_up; /* that thread has been told why it waits no more */
     kv_engine_t *engine;
     int64_t num_keys;
     kv_entry_t **entries; /* pinned */
@@ -48,6 +49,8 @@ static void agreement_finish(kv_op_t *op)
 static void agreement_done(kv_client_call_t *call, kv_status_t status)
 {
     agreement_t *agreement = (agreement_t *)((char *)call - offsetof(agreement_t, call));
+    if (atomic_load(&agreement->given_up))
+        status = KV_OK;
     kv_engine_end(agreement->engine, &agreement->op, status, NULL, 0);
 }
 
@@ -116,12 +119,16 @@ static kv_status_t agree(kv_store_t *store, agreement_t *agreement, kv_caller_t 
             status = kv_error_raise(error);
     } else {
         char missing[128], name[NAME_BYTES];
+        atomic_store(&agreement->given_up, true);
         kv_client_cancel(store->client, &agreement->call, missing, sizeof missing);
         kv_name_format(&agreement->entries[0]->name, name, sizeof name);
         if (status == KV_TIMEOUT)
-            status = kv_fail(KV_TIMEOUT, "key %s: %s not answered within the deadline of %.3g s",
-                             name, missing[0] != '\0' ? missing : "the servers have",
-                             (double)caller->timeout_ns * 1e-9);
+            status =
+                kv_fail(KV_TIMEOUT, "key %s: %s %s not answered within the deadline of %.3g s",
+                        name, missing[0] != '\0' ? missing : "the servers",
+                        missing[0] != '\0' ? "has" : "have", (double)caller->timeout_ns * 1e-9);
+        if (kv_handle_done(handle))
+            (void)kv_handle_error(handle); /* too late to be told */
     }
     kv_handle_rele(handle);
     return status;
@@ -208,6 +215,8 @@ kv_status_t kv_dist_delete(kv_store_t *store, const kv_plan_t *plan, kv_caller_t
         status = kv_engine_enter(agreement->engine, &op, caller);
         if (status == KV_OK) {
             status = agree(store, agreement, caller);
+            for (int64_t i = 0; i < plan->num_groups && status == KV_OK; i++)
+                plan->groups[i].entry->deleted = true;
             kv_engine_leave(agreement->engine, &op);
             kv_caller_attach(caller);
         }

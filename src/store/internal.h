@@ -53,7 +53,8 @@ struct kv_entry {
     size_t bytes;      /* of a dense value of the shape */
     int64_t row_count; /* elements of a row */
     size_t row_bytes;
-    kv_remote_t *remote;     /* of a dist store: what its client knows of the key */
+    kv_remote_t *remote;     /* of a dist store: what its client knows of the key, which … */
+    bool deleted;            /* … is gone from the servers */
     kv_buffer_t *stored;     /* NULL: row-sparse, or on servers */
     kv_rowset_t rows;        /* row-sparse */
     kv_buffer_t *merged;     /* what an updater gets as `recv` or servers are sent, or NULL */

@@ -126,7 +126,7 @@ int kv_slots_place(const kv_slots_t *slots, const char *name)
     int place = 0;
     /* No class has more names than there are places. */
     while (place < KV_MAX_SLOTS - 1 && slots->kept[place].name != NULL &&
-           strcmp(slots->kept[place].name, name) != 0)
+           slots->kept[place].name != name && strcmp(slots->kept[place].name, name) != 0)
         place++;
     return place;
 }

@@ -2,9 +2,9 @@
 
     python tests/c/build.py [--flavour release|debug|asan|tsan] [--cc gcc] [--out DIR] [--run]
 
-Every program is linked from one tests/c/test_*.c and all sources of the core that need neither
-Python nor a network. Objects are kept in the build folder and made again when a file that they
-include has changed.
+Every program is linked from one tests/c/test_*.c and all sources of the core that do not need
+Python. Objects are kept in the build folder and made again when a file that they include has
+changed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("base", "net", "engine", "array", "kernels", "compress", "optim", "comm", "store")
+FOLDERS = ("base", "net", "engine", "array", "kernels", "compress", "optim", "comm", "ps", "store")
 COMMON = (
     "-std=c17 -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math -D_GNU_SOURCE "
     "-Isrc -fvisibility=hidden -pthread"
@@ -75,12 +76,28 @@ def _compile(source: Path, flags: list[str], cc: str, out: Path) -> Path:
     return target
 
 
+def ucx() -> Path | None:
+    """The folder of the package libucx, with include/ and lib/."""
+    found = find_spec("libucx")
+    return None if found is None or found.origin is None else Path(found.origin).parent
+
+
+def ucx_flags(flavour: str) -> list[str]:
+    """How to compile with UCX, nothing without its headers. With the sanitizers it is left out: it
+    is not instrumented, and it patches functions of the C library that they have replaced."""
+    folder = ucx()
+    if folder is None or flavour in ("asan", "tsan"):
+        return []
+    return ["-DKV_WITH_UCX", "-isystem", str(folder / "include")]
+
+
 def build(
     flavour: str = "debug", cc: str = "gcc", out: Path | None = None, pattern: str = "test_*.c"
 ) -> list[Path]:
     """The programs of these sources, up to date. BuildError has the compiler's words."""
-    flags = COMMON + FLAVOURS[flavour]
-    suffix = "" if cc == "gcc" else f"-{Path(cc).name}"
+    with_ucx = ucx_flags(flavour)
+    flags = COMMON + FLAVOURS[flavour] + with_ucx
+    suffix = ("" if cc == "gcc" else f"-{Path(cc).name}") + ("-ucx" if with_ucx else "")
     out = (out or ROOT / "build" / f"c-{flavour}{suffix}").resolve()
     out.mkdir(parents=True, exist_ok=True)
     core = [path for folder in FOLDERS for path in sorted((ROOT / "src" / folder).glob("*.c"))]
@@ -91,7 +108,7 @@ def build(
         parts = [object_, *core_objects]
         newest = max(path.stat().st_mtime for path in parts)
         if not program.exists() or program.stat().st_mtime < newest:
-            _call([cc, *flags, *map(str, parts), "-lm", "-lpthread"], program)
+            _call([cc, *flags, *map(str, parts), "-lm", "-lpthread", "-ldl"], program)
         return program
 
     with ThreadPoolExecutor(JOBS) as pool:
@@ -108,9 +125,12 @@ def command(program: Path, flavour: str, *arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """What the sanitizers are told: an allocation without memory gives NULL, as elsewhere."""
+    """What the programs are told: the sanitizers that an allocation without memory gives NULL, as
+    elsewhere, and the tests of the transport where UCX is."""
     options = "allocator_may_return_null=1:print_stacktrace=1"
-    return {f"{name}_OPTIONS": options for name in ("ASAN", "TSAN", "UBSAN")}
+    told = {f"{name}_OPTIONS": options for name in ("ASAN", "TSAN", "UBSAN")}
+    folder = ucx()
+    return told if folder is None else {**told, "KVSTORE_TEST_UCX_LIBRARY": str(folder / "lib")}
 
 
 def run(program: Path, flavour: str, timeout_s: float = TIMEOUT_S) -> tuple[int, int, str]:

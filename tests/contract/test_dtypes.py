@@ -124,6 +124,7 @@ def test_zero_dimensional_empty_and_deep_arrays_work(kv, dtype, shape):
     assert same(out, value)
 
 
+@pytest.mark.one_process
 @every_dtype
 def test_an_updater_sees_every_element_type(kv, dtype):
     kv.init("w", np.full(5, 3, dtype))

@@ -105,6 +105,7 @@ def test_an_init_with_one_bad_value_adds_no_key(kv):
         assert list(kv.keys()) == []
 
 
+@pytest.mark.one_process
 def test_a_bad_call_runs_no_updater(kv):
     kv.init(["a", "b"], [np.zeros(3), np.zeros(3)])
     ran = []

@@ -101,6 +101,7 @@ def test_one_array_may_be_pushed_several_times_in_a_list(kv):
     assert pulled(kv, "w").tolist() == [3, 3]
 
 
+@pytest.mark.one_process
 def test_pushpull_with_an_updater_gives_the_updated_value(kv):
     kv.init("w", np.full(2, 10.0))
 

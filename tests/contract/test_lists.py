@@ -80,6 +80,7 @@ def test_pushpull_groups_values_and_outs_of_a_key_that_stands_twice(ab):
     assert [v[0] for v in values] == [3, 3]
 
 
+@pytest.mark.one_process
 def test_an_updater_runs_once_for_a_key_that_stands_twice(ab):
     seen = []
     ab.set_updater(lambda key, recv, stored: seen.append((key, recv[0])))
@@ -322,6 +323,7 @@ def test_a_str_subclass_is_a_str_key(kv):
     assert pulled(kv, "w")[0] == 3
 
 
+@pytest.mark.one_process
 def test_the_first_init_fixes_the_key_type(kv):
     kv.init("w", ones())
     with refused(kv, kvstore.ArrayTypeError, r"\b3\b"):

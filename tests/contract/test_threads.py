@@ -43,6 +43,7 @@ def test_threads_with_keys_of_their_own_do_not_disturb_each_other(kv, size):
     together(*(lambda key=key: work(key) for key in range(THREADS)))
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("size", [4, 40_000])
 def test_updates_of_one_key_by_many_threads_are_all_counted(kv, size):
     rounds = ROUNDS if size < 1000 else 40
@@ -62,6 +63,7 @@ def test_updates_of_one_key_by_many_threads_are_all_counted(kv, size):
     assert (pulled(kv, "w") == total).all()
 
 
+@pytest.mark.one_process
 def test_lists_of_keys_in_opposite_order_do_not_block_each_other(kv):
     keys = list(range(6))
     kv.init(keys, [np.zeros(3, np.int64)] * 6)
@@ -177,6 +179,7 @@ def test_close_in_one_thread_ends_the_calls_of_others_with_closed_error():
         together(use, use, close)
 
 
+@pytest.mark.one_process
 def test_the_updater_may_be_changed_while_others_push(kv):
     kv.init("w", np.zeros(3, np.int64))
     stop = threading.Event()
@@ -278,6 +281,7 @@ def test_handles_and_ndarrays_of_many_threads_end(kv):
     together(*(lambda me=me: work(me) for me in range(THREADS)))
 
 
+@pytest.mark.one_process
 def test_a_waiting_call_keeps_its_arrays_when_the_list_is_emptied(kv):
     kv.init("w", np.zeros(3))
     values = [np.full(3, 2.0), np.full(3, 3.0)]

@@ -8,7 +8,16 @@ import pytest
 
 from kvstore import _core
 
-LIBRARIES = ("libc", "libm", "libpthread", "ld-linux", "ld-linux-x86-64", "ld-linux-aarch64")
+# libdl is where older C libraries have dlopen.
+LIBRARIES = (
+    "libc",
+    "libm",
+    "libpthread",
+    "libdl",
+    "ld-linux",
+    "ld-linux-x86-64",
+    "ld-linux-aarch64",
+)
 
 
 def readelf(option):

@@ -70,6 +70,13 @@ def test_one_file_sees_numpy():
     assert files <= {Path("py/numpy.c")}
 
 
+def test_one_table_and_one_transport_see_ucx():
+    files = {path for path, q, a in includes() if (q or a).startswith(("ucp/", "ucs/", "uct/"))}
+    assert files <= {Path("net/ucx_load.h")}
+    files = {path for path, q, a in includes() if q == "net/ucx_load.h"}
+    assert files <= {Path("net/ucx_load.c"), Path("net/ucx.c")}
+
+
 def test_nothing_ends_the_process():
     ends = re.compile(r"\b(?:abort|exit|_exit|_Exit|quick_exit|assert)\s*\(|\bPy_FatalError\b")
     assert not [

@@ -9,8 +9,9 @@ import types
 import numpy as np
 import pytest
 
+import kvstore
 from kvstore.demo import __main__ as command
-from kvstore.demo import digits, report, scenes, words
+from kvstore.demo import cluster, digits, report, scenes, words
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +150,15 @@ def test_the_plot_has_the_accuracies_of_every_way():
     assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 0.75], [0.25, 0.5]]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["one: 75.0%", "other: 50.0%"]
+
+
+def test_what_went_over_the_wire_is_told_against_the_model():
+    counted = [cluster.Wire(40_960, 20_480), cluster.Wire(4_096_000, 0)]
+    columns = report.wire(counted, 10, 2048).columns
+    assert list(zip(*(column.cells for column in columns), strict=True)) == [
+        ("0", "40.0 KiB", "20.0 KiB", "4.0 KiB, 2.00 ×", "2.0 KiB, 1.00 ×"),
+        ("1", "3.9 MiB", "0 B", "400.0 KiB, 200.00 ×", "0 B, 0.00 ×"),
+    ]
 
 
 def test_a_call_moves_every_weight_once_a_worker(images):
@@ -322,6 +332,7 @@ def test_a_python_without_the_text_leaves_the_words_out(names, said, monkeypatch
         vars(module).update(names)
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", module)
     monkeypatch.setattr(scenes, "show_digits", lambda *_: True)
+    monkeypatch.setattr(scenes, "show_cluster", lambda *_: True)
     assert command.main(["words"]) == 1
     out = told(capsys)
     assert said in out and "'words' is left out" in out
@@ -329,8 +340,9 @@ def test_a_python_without_the_text_leaves_the_words_out(names, said, monkeypatch
     assert "'words' is left out" in told(capsys)
 
 
-def test_the_demo_learns_both_and_saves_its_plot(tmp_path, monkeypatch, capsys):
+def test_the_scenes_of_one_process_learn_and_the_plot_is_saved(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scenes, "show_cluster", lambda *_: True)  # tests/cluster has its tests
     assert command.main([]) == 0
     out = capsys.readouterr().out
     found = re.search(r"Lowest test accuracy ([\d.]+)%, at least 95%", out)
@@ -361,16 +373,32 @@ NEIGHBOURS = {
 }
 
 
-@pytest.mark.parametrize("scene", ["digits", "words"])
-def test_a_scene_may_be_shown_alone(scene, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize("scene", command.SCENES)
+def test_a_scene_may_be_shown_alone(scene, monkeypatch):
     shown = []
-    for name in ("digits", "words"):
+    for name in command.SCENES:
         monkeypatch.setattr(scenes, f"show_{name}", lambda *_, n=name: shown.append(n) or True)
     assert command.main([scene]) == 0
     assert shown == [scene]
     assert command.main([]) == 0
-    assert shown == [scene, "digits", "words"]
+    assert shown == [scene, "digits", "cluster", "words"]
+
+
+def test_a_machine_without_the_transport_leaves_the_cluster_out(monkeypatch, capsys):
+    def without_ucx(*arguments, **options):
+        raise kvstore.NotBuiltError("UCX is not on this machine: pip install it")
+
+    monkeypatch.setattr(kvstore, "LocalCluster", without_ucx, raising=False)
+    others = {"digits": True, "words": True}
+    for name in others:
+        monkeypatch.setattr(scenes, f"show_{name}", lambda *_, n=name: others[n])
+    assert command.main(["cluster"]) == 1
+    said = "UCX is not on this machine: pip install it. The scene 'cluster' is left out."
+    assert said in told(capsys)
+    assert command.main([]) == 0  # the others stand on their own
+    assert said in told(capsys)
+    others["words"] = False
+    assert command.main([]) == 1
 
 
 def test_vectors_that_have_not_learned_are_a_failure(text, monkeypatch, capsys):

@@ -1,0 +1,170 @@
+"""The digits network once more, data-parallel over processes: a scheduler, servers and workers.
+
+A worker is a process with its own copy of the weights and its own shard of every batch. One step is
+one `pushpull` of all gradients: the servers sum them, and every worker takes the same step with the
+sum. (Servers sum and no more in this version, so the momentum is applied by the workers.)
+
+The sums are taken in the order of the ranks, as those of the threads in digits.py are: with as many
+workers both trainings end with the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+import kvstore
+from kvstore.cluster import member
+from kvstore.demo.digits import (
+    BATCH,
+    KEYS,
+    Array,
+    Images,
+    Momentum,
+    Step,
+    Way,
+    Weights,
+    accuracy,
+    first_weights,
+    gradients,
+)
+
+WAY = Way("momentum, processes", "dist_sync")
+SERVERS = 2
+TIMEOUT_S = 60.0
+
+
+class Wire(NamedTuple):
+    """What a worker has given to the transport and got from it, since the training began."""
+
+    sent: int  # in bytes
+    received: int
+
+
+class Worker:
+    """What a worker process keeps between the runs of the cluster: store, weights, momentum."""
+
+    def __init__(self, images: Images, seed: int) -> None:
+        # The processes are the parallelism; BLAS threads on top would only get in their way.
+        threadpool_limits(limits=1)
+        self.images = images
+        self.rng = np.random.default_rng(seed)  # the same in all workers
+        self.weights = first_weights(self.rng)
+        self.momentum = Momentum()
+        self.kv = kvstore.create(WAY.kind)
+        self.kv.init(KEYS, [np.zeros_like(self.weights[key]) for key in KEYS])
+        self.at_first = self._counted()
+
+    def epoch(self) -> list[Step]:
+        """The losses are this shard's part."""
+        order = self.rng.permutation(len(self.images.train_labels))
+        starts = range(0, len(order) - BATCH + 1, BATCH)
+        return [self.step(order[start : start + BATCH]) for start in starts]
+
+    def step(self, batch: Array) -> Step:
+        shard = np.array_split(batch, self.kv.num_workers)[self.kv.rank]
+        begin = perf_counter()
+
+        loss, grads = gradients(
+            self.weights, self.images.train[shard], self.images.train_labels[shard]
+        )
+        have_gradients = perf_counter()
+
+        self.kv.pushpull(KEYS, [grads[key] for key in KEYS])  # the sums come back in their place
+        have_sums = perf_counter()
+
+        for key in KEYS:
+            self.momentum(key, grads[key], self.weights[key])
+        return Step(
+            loss=loss,
+            gradients=have_gradients - begin,
+            push=have_sums - have_gradients,
+            updater=perf_counter() - have_sums,
+            pull=0.0,
+        )
+
+    def wire(self) -> Wire:
+        now = self._counted()
+        return Wire(*(after - before for after, before in zip(now, self.at_first, strict=True)))
+
+    def _counted(self) -> Wire:
+        here = member.of_this_process()
+        assert here is not None and isinstance(here.core, kvstore._core.Node)
+        counters = here.core.counters()
+        return Wire(counters["bytes_sent"], counters["bytes_received"])
+
+
+# In a worker process: its one worker.
+_here: list[Worker] = []
+
+
+def _begin(images: Images, seed: int) -> None:
+    _here.append(Worker(images, seed))
+
+
+def _epoch() -> list[Step]:
+    return _here[0].epoch()
+
+
+def _weights() -> Weights:
+    return _here[0].weights
+
+
+def _wire() -> Wire:
+    return _here[0].wire()
+
+
+def _end() -> None:
+    _here.pop().kv.close()
+
+
+class Training:
+    """The cluster, seen from the process that has started it. Use it in a `with` statement."""
+
+    def __init__(self, images: Images, workers: int = 4, seed: int = 0) -> None:
+        self.images = images
+        self.cluster = kvstore.LocalCluster(workers, SERVERS, timeout=TIMEOUT_S)
+        try:
+            self.cluster.run(_begin, images, seed)
+        except BaseException:
+            self.cluster.close()
+            raise
+
+    def __enter__(self) -> Training:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self.cluster.run(_end)
+        finally:
+            self.cluster.__exit__(kind, *rest)
+
+    def epoch(self) -> list[Step]:
+        """The steps; their times are the mean of the workers'."""
+        return [_together(steps) for steps in zip(*self.cluster.run(_epoch), strict=True)]
+
+    def test_accuracy(self) -> float:
+        return accuracy(self.weights()[0], self.images.test, self.images.test_labels)
+
+    def weights(self) -> list[Weights]:
+        """Those of each worker."""
+        return self.cluster.run(_weights)
+
+    def wire(self) -> list[Wire]:
+        """What went over the wire at each worker."""
+        return self.cluster.run(_wire)
+
+
+def _together(steps: Sequence[Step]) -> Step:
+    return Step(
+        loss=sum(step.loss for step in steps),
+        gradients=float(np.mean([step.gradients for step in steps])),
+        push=float(np.mean([step.push for step in steps])),
+        updater=float(np.mean([step.updater for step in steps])),
+        pull=0.0,
+    )

@@ -1,0 +1,441 @@
+/* A call taken apart into operations on slices, and these put into messages.
+ *
+ * The operations of a call are sorted by server and then by how they travel: records alone (pulls,
+ * deletes), small values in one message, large ones each in its own. So each message carries a run
+ * of operations. Nothing here is sent; when there is no memory the call has not begun.
+ */
+#include "ps/client_internal.h"
+#include "ps/placement.h"
+#include <string.h>
+
+enum { TRAVELS_BARE, TRAVELS_TOGETHER, TRAVELS_ALONE, WAYS };
+
+typedef struct builder {
+    kv_client_t *client;
+    kv_client_work_t *work;
+    uint32_t *at;    /* [servers * WAYS]: first how many operations, then where the next one goes */
+    uint32_t *stamp; /* [servers]: the last part, plus one, of which a server was seen */
+} builder_t;
+
+static const void *value_of(const kv_client_work_t *work, uint32_t part)
+{
+    const kv_client_call_t *call = work->call;
+    return call->verb == KV_CLIENT_DECLARE ? call->keys[part].value : call->parts[part].value;
+}
+
+/* ------------------------------------------------------------------------------- operations */
+
+static int way_of(const kv_slice_op_t *op)
+{
+    if (op->action == KV_WIRE_GET || op->action == KV_WIRE_DROP)
+        return TRAVELS_BARE;
+    return op->bytes <= KV_CLIENT_SMALL_BYTES ? TRAVELS_TOGETHER : TRAVELS_ALONE;
+}
+
+static void add_op(builder_t *builder, int64_t part, uint32_t slice, uint16_t server,
+                   kv_wire_action_t action)
+{
+    kv_client_work_t *work = builder->work;
+    const kv_remote_t *remote = work->remotes[part];
+    size_t offset = slice * remote->slice_bytes;
+    size_t bytes = remote->bytes - offset;
+    if (action == KV_WIRE_DROP)
+        bytes = 0;
+    else if (bytes > remote->slice_bytes)
+        bytes = remote->slice_bytes;
+    const kv_slice_op_t op = {
+        .work = work,
+        .offset = offset,
+        .bytes = (uint32_t)bytes,
+        .part = (uint32_t)part,
+        .slice = slice,
+        .server = server,
+        .action = (uint8_t)action,
+    };
+    uint32_t *at = &builder->at[(size_t)server * WAYS + (size_t)way_of(&op)];
+    if (work->ops != NULL)
+        work->ops[*at] = op;
+    ++*at;
+}
+
+/* Server 0 knows the names, the others their slices. */
+static void add_drops(builder_t *builder, int64_t part)
+{
+    const kv_remote_t *remote = builder->work->remotes[part];
+    uint32_t stamp = (uint32_t)part + 1;
+    builder->stamp[0] = stamp;
+    add_op(builder, part, 0, 0, KV_WIRE_DROP);
+    for (uint32_t slice = 0; slice < remote->num_slices; slice++) {
+        uint16_t server = remote->servers[slice];
+        if (builder->stamp[server] != stamp)
+            add_op(builder, part, 0, server, KV_WIRE_DROP);
+        builder->stamp[server] = stamp;
+    }
+}
+
+static void add_part(builder_t *builder, int64_t part)
+{
+    const kv_client_call_t *call = builder->work->call;
+    const kv_remote_t *remote = builder->work->remotes[part];
+    kv_wire_action_t action = KV_WIRE_INIT;
+    if (call->verb == KV_CLIENT_DELETE) {
+        add_drops(builder, part);
+        return;
+    }
+    if (call->verb == KV_CLIENT_MOVE) {
+        const kv_client_part_t *given = &call->parts[part];
+        if (given->value == NULL && given->out == NULL)
+            return;
+        action = given->value == NULL ? KV_WIRE_GET
+                 : given->out == NULL ? KV_WIRE_PUSH
+                                      : KV_WIRE_PUSHPULL;
+    }
+    for (uint32_t slice = 0; slice < remote->num_slices; slice++)
+        add_op(builder, part, slice, remote->servers[slice], action);
+}
+
+/* The declaration itself is operation 0. */
+static kv_status_t add_ops(builder_t *builder)
+{
+    kv_client_work_t *work = builder->work;
+    const kv_client_config_t *config = &builder->client->config;
+    size_t groups = (size_t)config->num_servers * WAYS;
+    bool declares = work->call->verb == KV_CLIENT_DECLARE && work->num_remotes > 0;
+    int64_t num_parts = declares && config->rank != 0 ? 0 : work->num_remotes;
+    for (int64_t part = 0; part < num_parts; part++)
+        add_part(builder, part);
+    uint32_t count = declares;
+    for (size_t i = 0; i < groups; i++) {
+        uint32_t here = builder->at[i];
+        builder->at[i] = count;
+        count += here;
+    }
+    work->ops = kv_calloc(count, sizeof *work->ops);
+    KV_TRY_ALLOC(work->ops, "the slices of a call");
+    work->num_ops = work->ops_left = count;
+    if (declares)
+        work->ops[0].work = work;
+    for (int32_t server = 0; server < config->num_servers; server++)
+        builder->stamp[server] = 0;
+    for (int64_t part = 0; part < num_parts; part++)
+        add_part(builder, part);
+    return KV_OK;
+}
+
+/* --------------------------------------------------------------------------------- messages */
+
+/* How many operations from `first` on go in one message. */
+static uint32_t count_run(const kv_client_work_t *work, uint32_t first)
+{
+    const kv_slice_op_t *ops = work->ops;
+    int way = way_of(&ops[first]);
+    if (ops[first].action == 0 || way == TRAVELS_ALONE)
+        return 1;
+    uint32_t count = 0;
+    size_t values = 0;
+    for (uint32_t i = first; i < work->num_ops; i++) {
+        if (ops[i].server != ops[first].server || way_of(&ops[i]) != way)
+            break;
+        values += kv_wire_value_bytes(ops[i].bytes) * (way == TRAVELS_TOGETHER);
+        if (count > 0 && kv_wire_table_bytes(count + 1) + values > KV_WIRE_SLICE_BYTES)
+            break;
+        count++;
+    }
+    return count;
+}
+
+static kv_status_t write_keys(kv_client_work_t *work, kv_outgoing_t *message)
+{
+    const kv_client_call_t *call = work->call;
+    size_t bytes = 0;
+    uint32_t most = 0;
+    for (int64_t i = 0; i < work->num_remotes; i++)
+        if (work->remotes[i]->num_slices > most)
+            most = work->remotes[i]->num_slices;
+    unsigned char *servers = kv_alloc(2 * (size_t)most);
+    KV_TRY_ALLOC(servers, "the declaration of keys");
+    unsigned char *end = NULL;
+    for (int pass = 0; pass < 2; pass++) {
+        for (int64_t i = 0; i < work->num_remotes; i++) {
+            const kv_declared_t *declared = &call->keys[i];
+            const kv_remote_t *remote = work->remotes[i];
+            kv_wire_key_t key = {
+                .name = remote->name,
+                .dtype = (uint8_t)declared->dtype,
+                .sparse = declared->sparse,
+                .ndim = declared->ndim,
+                .placed = work->placed,
+                .number = remote->number,
+                .slice_bytes = remote->slice_bytes,
+                .num_slices = remote->num_slices,
+                .servers = servers,
+            };
+            for (int d = 0; d < declared->ndim; d++)
+                key.shape[d] = declared->shape[d];
+            for (uint32_t slice = 0; end != NULL && slice < remote->num_slices; slice++)
+                kv_wire_put_server(servers, slice, remote->servers[slice]);
+            bytes += kv_wire_key_bytes(&key);
+            if (end != NULL)
+                end = kv_wire_put_key(&key, end);
+        }
+        if (pass > 0)
+            break;
+        kv_status_t status = kv_pool_get(work->client->pool, bytes, &message->buffer);
+        if (status != KV_OK) {
+            kv_free(servers);
+            return status;
+        }
+        end = message->buffer->data;
+        message->net.payload_bytes = bytes;
+    }
+    kv_free(servers);
+    message->kind = KV_WIRE_DECLARE;
+    return KV_OK;
+}
+
+/* Records are written when the call is entered, values now. */
+static kv_status_t gather(kv_client_work_t *work, kv_outgoing_t *message)
+{
+    const kv_slice_op_t *op = &work->ops[message->first];
+    message->kind = op->action == KV_WIRE_GET    ? KV_WIRE_PULL
+                    : op->action == KV_WIRE_DROP ? KV_WIRE_DELETE
+                                                 : KV_WIRE_BATCH;
+    size_t at = kv_wire_table_bytes(message->count);
+    size_t bytes = at;
+    if (message->kind == KV_WIRE_BATCH)
+        for (uint32_t i = 0; i < message->count; i++)
+            bytes += kv_wire_value_bytes(op[i].bytes);
+    KV_TRY(kv_pool_get(work->client->pool, bytes, &message->buffer));
+    unsigned char *payload = message->buffer->data;
+    message->net.payload_bytes = bytes;
+    size_t table = (size_t)message->count * KV_WIRE_RECORD_BYTES;
+    memset(payload + table, 0, at - table);
+    for (uint32_t i = 0; message->kind == KV_WIRE_BATCH && i < message->count; i++) {
+        size_t room = kv_wire_value_bytes(op[i].bytes);
+        if (op[i].bytes > 0)
+            memcpy(payload + at, (const char *)value_of(work, op[i].part) + op[i].offset,
+                   op[i].bytes);
+        memset(payload + at + op[i].bytes, 0, room - op[i].bytes);
+        at += room;
+    }
+    return KV_OK;
+}
+
+static kv_status_t make_message(kv_client_work_t *work, kv_outgoing_t *message)
+{
+    const kv_slice_op_t *op = &work->ops[message->first];
+    message->work = work;
+    message->net.peer = kv_node_of_server(work->client->config.num_workers, op->server);
+    message->net.header_bytes = KV_WIRE_HEADER_BYTES;
+    message->net.done = kv_client_message_done;
+    if (op->action == 0)
+        KV_TRY(write_keys(work, message));
+    else if (message->count > 1 || way_of(op) == TRAVELS_BARE)
+        KV_TRY(gather(work, message));
+    else
+        message->kind = KV_WIRE_PUSH_ONE;
+    if (message->buffer != NULL) {
+        message->net.payload = message->buffer->data;
+    } else if (op->bytes > 0) {
+        message->net.payload = (const char *)value_of(work, op->part) + op->offset;
+        message->net.payload_bytes = op->bytes;
+    }
+    return KV_OK;
+}
+
+static kv_status_t add_messages(kv_client_work_t *work)
+{
+    uint32_t count = 0;
+    for (uint32_t first = 0; first < work->num_ops; first += count_run(work, first))
+        count++;
+    work->messages = kv_calloc(count, sizeof *work->messages);
+    KV_TRY_ALLOC(work->messages, "the messages of a call");
+    work->num_messages = work->messages_left = count;
+    uint32_t first = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        kv_outgoing_t *message = &work->messages[i];
+        message->first = first;
+        message->count = count_run(work, first);
+        first += message->count;
+        KV_TRY(make_message(work, message));
+    }
+    return KV_OK;
+}
+
+void kv_work_write_locked(kv_client_work_t *work)
+{
+    const kv_client_call_t *call = work->call;
+    int64_t timeout = call->timeout_ms < UINT32_MAX ? call->timeout_ms : UINT32_MAX;
+    for (uint32_t m = 0; m < work->num_messages; m++) {
+        kv_outgoing_t *message = &work->messages[m];
+        bool declares = message->kind == KV_WIRE_DECLARE;
+        bool alone = declares || message->kind == KV_WIRE_PUSH_ONE;
+        kv_wire_header_t header = {
+            .version = KV_WIRE_VERSION,
+            .kind = message->kind,
+            .priority = (uint32_t)call->priority,
+            .timeout_ms = timeout > 0 ? (uint32_t)timeout : 0,
+            .count = declares ? (uint32_t)work->num_remotes : message->count,
+        };
+        for (uint32_t i = 0; i < message->count; i++) {
+            const kv_slice_op_t *op = &work->ops[message->first + i];
+            kv_wire_record_t record = {.request = work->id, .tag = message->first + i};
+            if (!declares) {
+                const kv_remote_t *remote = work->remotes[op->part];
+                record.key = remote->number;
+                record.round = remote->pushes;
+                record.bytes = way_of(op) == TRAVELS_BARE ? 0 : op->bytes;
+                record.slice = op->slice;
+                record.action = op->action;
+                record.dtype = (uint8_t)remote->dtype;
+            }
+            if (alone)
+                header.record = record;
+            else
+                kv_wire_put_record(&record, (unsigned char *)message->buffer->data +
+                                                (size_t)i * KV_WIRE_RECORD_BYTES);
+        }
+        message->net.priority = call->priority;
+        kv_wire_put_header(&header, message->net.header);
+    }
+}
+
+/* ----------------------------------------------------------------------------------- remotes */
+
+static kv_status_t remote_new(kv_client_t *client, const kv_declared_t *key, kv_remote_t **out)
+{
+    size_t text = key->name.text != NULL ? key->name.bytes : 0;
+    kv_remote_t *remote = kv_alloc(sizeof *remote + text);
+    KV_TRY_ALLOC(remote, "a key");
+    *remote = (kv_remote_t){
+        .client = client, .dtype = key->dtype, .bytes = key->bytes, .name = key->name};
+    if (text > 0)
+        memcpy(remote->text, key->name.text, text);
+    if (key->name.text != NULL)
+        remote->name.text = remote->text;
+    kv_count(KV_COUNT_KEYS, 1);
+    *out = remote;
+    return KV_OK;
+}
+
+void kv_remote_free(kv_remote_t *remote)
+{
+    if (remote == NULL)
+        return;
+    kv_free(remote->servers);
+    kv_free(remote);
+    kv_count(KV_COUNT_KEYS, -1);
+}
+
+void kv_client_unload_locked(kv_client_t *client, const kv_remote_t *remote)
+{
+    for (uint32_t slice = 0; slice < remote->num_slices; slice++) {
+        size_t rest = remote->bytes - slice * remote->slice_bytes;
+        client->loads[remote->servers[slice]] -=
+            rest < remote->slice_bytes ? rest : remote->slice_bytes;
+    }
+}
+
+/* Rank 0 chooses slices, servers and numbers. */
+static kv_status_t place(kv_client_t *client, kv_client_work_t *work)
+{
+    const kv_declared_t *keys = work->call->keys;
+    kv_placed_t *placed = kv_calloc((size_t)work->num_remotes, sizeof *placed);
+    KV_TRY_ALLOC(placed, "the places of keys");
+    kv_status_t status = KV_OK;
+    for (int64_t i = 0; i < work->num_remotes && status == KV_OK; i++) {
+        kv_remote_t *remote = work->remotes[i];
+        remote->slice_bytes =
+            kv_slice_bytes(remote->bytes, keys[i].row_bytes, kv_dtype_bytes(remote->dtype),
+                           client->config.num_servers);
+        remote->num_slices = kv_slice_count(remote->bytes, remote->slice_bytes);
+        remote->servers = kv_calloc(remote->num_slices, sizeof *remote->servers);
+        placed[i] =
+            (kv_placed_t){remote->bytes, remote->slice_bytes, remote->num_slices, remote->servers};
+        if (remote->servers == NULL)
+            status = kv_fail(KV_NO_MEMORY, "no memory for the places of a key");
+    }
+    if (status == KV_OK) {
+        kv_mutex_lock(&client->lock);
+        status = kv_place(client->loads, client->config.num_servers, placed, work->num_remotes);
+        work->placed = status == KV_OK;
+        for (int64_t i = 0; i < work->num_remotes; i++)
+            work->remotes[i]->number = client->next_number++;
+        kv_mutex_unlock(&client->lock);
+    }
+    kv_free(placed);
+    return status;
+}
+
+static kv_status_t add_remotes(kv_client_t *client, kv_client_work_t *work)
+{
+    const kv_client_call_t *call = work->call;
+    bool declares = call->verb == KV_CLIENT_DECLARE;
+    int64_t count = declares ? call->num_keys : call->num_parts;
+    work->remotes = kv_calloc((size_t)count, sizeof *work->remotes);
+    KV_TRY_ALLOC(work->remotes, "the keys of a call");
+    work->num_remotes = count;
+    for (int64_t i = 0; i < count; i++) {
+        if (declares)
+            KV_TRY(remote_new(client, &call->keys[i], &work->remotes[i]));
+        else
+            work->remotes[i] = call->parts[i].remote;
+    }
+    return declares && client->config.rank == 0 ? place(client, work) : KV_OK;
+}
+
+/* --------------------------------------------------------------------------------------- work */
+
+static kv_status_t fill(kv_client_t *client, kv_client_work_t *work)
+{
+    size_t servers = (size_t)client->config.num_servers;
+    KV_TRY(add_remotes(client, work));
+    builder_t builder = {.client = client, .work = work};
+    builder.at = kv_calloc(servers * (WAYS + 1), sizeof *builder.at);
+    KV_TRY_ALLOC(builder.at, "the slices of a call");
+    builder.stamp = builder.at + servers * WAYS;
+    kv_status_t status = add_ops(&builder);
+    kv_free(builder.at);
+    KV_TRY(status);
+    return add_messages(work);
+}
+
+kv_status_t kv_work_new(kv_client_t *client, kv_client_call_t *call, kv_client_work_t **out)
+{
+    kv_client_work_t *work = kv_alloc(sizeof *work);
+    KV_TRY_ALLOC(work, "a call");
+    memset(work, 0, offsetof(kv_client_work_t, error.message));
+    kv_count(KV_COUNT_REQUESTS, 1);
+    work->client = client;
+    work->call = call;
+    kv_status_t status = fill(client, work);
+    if (status != KV_OK) {
+        kv_work_free(work);
+        return status;
+    }
+    *out = work;
+    return KV_OK;
+}
+
+void kv_work_free(kv_client_work_t *work)
+{
+    kv_client_t *client = work->client;
+    for (uint32_t i = 0; i < work->num_messages; i++)
+        kv_buffer_rele(work->messages[i].buffer);
+    if (work->call->verb == KV_CLIENT_DECLARE) {
+        if (work->placed) {
+            kv_mutex_lock(&client->lock);
+            for (int64_t i = 0; i < work->num_remotes; i++)
+                if (work->remotes[i] != NULL)
+                    kv_client_unload_locked(client, work->remotes[i]);
+            kv_mutex_unlock(&client->lock);
+        }
+        for (int64_t i = 0; i < work->num_remotes; i++)
+            kv_remote_free(work->remotes[i]);
+    }
+    kv_free(work->messages);
+    kv_free(work->ops);
+    kv_free(work->remotes);
+    kv_free(work);
+    kv_count(KV_COUNT_REQUESTS, -1);
+}

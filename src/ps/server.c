@@ -1,0 +1,425 @@
+/* The server's life, messages that come in, deadlines.
+ *
+ * A message is handled when its payload is there, so those of one worker are handled in another
+ * order than they were sent. Rounds are numbered for that reason, and whatever comes before what it
+ * builds on waits.
+ */
+#include "ps/server_internal.h"
+#include <inttypes.h>
+#include <string.h>
+
+enum { MESSAGE_BYTES = 1 << 30 }; /* of names and records, at most */
+
+/* A request is answered so long before its worker gives up: a fifth of its time, but enough for a
+ * tick of the endpoint and the way back, unless that is half of its time. */
+#define LEAST_EARLY_NS (150 * INT64_C(1000000))
+#define MOST_EARLY_NS (500 * INT64_C(1000000))
+
+/* ------------------------------------------------------------------------------------ tables */
+
+static kv_index_node_t **chain_of(const kv_index_t *index, uint64_t number, uint32_t part)
+{
+    uint64_t hash = (number ^ (uint64_t)part << 40) * UINT64_C(0x9E3779B97F4A7C15);
+    if (index->num_chains == 0)
+        return (kv_index_node_t **)&index->single;
+    return &index->chains[(hash ^ hash >> 32) & (index->num_chains - 1)];
+}
+
+kv_index_node_t *kv_index_find(const kv_index_t *index, uint64_t number, uint32_t part)
+{
+    kv_index_node_t *node = *chain_of(index, number, part);
+    while (node != NULL && (node->number != number || node->part != part))
+        node = node->next;
+    return node;
+}
+
+static void grow(kv_index_t *index)
+{
+    uint64_t num_chains = index->num_chains > 0 ? 2 * index->num_chains : 64;
+    kv_index_node_t **chains = kv_calloc(num_chains, sizeof *chains);
+    if (chains == NULL)
+        return;
+    kv_index_t old = *index;
+    index->chains = chains;
+    index->num_chains = num_chains;
+    index->single = NULL;
+    for (uint64_t i = 0; i < (old.num_chains > 0 ? old.num_chains : 1); i++) {
+        kv_index_node_t *node = old.num_chains > 0 ? old.chains[i] : old.single, *next;
+        for (; node != NULL; node = next) {
+            next = node->next;
+            kv_index_node_t **chain = chain_of(index, node->number, node->part);
+            node->next = *chain;
+            *chain = node;
+        }
+    }
+    kv_free(old.chains);
+}
+
+void kv_index_add(kv_index_t *index, kv_index_node_t *node)
+{
+    if ((uint64_t)index->num_nodes >= index->num_chains)
+        grow(index);
+    kv_index_node_t **chain = chain_of(index, node->number, node->part);
+    node->next = *chain;
+    *chain = node;
+    index->num_nodes++;
+}
+
+void kv_index_remove(kv_index_t *index, kv_index_node_t *node)
+{
+    kv_index_node_t **link = chain_of(index, node->number, node->part);
+    while (*link != node)
+        link = &(*link)->next;
+    *link = node->next;
+    index->num_nodes--;
+}
+
+kv_index_node_t *kv_index_any(const kv_index_t *index)
+{
+    kv_index_node_t *node = index->single;
+    for (uint64_t i = 0; i < index->num_chains && node == NULL; i++)
+        node = index->chains[i];
+    return node;
+}
+
+void kv_index_fini(kv_index_t *index)
+{
+    kv_free(index->chains);
+    *index = (kv_index_t){.num_nodes = 0};
+}
+
+/* ------------------------------------------------------------------------------ giving up */
+
+/* Answers a request that waits with an error. */
+static void give_up_locked(kv_server_t *server, kv_request_t *request, kv_error_t *error)
+    KV_REQUIRES(server->mutex)
+{
+    if (request->declare != NULL) {
+        kv_declare_end_locked(server, request, error);
+        return;
+    }
+    if (request->header.record.action == KV_WIRE_GET)
+        kv_slice_unlist_locked(server, request);
+    else if (request->key != NULL)
+        kv_drop_withdraw_locked(server, request);
+    kv_answer_error_locked(server, request, error);
+}
+
+static void give_up_all_locked(kv_server_t *server, kv_error_t *error) KV_REQUIRES(server->mutex)
+{
+    while (server->waiting != NULL)
+        give_up_locked(server, server->waiting, error);
+}
+
+static kv_status_t missing_locked(kv_server_t *server, const kv_request_t *request)
+    KV_REQUIRES(server->mutex)
+{
+    if (request->declare != NULL)
+        return kv_fail(KV_TIMEOUT, "worker 0 has not initialised the key");
+    return request->key != NULL ? kv_drop_missing_locked(server, request)
+                                : kv_slice_missing_locked(server, request);
+}
+
+static void tick(void *context)
+{
+    kv_server_t *server = context;
+    int64_t now = kv_clock_ns();
+    kv_mutex_lock(&server->mutex);
+    if (now >= server->next_deadline_ns) {
+        server->next_deadline_ns = INT64_MAX;
+        kv_request_t *next;
+        for (kv_request_t *request = server->waiting; request != NULL; request = next) {
+            next = request->wait_next;
+            if (now >= request->deadline_ns) {
+                kv_error_t *error = kv_error_capture(missing_locked(server, request));
+                give_up_locked(server, request, error);
+                kv_error_rele(error);
+            } else if (request->deadline_ns < server->next_deadline_ns) {
+                server->next_deadline_ns = request->deadline_ns;
+            }
+        }
+        kv_flush_locked(server);
+    }
+    kv_mutex_unlock(&server->mutex);
+}
+
+static int64_t deadline(uint32_t timeout_ms)
+{
+    int64_t timeout = (int64_t)timeout_ms * 1000000;
+    if (timeout == 0)
+        return INT64_MAX;
+    int64_t early = timeout / 5;
+    if (early > MOST_EARLY_NS)
+        early = MOST_EARLY_NS;
+    if (early < LEAST_EARLY_NS)
+        early = timeout / 2 < LEAST_EARLY_NS ? timeout / 2 : LEAST_EARLY_NS;
+    return kv_clock_ns() + timeout - early;
+}
+
+/* ---------------------------------------------------------------------------- messages in */
+
+/* One record, as it came in a message of this kind. An error ends the session; the request is used
+ * up in any case. */
+static kv_status_t handle_locked(kv_server_t *server, kv_request_t *request)
+    KV_REQUIRES(server->mutex)
+{
+    uint8_t kind = request->header.kind, action = request->header.record.action;
+    kv_status_t status = KV_OK;
+    bool pushes = action == KV_WIRE_PUSH || action == KV_WIRE_PUSHPULL;
+    bool expected = kind == KV_WIRE_PULL     ? action == KV_WIRE_GET
+                    : kind == KV_WIRE_DELETE ? action == KV_WIRE_DROP
+                                             : pushes || action == KV_WIRE_INIT;
+    if (!expected)
+        status = kv_fail(KV_INVALID, "a message of kind %d asks for action %d", kind, action);
+    else if (server->lost != NULL)
+        kv_answer_error_locked(server, request, server->lost);
+    else if (pushes)
+        status = kv_slice_push_locked(server, request);
+    else if (action == KV_WIRE_INIT)
+        kv_slice_init_locked(server, request);
+    else if (action == KV_WIRE_GET)
+        kv_slice_pull_locked(server, request);
+    else
+        kv_drop_locked(server, request);
+    if (status != KV_OK)
+        kv_request_rele_locked(server, request);
+    return status;
+}
+
+/* A message with records in its payload, which is there. */
+static kv_status_t handle_records_locked(kv_server_t *server, const kv_request_t *message)
+    KV_REQUIRES(server->mutex)
+{
+    kv_wire_cursor_t cursor;
+    const kv_buffer_t *payload = message->buffer;
+    KV_TRY(kv_wire_cursor_init(&cursor, payload->data, payload->bytes, message->header.count));
+    while (cursor.left > 0) {
+        kv_wire_record_t record;
+        const void *data;
+        KV_TRY(kv_wire_next(&cursor, &record, &data));
+        kv_request_t *request = kv_request_new_locked(server);
+        KV_TRY_ALLOC(request, "a request");
+        request->header = message->header;
+        request->header.record = record;
+        request->worker = message->worker;
+        request->deadline_ns = message->deadline_ns;
+        if (message->header.kind == KV_WIRE_BATCH) {
+            request->buffer = kv_buffer_hold(message->buffer);
+            request->data = data;
+        }
+        KV_TRY(handle_locked(server, request));
+    }
+    return KV_OK;
+}
+
+static kv_status_t handle_message_locked(kv_server_t *server, kv_request_t *message)
+    KV_REQUIRES(server->mutex)
+{
+    if (message->header.kind == KV_WIRE_PUSH_ONE)
+        return handle_locked(server, message);
+    kv_status_t status;
+    if (message->header.kind == KV_WIRE_DECLARE) {
+        status = kv_declare_locked(server, message);
+        if (status == KV_OK)
+            return KV_OK;
+    } else {
+        status = handle_records_locked(server, message);
+    }
+    kv_request_rele_locked(server, message);
+    return status;
+}
+
+static void received(void *context, kv_status_t status)
+{
+    kv_request_t *message = context;
+    kv_server_t *server = message->server;
+    int32_t worker = message->worker;
+    kv_mutex_lock(&server->mutex);
+    if (status != KV_OK) {
+        kv_request_rele_locked(server, message); /* its worker is gone */
+    } else {
+        status = handle_message_locked(server, message);
+        if (status != KV_OK)
+            kv_net_drop(server->net, worker, kv_status_message(status));
+        kv_flush_locked(server);
+    }
+    kv_mutex_unlock(&server->mutex);
+}
+
+static kv_status_t check_message(const kv_server_t *server, const kv_net_arrival_t *arrival,
+                                 const kv_wire_header_t *header)
+{
+    size_t bytes = arrival->payload_bytes;
+    if (arrival->peer < 0 || arrival->peer >= server->num_workers)
+        return kv_fail(KV_INVALID, "node %" PRId32 " is not a worker", arrival->peer);
+    if (header->kind == 0 || header->kind > KV_WIRE_DELETE)
+        return kv_fail(KV_INVALID, "worker %" PRId32 " has sent a message of kind %u to a server",
+                       arrival->peer, (unsigned)header->kind);
+    if (header->kind == KV_WIRE_PUSH_ONE && header->record.bytes != bytes)
+        return kv_fail(KV_INVALID,
+                       "worker %" PRId32 " has announced %" PRIu64 " bytes and sent %zu",
+                       arrival->peer, header->record.bytes, bytes);
+    bool values = header->kind == KV_WIRE_PUSH_ONE || header->kind == KV_WIRE_BATCH;
+    size_t limit = values ? (size_t)KV_WIRE_SLICE_BYTES : (size_t)MESSAGE_BYTES;
+    if (bytes > limit)
+        return kv_fail(KV_INVALID,
+                       "worker %" PRId32 " has sent a message of %zu bytes, %zu are "
+                       "allowed",
+                       arrival->peer, bytes, limit);
+    return KV_OK;
+}
+
+/* A payload for which there is no memory is thrown away. What was wanted of the slice is known from
+ * its header, so the slice can go on; of other messages nothing is known. */
+static kv_status_t throw_away_locked(kv_server_t *server, kv_request_t *message, kv_status_t status)
+    KV_REQUIRES(server->mutex)
+{
+    if (message->header.kind != KV_WIRE_PUSH_ONE) {
+        kv_request_rele_locked(server, message);
+        return status;
+    }
+    message->failure = kv_error_capture(status);
+    status = handle_locked(server, message);
+    kv_flush_locked(server);
+    return status;
+}
+
+static kv_status_t arrive(void *context, kv_net_arrival_t *arrival)
+{
+    kv_server_t *server = context;
+    kv_wire_header_t header;
+    KV_TRY(kv_wire_get_header(arrival->header, arrival->header_bytes, &header));
+    KV_TRY(check_message(server, arrival, &header));
+    kv_mutex_lock(&server->mutex);
+    kv_request_t *message = kv_request_new_locked(server);
+    kv_status_t status = KV_OK;
+    if (message == NULL) {
+        status = kv_fail(KV_NO_MEMORY, "no memory for a request");
+    } else {
+        message->header = header;
+        message->worker = arrival->peer;
+        message->deadline_ns = deadline(header.timeout_ms);
+        status = kv_pool_get(server->pool, arrival->payload_bytes, &message->buffer);
+        if (status != KV_OK) {
+            status = throw_away_locked(server, message, status);
+            arrival->target = NULL;
+            arrival->done = NULL;
+        } else {
+            message->whole = true;
+            message->data = message->buffer->data;
+            arrival->target = message->buffer->data;
+            arrival->done = received;
+            arrival->context = message;
+        }
+    }
+    kv_mutex_unlock(&server->mutex);
+    return status;
+}
+
+static void lost(void *context, int32_t peer, const char *why)
+{
+    kv_server_t *server = context;
+    kv_mutex_lock(&server->mutex);
+    kv_error_t *error =
+        kv_error_capture(kv_fail(KV_PEER_LOST, "worker %" PRId32 " is gone: %s", peer, why));
+    kv_request_t *next;
+    for (kv_request_t *request = server->waiting; request != NULL; request = next) {
+        next = request->wait_next;
+        if (request->worker == peer)
+            give_up_locked(server, request, error);
+    }
+    kv_error_rele(error);
+    kv_flush_locked(server);
+    kv_mutex_unlock(&server->mutex);
+}
+
+/* --------------------------------------------------------------------------------------- life */
+
+kv_status_t kv_server_new(const kv_server_config_t *config, kv_server_t **out)
+{
+    kv_pool_t *pool;
+    KV_TRY(kv_pool_new(&pool));
+    size_t outs = (size_t)config->num_workers * sizeof(kv_outbox_t);
+    kv_server_t *server = kv_calloc(1, sizeof *server + outs);
+    if (server == NULL) {
+        kv_pool_free(pool);
+        return kv_fail(KV_NO_MEMORY, "no memory for a server");
+    }
+    kv_mutex_init(&server->mutex, KV_RANK_PS);
+    kv_cond_init(&server->ended);
+    server->engine = config->engine;
+    server->host = config->host;
+    server->index = config->index;
+    server->num_workers = config->num_workers;
+    server->num_servers = config->num_servers;
+    server->async = config->async;
+    /* The others would run a sum in the submitting thread, under the lock, or only when somebody
+     * waits for it. */
+    server->has_threads = strcmp(kv_engine_name(config->engine), "threaded") == 0;
+    server->pool = pool;
+    server->next_deadline_ns = INT64_MAX;
+    *out = server;
+    return KV_OK;
+}
+
+kv_net_handlers_t kv_server_handlers(kv_server_t *server)
+{
+    return (kv_net_handlers_t){.context = server, .arrive = arrive, .lost = lost, .tick = tick};
+}
+
+void kv_server_attach(kv_server_t *server, kv_net_t *net)
+{
+    kv_mutex_lock(&server->mutex);
+    server->net = net;
+    kv_mutex_unlock(&server->mutex);
+}
+
+void kv_server_lose(kv_server_t *server, const char *why)
+{
+    kv_mutex_lock(&server->mutex);
+    if (server->lost == NULL)
+        server->lost = kv_error_capture(kv_fail(KV_PEER_LOST, "%s", why));
+    give_up_all_locked(server, server->lost);
+    kv_flush_locked(server);
+    kv_mutex_unlock(&server->mutex);
+}
+
+void kv_server_stop(kv_server_t *server)
+{
+    kv_mutex_lock(&server->mutex);
+    while (server->num_running > 0)
+        kv_cond_wait(&server->ended, &server->mutex);
+    kv_error_t *error = kv_error_capture(kv_fail(KV_CLOSED, "the server has stopped"));
+    give_up_all_locked(server, error);
+    kv_index_node_t *node;
+    while ((node = kv_index_any(&server->keys)) != NULL)
+        kv_server_key_free_locked(server, (kv_server_key_t *)node, error);
+    kv_error_rele(error);
+    kv_flush_locked(server);
+    kv_mutex_unlock(&server->mutex);
+}
+
+void kv_server_free(kv_server_t *server)
+{
+    if (server == NULL)
+        return;
+    for (kv_request_t *request = server->free_requests, *next; request != NULL; request = next) {
+        next = request->next;
+        kv_free(request);
+    }
+    kv_error_rele(server->lost);
+    kv_index_fini(&server->slices);
+    kv_index_fini(&server->keys);
+    kv_index_fini(&server->names);
+    kv_pool_free(server->pool);
+    kv_cond_fini(&server->ended);
+    kv_mutex_fini(&server->mutex);
+    kv_free(server);
+}
+
+void kv_server_counters(kv_server_t *server, kv_server_counters_t *out)
+{
+    kv_mutex_lock(&server->mutex);
+    *out = server->counters;
+    kv_mutex_unlock(&server->mutex);
+}

@@ -1,0 +1,194 @@
+/* What the files of the server share.
+ *
+ *   server.c         its life; messages in; deadlines
+ *   server_answer.c  requests, and answers on their way out
+ *   server_slice.c   slices of values: rounds, sums, versions
+ *   server_keys.c    the directory of declared keys; deletes
+ *
+ * One lock guards everything. It is dropped for sums; whoever works on a slice meanwhile has marked
+ * it as busy, and what happens to it then waits in its lists.
+ *
+ * Every wish of a worker is a kv_request_t from the arrival of its record to the end of its answer.
+ * It is in use for its answer, and apart from that while its data is part of a round: a push whose
+ * deadline has passed is answered and stays there.
+ */
+#ifndef KV_PS_SERVER_INTERNAL_H
+#define KV_PS_SERVER_INTERNAL_H
+
+#include "ps/pool.h"
+#include "ps/server.h"
+#include "ps/wire.h"
+
+typedef struct kv_request kv_request_t;
+typedef struct kv_slice kv_slice_t;
+typedef struct kv_server_key kv_server_key_t;
+typedef struct kv_declared_key kv_declared_key_t;
+typedef struct kv_declare kv_declare_t;
+
+/* A table of objects by two numbers; a node stands first in its object. Never fails: a table that
+ * cannot grow gets slower. */
+typedef struct kv_index_node {
+    uint64_t number;
+    uint32_t part;
+    struct kv_index_node *next; /* in the same chain */
+} kv_index_node_t;
+
+typedef struct kv_index {
+    kv_index_node_t **chains;
+    uint64_t num_chains; /* a power of two; 0: `single` is all there is */
+    int64_t num_nodes;
+    kv_index_node_t *single;
+} kv_index_t;
+
+/* The first node with these numbers; others may follow in its chain. */
+kv_index_node_t *kv_index_find(const kv_index_t *index, uint64_t number, uint32_t part);
+void kv_index_add(kv_index_t *index, kv_index_node_t *node);
+void kv_index_remove(kv_index_t *index, kv_index_node_t *node);
+kv_index_node_t *kv_index_any(const kv_index_t *index); /* NULL: it is empty */
+void kv_index_fini(kv_index_t *index);
+
+struct kv_request {
+    kv_net_message_t message; /* first; its answer, or one that was gathered from many */
+    kv_server_t *server;
+    kv_wire_header_t header; /* of its message, with its own record */
+    int32_t worker;
+    int uses;
+    int64_t deadline_ns; /* when it is answered with KV_TIMEOUT */
+    bool waiting;        /* in the server's list of those not yet answered */
+    bool whole;          /* `buffer` has nothing else in it */
+    kv_buffer_t *buffer; /* a message's payload, a push's data */
+    const void *data;
+    kv_error_t *failure; /* a push that is none: its round will fail */
+    kv_slice_t *slice;
+    kv_server_key_t *key;
+    kv_declare_t *declare;
+    kv_request_t *wait_prev, *wait_next;
+    kv_request_t *next; /* in a list of its slice or key; in the list of free requests */
+    kv_request_t *out_next;
+    /* The answer: */
+    kv_error_t *error; /* NULL: it is good */
+    kv_buffer_t *value;
+    size_t value_bytes;
+};
+
+typedef struct kv_slice_worker {
+    kv_request_t *pushes;  /* by round, those of the future too */
+    kv_request_t *summing; /* its push of the round that is being completed */
+    uint64_t applied;      /* async: how many of its pushes */
+} kv_slice_worker_t;
+
+struct kv_slice {
+    kv_index_node_t node; /* first; key number, slice number */
+    kv_server_t *server;
+    kv_server_key_t *key;
+    kv_slice_t *sibling; /* of the same key */
+    kv_dtype_t dtype;
+    size_t bytes;
+    kv_buffer_t *stored; /* this version; NULL: the first value is still on its way */
+    uint64_t version;
+    kv_request_t *pulls; /* that wait for a version */
+    /* A round that is being completed: */
+    bool busy, summed;
+    kv_buffer_t *sum;
+    const void **sources; /* [num_workers] */
+    kv_op_t op;           /* for the engine */
+    kv_slice_worker_t workers[];
+};
+
+struct kv_server_key {
+    kv_index_node_t node; /* first; key number, 0 */
+    kv_slice_t *slices;
+    int32_t num_busy, num_initialised; /* of them */
+    int32_t num_votes;
+    kv_request_t *votes; /* one a worker at most */
+    kv_declared_key_t *declared;
+};
+
+typedef struct kv_outbox {
+    kv_request_t *first, *last;
+} kv_outbox_t;
+
+struct kv_server {
+    kv_mutex_t mutex; /* guards all below but what never changes */
+    kv_cond_t ended;  /* num_running has become 0 */
+    kv_engine_t *engine;
+    kv_host_t host;
+    int32_t index, num_workers, num_servers;
+    bool async, has_threads;
+    kv_pool_t *pool;
+    kv_net_t *net;
+    kv_error_t *lost; /* why no request can be served any more */
+    kv_index_t slices, keys, names;
+    kv_request_t *waiting; /* not yet answered, youngest first */
+    int64_t next_deadline_ns;
+    kv_request_t *free_requests;
+    int64_t num_running; /* sums in the engine */
+    kv_server_counters_t counters;
+    kv_outbox_t out[];
+};
+
+/* --------------------------------------------------------------------------- server_answer.c */
+
+/* Gives a request in use for its answer; NULL without memory. */
+kv_request_t *kv_request_new_locked(kv_server_t *server) KV_REQUIRES(server->mutex);
+void kv_request_use_locked(kv_server_t *server, kv_request_t *request) KV_REQUIRES(server->mutex);
+void kv_request_rele_locked(kv_server_t *server, kv_request_t *request) KV_REQUIRES(server->mutex);
+/* It is to be answered later. */
+void kv_request_wait_locked(kv_server_t *server, kv_request_t *request) KV_REQUIRES(server->mutex);
+/* The answer: a value (NULL: none) of `bytes`, shared; or an error, shared. The use for the answer
+ * goes with it. */
+void kv_answer_locked(kv_server_t *server, kv_request_t *request, kv_buffer_t *value, size_t bytes)
+    KV_REQUIRES(server->mutex);
+void kv_answer_error_locked(kv_server_t *server, kv_request_t *request, kv_error_t *error)
+    KV_REQUIRES(server->mutex);
+/* The same with this thread's sentence. */
+void kv_answer_status_locked(kv_server_t *server, kv_request_t *request, kv_status_t status)
+    KV_REQUIRES(server->mutex);
+/* Sends what has been answered since the last time. */
+void kv_flush_locked(kv_server_t *server) KV_REQUIRES(server->mutex);
+
+/* ---------------------------------------------------------------------------- server_slice.c */
+
+/* The requests on slices. An error means that the worker cannot be served any more. */
+KV_MUST_CHECK kv_status_t kv_slice_push_locked(kv_server_t *server, kv_request_t *request)
+    KV_REQUIRES(server->mutex);
+void kv_slice_init_locked(kv_server_t *server, kv_request_t *request) KV_REQUIRES(server->mutex);
+void kv_slice_pull_locked(kv_server_t *server, kv_request_t *request) KV_REQUIRES(server->mutex);
+/* Takes a pull out of the list in which it waits. */
+void kv_slice_unlist_locked(kv_server_t *server, kv_request_t *pull) KV_REQUIRES(server->mutex);
+/* For whom a push or pull waits, as a sentence of this thread; returns KV_TIMEOUT. */
+kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_request_t *request)
+    KV_REQUIRES(server->mutex);
+/* Answers whatever waits for it with the error. It is not busy. */
+void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
+    KV_REQUIRES(server->mutex);
+
+/* ----------------------------------------------------------------------------- server_keys.c */
+
+/* Gives the key of this number, made if need be; NULL without memory. */
+kv_server_key_t *kv_server_key_locked(kv_server_t *server, uint64_t number)
+    KV_REQUIRES(server->mutex);
+/* Frees the key if there is nothing of it. */
+void kv_server_key_tidy_locked(kv_server_t *server, kv_server_key_t *key)
+    KV_REQUIRES(server->mutex);
+/* The key and all that belongs to it go; whatever waits for it gets the error. */
+void kv_server_key_free_locked(kv_server_t *server, kv_server_key_t *key, kv_error_t *error)
+    KV_REQUIRES(server->mutex);
+
+void kv_drop_locked(kv_server_t *server, kv_request_t *request) KV_REQUIRES(server->mutex);
+/* Takes a delete that waits out of its key, which may be gone then. */
+void kv_drop_withdraw_locked(kv_server_t *server, kv_request_t *vote) KV_REQUIRES(server->mutex);
+/* Deletes the key if all workers have said so and nothing of it is under way: true, it is gone. */
+bool kv_drop_if_due_locked(kv_server_t *server, kv_server_key_t *key) KV_REQUIRES(server->mutex);
+kv_status_t kv_drop_missing_locked(kv_server_t *server, const kv_request_t *request)
+    KV_REQUIRES(server->mutex);
+
+/* Takes a DECLARE whose payload is there. On an error, which ends the session, the request is still
+ * the caller's. */
+KV_MUST_CHECK kv_status_t kv_declare_locked(kv_server_t *server, kv_request_t *request)
+    KV_REQUIRES(server->mutex);
+/* Answers a DECLARE that waits; the keys that are not there get the error. */
+void kv_declare_end_locked(kv_server_t *server, kv_request_t *request, kv_error_t *error)
+    KV_REQUIRES(server->mutex);
+
+#endif

@@ -1,0 +1,449 @@
+/* Slices of values: rounds, sums, versions.
+ *
+ * A slice comes into being with the first request that names it; until its first value has come it
+ * only keeps what waits for it. Every worker's pushes lie in a list of their own, by round. When
+ * all lists begin with the round that is next, these pushes are taken out, the slice is busy, and
+ * they become the next version; then whoever waited is answered, and the same is tried again.
+ *
+ * A push that cannot be added (its payload found no memory, its type is wrong) still takes its
+ * place: its round fails for all workers and leaves the value as it was. Without that the round
+ * would never end, or end without a part.
+ */
+#include "ps/server_internal.h"
+#include "compress/codec.h"
+#include <inttypes.h>
+#include <string.h>
+
+/* Above this a sum is an engine's task. */
+enum { INLINE_BYTES = 64 << 10 };
+
+/* ----------------------------------------------------------------------------------- slices */
+
+static kv_slice_t *slice_locked(kv_server_t *server, const kv_wire_record_t *record)
+    KV_REQUIRES(server->mutex)
+{
+    kv_slice_t *slice = (kv_slice_t *)kv_index_find(&server->slices, record->key, record->slice);
+    if (slice != NULL)
+        return slice;
+    kv_server_key_t *key = kv_server_key_locked(server, record->key);
+    if (key == NULL)
+        return NULL;
+    size_t workers = (size_t)server->num_workers;
+    slice = kv_calloc(1, sizeof *slice + workers * sizeof slice->workers[0] +
+                             workers * sizeof slice->sources[0]);
+    if (slice == NULL) {
+        kv_server_key_tidy_locked(server, key);
+        return NULL;
+    }
+    slice->node = (kv_index_node_t){.number = record->key, .part = record->slice};
+    slice->server = server;
+    slice->sources = (const void **)&slice->workers[workers];
+    slice->key = key;
+    slice->sibling = key->slices;
+    key->slices = slice;
+    kv_index_add(&server->slices, &slice->node);
+    kv_count(KV_COUNT_SLICES, 1);
+    return slice;
+}
+
+void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
+{
+    kv_request_t *request;
+    for (int32_t i = 0; i < server->num_workers; i++) {
+        while ((request = slice->workers[i].pushes) != NULL) {
+            slice->workers[i].pushes = request->next;
+            if (request->waiting)
+                kv_answer_error_locked(server, request, error);
+            kv_request_rele_locked(server, request);
+        }
+    }
+    while ((request = slice->pulls) != NULL) {
+        slice->pulls = request->next;
+        kv_answer_error_locked(server, request, error);
+    }
+    if (slice->stored != NULL) {
+        server->counters.slices--;
+        server->counters.value_bytes -= (int64_t)slice->bytes;
+        kv_buffer_rele(slice->stored);
+    }
+    kv_index_remove(&server->slices, &slice->node);
+    kv_free(slice);
+    kv_count(KV_COUNT_SLICES, -1);
+}
+
+static kv_status_t no_memory(const kv_wire_record_t *record)
+{
+    return kv_fail(KV_NO_MEMORY, "no memory for slice %" PRIu32 " of a key", record->slice);
+}
+
+/* The data of a push as a buffer with nothing else in it: its own, or a copy. NULL without
+ * memory. */
+static kv_buffer_t *own_data_locked(kv_server_t *server, const kv_request_t *request)
+    KV_REQUIRES(server->mutex)
+{
+    if (request->whole)
+        return kv_buffer_hold(request->buffer);
+    size_t bytes = (size_t)request->header.record.bytes;
+    kv_buffer_t *copy;
+    if (kv_pool_get(server->pool, bytes, &copy) != KV_OK)
+        return NULL;
+    memcpy(copy->data, request->data, bytes);
+    return copy;
+}
+
+static bool reached(const kv_slice_t *slice, const kv_request_t *pull)
+{
+    uint64_t version = slice->server->async ? slice->workers[pull->worker].applied : slice->version;
+    return slice->stored != NULL && version >= pull->header.record.round;
+}
+
+static void answer_value_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *request)
+    KV_REQUIRES(server->mutex)
+{
+    request->header.record.dtype = (uint8_t)slice->dtype;
+    kv_answer_locked(server, request, slice->stored, slice->bytes);
+}
+
+static void answer_pulls_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
+{
+    kv_request_t **link = &slice->pulls, *pull;
+    while ((pull = *link) != NULL) {
+        if (reached(slice, pull)) {
+            *link = pull->next;
+            answer_value_locked(server, slice, pull);
+        } else {
+            link = &pull->next;
+        }
+    }
+}
+
+/* ----------------------------------------------------------------------------------- pushes */
+
+/* The push takes its place in its round and makes it fail. Takes the error. */
+static void spoil_locked(kv_server_t *server, kv_request_t *push, kv_error_t *error)
+    KV_REQUIRES(server->mutex)
+{
+    push->failure = error;
+    kv_buffer_rele(push->buffer);
+    push->buffer = NULL;
+    if (push->waiting)
+        kv_answer_error_locked(server, push, error);
+}
+
+static kv_status_t check_push(const kv_slice_t *slice, const kv_request_t *push)
+{
+    const kv_wire_record_t *record = &push->header.record;
+    if (record->codec != KV_CODEC_NONE)
+        return kv_fail(KV_NOT_BUILT, "servers of this version take no compressed pushes");
+    if (slice->stored == NULL)
+        return KV_OK; /* looked at again when there is something to compare with */
+    if (record->dtype != slice->dtype)
+        return kv_fail(KV_BAD_TYPE, "the value is %s, worker %" PRId32 " pushed %s",
+                       kv_dtype_name(slice->dtype), push->worker,
+                       kv_dtype_name((kv_dtype_t)record->dtype));
+    if (record->bytes != slice->bytes)
+        return kv_fail(KV_INVALID,
+                       "slice %" PRIu32 " has %zu bytes, worker %" PRId32 " pushed %" PRIu64,
+                       record->slice, slice->bytes, push->worker, record->bytes);
+    return KV_OK;
+}
+
+static bool round_is_complete(const kv_slice_t *slice, int32_t num_workers)
+{
+    for (int32_t i = 0; i < num_workers; i++) {
+        const kv_request_t *push = slice->workers[i].pushes;
+        if (push == NULL || push->header.record.round != slice->version)
+            return false;
+    }
+    return true;
+}
+
+static void begin_round_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
+{
+    for (int32_t i = 0; i < server->num_workers; i++) {
+        kv_slice_worker_t *worker = &slice->workers[i];
+        worker->summing = worker->pushes;
+        worker->pushes = worker->summing->next;
+    }
+    slice->busy = true;
+    slice->summed = false;
+    slice->key->num_busy++;
+}
+
+/* ----------------------------------------------------------------------------------- rounds */
+
+/* Makes the next version out of the pushes of a round: their sum. (What an optimizer does with the
+ * sum belongs here.) Works with no lock held, on a slice that is busy. */
+static void apply(kv_slice_t *slice)
+{
+    const kv_server_t *server = slice->server;
+    kv_host_t alone = server->host;
+    alone.num_threads = 1; /* slices run side by side */
+    int64_t count = (int64_t)(slice->bytes / kv_dtype_bytes(slice->dtype));
+    for (int32_t i = 0; i < server->num_workers; i++)
+        slice->sources[i] = slice->workers[i].summing->data;
+    if (count > 0)
+        kv_host_sum(&alone, slice->dtype, count, server->num_workers, slice->sources, 1,
+                    &slice->sum->data);
+    slice->summed = true;
+}
+
+/* Why the round of a slice that is busy will fail, NULL: it will not. Finds memory for the sum:
+ * that of the first push which has a buffer for itself, or other. */
+static kv_error_t *prepare_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
+{
+    kv_request_t *first = slice->workers[0].summing;
+    kv_buffer_t *sum = NULL;
+    for (int32_t i = 0; i < server->num_workers; i++) {
+        kv_request_t *push = slice->workers[i].summing;
+        if (push->failure != NULL) {
+            kv_buffer_rele(sum);
+            return kv_error_hold(push->failure);
+        }
+        if (sum == NULL && push->whole)
+            sum = kv_buffer_hold(push->buffer);
+    }
+    if (sum == NULL && server->num_workers == 1)
+        sum = own_data_locked(server, first);
+    else if (sum == NULL && kv_pool_get(server->pool, slice->bytes, &sum) != KV_OK)
+        sum = NULL;
+    slice->sum = sum;
+    return sum != NULL ? NULL : kv_error_capture(no_memory(&first->header.record));
+}
+
+/* The round that the slice was busy with has ended: with its sum, or with an error (taken). */
+static void publish_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
+    KV_REQUIRES(server->mutex)
+{
+    if (error == NULL) {
+        kv_buffer_rele(slice->stored);
+        slice->stored = slice->sum;
+    } else {
+        kv_buffer_rele(slice->sum);
+    }
+    slice->sum = NULL;
+    slice->version++;
+    slice->busy = false;
+    slice->key->num_busy--;
+    server->counters.rounds++;
+    for (int32_t i = 0; i < server->num_workers; i++) {
+        kv_request_t *push = slice->workers[i].summing;
+        slice->workers[i].summing = NULL;
+        if (push->waiting && error != NULL)
+            kv_answer_error_locked(server, push, error);
+        else if (push->waiting && push->header.record.action == KV_WIRE_PUSHPULL)
+            answer_value_locked(server, slice, push);
+        else if (push->waiting)
+            kv_answer_locked(server, push, NULL, 0);
+        kv_buffer_rele(push->buffer);
+        push->buffer = NULL;
+        kv_request_rele_locked(server, push);
+    }
+    kv_error_rele(error);
+    answer_pulls_locked(server, slice);
+}
+
+static void advance_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex);
+
+static kv_status_t run(kv_op_t *op)
+{
+    apply((kv_slice_t *)((char *)op - offsetof(kv_slice_t, op)));
+    return KV_OK;
+}
+
+static void finish(kv_op_t *op)
+{
+    kv_slice_t *slice = (kv_slice_t *)((char *)op - offsetof(kv_slice_t, op));
+    kv_server_t *server = slice->server;
+    kv_error_t *error = NULL;
+    if (!slice->summed)
+        error = kv_error_capture(kv_fail(KV_NO_MEMORY, "the engine could not run a sum"));
+    kv_mutex_lock(&server->mutex);
+    publish_locked(server, slice, error);
+    advance_locked(server, slice);
+    kv_flush_locked(server);
+    if (--server->num_running == 0)
+        kv_cond_broadcast(&server->ended);
+    kv_mutex_unlock(&server->mutex);
+}
+
+/* Hands the sum to the engine. False: it does not take it. */
+static bool submit_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
+{
+    if (slice->bytes <= INLINE_BYTES || server->num_workers == 1 || !server->has_threads)
+        return false;
+    kv_op_init(&slice->op, NULL, 0, (int32_t)slice->workers[0].summing->header.priority);
+    slice->op.run = run;
+    slice->op.finish = finish;
+    if (kv_engine_submit(server->engine, &slice->op) != KV_OK)
+        return false;
+    server->num_running++;
+    return true;
+}
+
+/* Completes the rounds whose pushes are there. The slice may be gone afterwards; the lock may have
+ * been dropped meanwhile. */
+static void advance_locked(kv_server_t *server, kv_slice_t *slice)
+{
+    while (!slice->busy && slice->stored != NULL && round_is_complete(slice, server->num_workers)) {
+        begin_round_locked(server, slice);
+        kv_error_t *error = prepare_locked(server, slice);
+        if (error == NULL) {
+            if (submit_locked(server, slice))
+                return;
+            if (server->num_workers > 1) {
+                kv_mutex_unlock(&server->mutex);
+                apply(slice);
+                kv_mutex_lock(&server->mutex);
+            }
+        }
+        publish_locked(server, slice, error);
+    }
+    kv_drop_if_due_locked(server, slice->key);
+}
+
+/* --------------------------------------------------------------------------------- requests */
+
+/* Puts a push in its place among those of its worker. False: there is one of that round. */
+static bool enlist_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *push)
+    KV_REQUIRES(server->mutex)
+{
+    uint64_t round = push->header.record.round;
+    kv_request_t **link = &slice->workers[push->worker].pushes;
+    while (*link != NULL && (*link)->header.record.round < round)
+        link = &(*link)->next;
+    if (round < slice->version + slice->busy ||
+        (*link != NULL && (*link)->header.record.round == round))
+        return false;
+    push->next = *link;
+    *link = push;
+    push->slice = slice;
+    kv_request_use_locked(server, push);
+    return true;
+}
+
+kv_status_t kv_slice_push_locked(kv_server_t *server, kv_request_t *push)
+{
+    const kv_wire_record_t *record = &push->header.record;
+    kv_slice_t *slice = slice_locked(server, record);
+    if (slice == NULL)
+        return no_memory(record);
+    if (server->async) {
+        slice->workers[push->worker].applied++;
+        kv_answer_status_locked(server, push,
+                                kv_fail(KV_INVALID,
+                                        "dist_async needs an optimizer on the servers before the "
+                                        "first push; call set_optimizer"));
+        answer_pulls_locked(server, slice);
+        return KV_OK;
+    }
+    if (!enlist_locked(server, slice, push)) {
+        kv_answer_status_locked(server, push,
+                                kv_fail(KV_INVALID,
+                                        "worker %" PRId32 " has pushed round %" PRIu64 " before",
+                                        push->worker, record->round));
+        return KV_OK;
+    }
+    kv_request_wait_locked(server, push);
+    kv_status_t status = check_push(slice, push);
+    if (push->failure != NULL)
+        kv_answer_error_locked(server, push, push->failure);
+    else if (status != KV_OK)
+        spoil_locked(server, push, kv_error_capture(status));
+    advance_locked(server, slice);
+    return KV_OK;
+}
+
+static kv_status_t init_locked(kv_server_t *server, kv_slice_t *slice, const kv_request_t *request)
+    KV_REQUIRES(server->mutex)
+{
+    const kv_wire_record_t *record = &request->header.record;
+    if (slice == NULL)
+        return no_memory(record);
+    if (slice->stored != NULL)
+        return kv_fail(KV_INVALID, "slice %" PRIu32 " is initialised already", record->slice);
+    size_t item = kv_dtype_bytes((kv_dtype_t)record->dtype);
+    if (record->bytes % item != 0)
+        return kv_fail(KV_INVALID, "slice %" PRIu32 " has %" PRIu64 " bytes, not whole elements",
+                       record->slice, record->bytes);
+    kv_buffer_t *value = own_data_locked(server, request);
+    if (value == NULL)
+        return no_memory(record);
+    slice->stored = value;
+    slice->dtype = (kv_dtype_t)record->dtype;
+    slice->bytes = (size_t)record->bytes;
+    server->counters.keys += slice->key->num_initialised++ == 0;
+    server->counters.slices++;
+    server->counters.value_bytes += (int64_t)slice->bytes;
+    return KV_OK;
+}
+
+void kv_slice_init_locked(kv_server_t *server, kv_request_t *request)
+{
+    const kv_wire_record_t *record = &request->header.record;
+    if (request->failure != NULL) {
+        kv_answer_error_locked(server, request, request->failure);
+        return;
+    }
+    kv_status_t status = KV_OK;
+    if (request->worker != 0)
+        status = kv_fail(KV_INVALID, "worker %" PRId32 " cannot initialise keys, only worker 0 can",
+                         request->worker);
+    else if (record->codec != KV_CODEC_NONE)
+        status = kv_fail(KV_INVALID, "a first value cannot be compressed");
+    kv_slice_t *slice = status == KV_OK ? slice_locked(server, record) : NULL;
+    if (status == KV_OK)
+        status = init_locked(server, slice, request);
+    if (status != KV_OK) {
+        kv_answer_status_locked(server, request, status);
+        return;
+    }
+    kv_answer_locked(server, request, NULL, 0);
+    for (int32_t i = 0; i < server->num_workers; i++) {
+        for (kv_request_t *push = slice->workers[i].pushes; push != NULL; push = push->next) {
+            status = push->failure == NULL ? check_push(slice, push) : KV_OK;
+            if (status != KV_OK)
+                spoil_locked(server, push, kv_error_capture(status));
+        }
+    }
+    answer_pulls_locked(server, slice);
+    advance_locked(server, slice);
+}
+
+void kv_slice_pull_locked(kv_server_t *server, kv_request_t *pull)
+{
+    kv_slice_t *slice = slice_locked(server, &pull->header.record);
+    if (slice == NULL) {
+        kv_answer_status_locked(server, pull, no_memory(&pull->header.record));
+    } else if (reached(slice, pull)) {
+        answer_value_locked(server, slice, pull);
+    } else {
+        pull->slice = slice;
+        pull->next = slice->pulls;
+        slice->pulls = pull;
+        kv_request_wait_locked(server, pull);
+    }
+}
+
+void kv_slice_unlist_locked(kv_server_t *server, kv_request_t *pull)
+{
+    (void)server;
+    kv_request_t **link = &pull->slice->pulls;
+    while (*link != pull)
+        link = &(*link)->next;
+    *link = pull->next;
+}
+
+kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_request_t *request)
+{
+    const kv_slice_t *slice = request->slice;
+    if (slice->stored == NULL)
+        return kv_fail(KV_TIMEOUT, "worker 0 has not initialised the key");
+    for (int32_t i = 0; i < server->num_workers && !slice->busy && !server->async; i++) {
+        const kv_request_t *push = slice->workers[i].pushes;
+        if (push == NULL || push->header.record.round != slice->version)
+            return kv_fail(KV_TIMEOUT, "worker %" PRId32 " has not pushed round %" PRIu64, i,
+                           slice->version);
+    }
+    return kv_fail(KV_TIMEOUT, "round %" PRIu64 " is not finished", slice->version);
+}

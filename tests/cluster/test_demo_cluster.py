@@ -1,0 +1,66 @@
+"""The demo's scene of a cluster: processes learn what threads learn, and it is told."""
+
+import re
+
+import numpy as np
+import pytest
+
+from kvstore.demo import __main__ as command
+from kvstore.demo import cluster, digits, scenes
+
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def images():
+    return digits.load_images()
+
+
+def test_processes_end_with_the_bits_of_threads(images):
+    with digits.Training(images, workers=3, seed=5) as threads:
+        losses = [step.loss for _ in range(EPOCHS) for step in threads.epoch()]
+        accuracy = threads.test_accuracy()
+    with cluster.Training(images, workers=3, seed=5) as processes:
+        steps = [step for _ in range(EPOCHS) for step in processes.epoch()]
+        assert processes.test_accuracy() == accuracy
+        found = processes.weights()
+        wire = processes.wire()
+    assert [step.loss for step in steps] == losses
+    assert len(found) == 3
+    for weights in found:
+        for key in digits.KEYS:
+            np.testing.assert_array_equal(weights[key], threads.weights[0][key])
+    for one in wire:
+        for bytes_ in one:
+            # All gradients and all sums once a step, and little more.
+            assert 1 < bytes_ / len(steps) / threads.gradient_bytes < 1.05
+
+
+def test_the_scene_tells_accuracies_and_bytes_and_draws_both_curves(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scenes, "ENOUGH", 0.5)  # of so few epochs
+    drawn = []
+    draw = scenes.report.draw
+    monkeypatch.setattr(
+        scenes.report, "draw", lambda *arguments: drawn.append(arguments[1]) or draw(*arguments)
+    )
+    plot = tmp_path / "plot.png"
+    arguments = ["--workers", "2", "--epochs", str(EPOCHS), "--output", str(plot)]
+    assert command.main(["cluster", *arguments]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "2 worker processes, 2 servers, a scheduler" in out
+    assert "Servers of this version sum the gradients; the workers apply the sums." in out
+    said = re.search(r"Test accuracy by threads ([\d.]+)%, by processes ([\d.]+)%", out)
+    assert said and said[1] == said[2]
+    assert len(re.findall(r"│ \d │.* MiB │ +37.9 KiB, 1.01 × │", out)) == 1
+    assert "against the model's 37.5 KiB" in out
+    (accuracies,) = drawn
+    assert list(accuracies) == [digits.WAYS[0].name, cluster.WAY.name]
+    threads, processes = accuracies.values()
+    assert len(threads) == EPOCHS and threads == processes
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_cluster_that_has_not_learned_is_a_failure(tmp_path, capsys):
+    output = ["--output", str(tmp_path / "plot.png")]
+    assert command.main(["cluster", "--workers", "1", "--epochs", "1", *output]) == 1
+    assert "below 95%" in capsys.readouterr().out

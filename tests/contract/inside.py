@@ -1,0 +1,123 @@
+"""Clusters inside one process: servers and workers connected by the transport for tests.
+
+The data plane is the real one, from the store's calls down to messages; no sockets, no processes
+and no control plane, so these run under every sanitizer.
+"""
+
+import threading
+
+import kvstore
+from kvstore import _core
+
+SESSION = bytes(range(16))
+
+
+class Member:
+    """A worker's place in the cluster, as far as one process needs it."""
+
+    def __init__(self, cluster, rank):
+        self.cluster, self.rank = cluster, rank
+        self.core = cluster.node("worker", rank)
+        self.closed = False
+
+    def barrier(self, timeout_s):
+        self.cluster.barrier.wait(timeout_s)
+
+    def close(self, timeout_s, together=None):
+        if not self.closed:
+            self.closed = True
+            self.core.close()
+
+
+def each(stores, function):
+    """``function(kv)`` for each store, in a thread each; the results in order."""
+    results, errors = [None] * len(stores), [None] * len(stores)
+
+    def work(i):
+        try:
+            results[i] = function(stores[i])
+        except BaseException as error:
+            errors[i] = error
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(stores))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in errors:
+        if error is not None:
+            raise error
+    return results
+
+
+class Cluster:
+    """``with Cluster(2, 2) as cluster: kv = cluster.store(rank)``."""
+
+    def __init__(
+        self, num_workers=1, num_servers=2, kind="dist_sync", transport="inproc", **options
+    ):
+        self.kind, self.num_workers, self.num_servers = kind, num_workers, num_servers
+        self.options = {"transport": transport, "session": SESSION, **options}
+        self.barrier = threading.Barrier(num_workers)
+        self.members, self.servers, self.stores = [], [], []
+        try:
+            self.servers = [self.node("server", i) for i in range(num_servers)]
+            self.members = [Member(self, i) for i in range(num_workers)]
+            self._connect()
+        except BaseException:
+            self.close()
+            raise
+
+    def node(self, role, rank):
+        asynchronous = role == "server" and "async" in self.kind
+        return _core.Node(
+            role,
+            rank,
+            self.num_workers,
+            self.num_servers,
+            asynchronous=asynchronous,
+            **self.options,
+        )
+
+    def _connect(self):
+        workers = [
+            (i, f"worker {i}", member.core.address()) for i, member in enumerate(self.members)
+        ]
+        servers = [
+            (self.num_workers + i, f"server {i}", node.address())
+            for i, node in enumerate(self.servers)
+        ]
+        for node in self.servers:
+            node.connect(workers)
+        for member in self.members:
+            member.core.connect(servers)
+        for node in self.nodes():
+            node.wait_ready(10)
+
+    def nodes(self):
+        return [*self.servers, *(member.core for member in self.members)]
+
+    def store(self, rank=0, **options):
+        store = kvstore.KVStore(self.kind, _member=self.members[rank], **{"timeout": 20, **options})
+        self.stores.append(store)
+        return store
+
+    def all_stores(self, **options):
+        """A store of each worker, by rank."""
+        return [self.store(rank, **options) for rank in range(self.num_workers)]
+
+    def run(self, function, **options):
+        """``function(kv)`` with a store of each worker, in a thread each; the results by rank."""
+        return each(self.all_stores(**options), function)
+
+    def close(self):
+        for store in self.stores:
+            store.close()
+        for node in self.nodes():
+            node.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
