@@ -52,6 +52,7 @@ def worker(rank, meeting, views):
 
         return repeated(call)
 
+    torch.set_num_threads(1)  # as torchrun does: more get in each other's way
     distributed.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORKERS
     )
