@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 import time
+import types
 
 import pytest
 from fakes import LONG, FakeCore, make_settings, until
@@ -198,10 +199,18 @@ def test_another_service_at_the_address_is_found_out():
     assert address in str(info.value) and "KVSTORE_SCHEDULER" in str(info.value)
 
 
-def test_a_build_without_a_data_plane_says_so_before_it_joins(monkeypatch):
-    monkeypatch.delattr("kvstore._core.Node", raising=False)
-    with pytest.raises(kvstore.NotBuiltError, match="no dist stores"):
-        Member.join(make_settings("worker", "127.0.0.1:1"))
+@pytest.mark.parametrize(("built", "library"), [(False, "/somewhere"), (True, None)])
+def test_a_missing_ucx_is_told_before_anything_starts(built, library, monkeypatch):
+    core = types.SimpleNamespace(build_info=lambda: {"ucx": built})
+    monkeypatch.setattr(entry, "_core", core)
+    monkeypatch.setattr(entry, "ucx_library", lambda: library)
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    for start in (
+        lambda: kvstore.create("dist_sync", scheduler="127.0.0.1:1"),
+        lambda: kvstore.LocalCluster(1, 1),
+    ):
+        with pytest.raises(kvstore.NotBuiltError, match=r"UCX.*pip install"):
+            start()
 
 
 # ------------------------------------------------------------------------------------ barriers
