@@ -50,6 +50,8 @@ typedef struct session {
     int64_t close_ns; /* of a dropped one: when to close it at the latest */
     uint64_t links[KV_UCX_MAX_LINKS];
     size_t num_links;
+    int fds[KV_UCX_MAX_LINKS]; /* of these connections */
+    size_t num_fds;
 } session_t;
 
 typedef struct endpoint {
@@ -172,6 +174,9 @@ static ucs_status_t introduction_came(void *context, const void *header, size_t 
         }
     }
     kv_free(own);
+    if (known)
+        session->num_fds = kv_ucx_sockets_find(e->event_fd, session->links, session->num_links,
+                                               session->fds, KV_UCX_MAX_LINKS);
     return UCS_OK;
 }
 
@@ -206,6 +211,10 @@ static void transport_post(kv_net_t *net, kv_net_post_t *post)
     kv_net_sent(net, post, ended(e, post->peer, UCS_PTR_RAW_STATUS(request)));
 }
 
+/* A payload that cma has read out of the sender's memory is good only if the sender had not given
+ * up by then: a process that stood still and goes on may read what has been put there since. A
+ * sender cuts the connection before its memory is free, so one that stands after the read says so.
+ */
 static void received(void *request, ucs_status_t how, size_t bytes, void *context)
 {
     kv_net_accepted_t *accepted = context;
@@ -214,6 +223,10 @@ static void received(void *request, ucs_status_t how, size_t bytes, void *contex
     e->under_way--;
     if (how == UCS_OK && bytes != accepted->bytes)
         how = UCS_ERR_MESSAGE_TRUNCATED;
+    const session_t *session = &e->sessions[accepted->peer];
+    if (how == UCS_OK &&
+        (session->failure != UCS_OK || kv_ucx_sockets_ended(session->fds, session->num_fds)))
+        how = UCS_ERR_CONNECTION_RESET;
     kv_net_received(e->net, accepted, ended(e, accepted->peer, how));
 }
 

@@ -5,6 +5,7 @@
 
 #include "net/ucx_sockets.h"
 #include <netinet/in.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -15,7 +16,8 @@ typedef struct visit {
     void (*see)(struct visit *visit, int fd, uint64_t link);
     uint64_t *out;
     const uint64_t *links;
-    size_t count, limit;
+    int *fds;
+    size_t num_links, count, limit;
 } visit_t;
 
 uint64_t kv_ucx_hash(uint64_t hash, const void *data, size_t bytes)
@@ -84,7 +86,7 @@ static void note(visit_t *visit, int fd, uint64_t link)
 
 static void cut(visit_t *visit, int fd, uint64_t link)
 {
-    for (size_t i = 0; i < visit->limit; i++) {
+    for (size_t i = 0; i < visit->num_links; i++) {
         if (visit->links[i] == link && shutdown(fd, SHUT_RDWR) == 0)
             visit->count++;
     }
@@ -97,9 +99,35 @@ size_t kv_ucx_sockets_list(int epoll_fd, uint64_t *out, size_t room)
     return visit.count;
 }
 
+static void note_fd(visit_t *visit, int fd, uint64_t link)
+{
+    for (size_t i = 0; i < visit->num_links; i++) {
+        if (visit->links[i] == link && visit->count < visit->limit)
+            visit->fds[visit->count++] = fd;
+    }
+}
+
+size_t kv_ucx_sockets_find(int epoll_fd, const uint64_t *links, size_t num_links, int *fds,
+                           size_t room)
+{
+    visit_t visit = {
+        .see = note_fd, .links = links, .num_links = num_links, .fds = fds, .limit = room};
+    if (num_links > 0)
+        visit_all(&visit, epoll_fd, DEPTH);
+    return visit.count;
+}
+
+bool kv_ucx_sockets_ended(const int *fds, size_t count)
+{
+    struct pollfd polled[KV_UCX_MAX_LINKS];
+    for (size_t i = 0; i < count; i++)
+        polled[i] = (struct pollfd){.fd = fds[i], .events = POLLRDHUP};
+    return count > 0 && poll(polled, (nfds_t)count, 0) > 0;
+}
+
 size_t kv_ucx_sockets_cut(int epoll_fd, const uint64_t *links, size_t num_links)
 {
-    visit_t visit = {.see = cut, .links = links, .limit = num_links};
+    visit_t visit = {.see = cut, .links = links, .num_links = num_links};
     if (num_links > 0)
         visit_all(&visit, epoll_fd, DEPTH);
     return visit.count;

@@ -11,6 +11,7 @@
 #ifndef KV_NET_UCX_SOCKETS_H
 #define KV_NET_UCX_SOCKETS_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -23,6 +24,12 @@ uint64_t kv_ucx_hash(uint64_t hash, const void *data, size_t bytes);
 /* Gives a number for each connection beneath an epoll descriptor of UCX, the same at both ends; 0
  * where the system does not tell. */
 size_t kv_ucx_sockets_list(int epoll_fd, uint64_t *out, size_t room);
+
+/* Gives the descriptors of these connections, good until UCX tells that the session has failed. */
+size_t kv_ucx_sockets_find(int epoll_fd, const uint64_t *links, size_t num_links, int *fds,
+                           size_t room);
+/* Whether the other side, or this one, has ended one of these connections. */
+bool kv_ucx_sockets_ended(const int *fds, size_t count);
 
 /* Ends these connections in both directions; gives how many were found. */
 size_t kv_ucx_sockets_cut(int epoll_fd, const uint64_t *links, size_t num_links);
