@@ -104,8 +104,9 @@ def lint(options):
 def compiler_warnings():
     """gcc with its optimiser on, which finds more, and clang with its analysis of locks. UCX is in
     the build once, if its headers are here, and once not."""
-    import build
     import numpy
+
+    import build
 
     headers = ("-isystem", sysconfig.get_path("include"), "-isystem", numpy.get_include())
     common = ["-std=c17", *WARNINGS, "-D_GNU_SOURCE", "-Isrc", "-fvisibility=hidden", *headers]
@@ -287,6 +288,8 @@ def golden(options):
 
 def faults(options):
     pytest(*existing("faults"))
+    kills = {"KVSTORE_KILLS": str(options.kills)}
+    pytest(*existing("cluster/test_kills.py"), "-k", "random_kills", env=kills)
 
 
 def fuzz(options):
@@ -359,6 +362,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("habit", choices=[habit.__name__ for habit in HABITS])
     parser.add_argument("--seeds", type=int, default=2000, help="engine: how many programs")
+    parser.add_argument("--kills", type=int, default=200, help="faults: of random processes")
     parser.add_argument("--seconds", type=int, default=60, help="fuzz: for how long")
     options = parser.parse_args()
     habit = next(habit for habit in HABITS if habit.__name__ == options.habit)
