@@ -412,6 +412,10 @@ class Member:
                     control.run(self._call(frame, limit, "leaving"))
             else:
                 self._soon({**frame, "id": 0})
+                if self.role == "server" and self.core is not None:
+                    # A worker that sees a session end before the scheduler has told it who is
+                    # lost would take this server for the one.
+                    self.core.wait_alone(EXIT_S)
         finally:
             self._end()
 

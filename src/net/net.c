@@ -191,6 +191,21 @@ static kv_status_t look_locked(kv_net_t *net, int *num_missing, char *missing, s
     return KV_OK;
 }
 
+/* Waits for a change of the endpoint, until the deadline, and polls the caller in time. */
+static kv_status_t await_change_locked(kv_net_t *net, kv_caller_t *caller, int64_t deadline,
+                                       int64_t *poll_at) KV_REQUIRES(net->lock)
+{
+    if (kv_clock_ns() < *poll_at) {
+        kv_cond_wait_until(&net->changed, &net->lock, deadline < *poll_at ? deadline : *poll_at);
+        return KV_OK;
+    }
+    kv_mutex_unlock(&net->lock);
+    kv_status_t status = caller->poll(caller);
+    kv_mutex_lock(&net->lock);
+    *poll_at = kv_clock_ns() + KV_POLL_NS;
+    return status;
+}
+
 static kv_status_t wait_ready_locked(kv_net_t *net, kv_caller_t *caller) KV_REQUIRES(net->lock)
 {
     int64_t deadline = kv_caller_deadline(caller);
@@ -201,23 +216,14 @@ static kv_status_t wait_ready_locked(kv_net_t *net, kv_caller_t *caller) KV_REQU
         KV_TRY(look_locked(net, &num_missing, missing, sizeof missing));
         if (num_missing == 0)
             return KV_OK;
-        int64_t now = kv_clock_ns();
-        if (now >= deadline) {
+        if (kv_clock_ns() >= deadline) {
             char more[32] = "";
             if (num_missing > MAX_NAMED)
                 snprintf(more, sizeof more, " and %d more", num_missing - MAX_NAMED);
             return kv_fail(KV_TIMEOUT, "no connection within %.1f s with %s%s",
                            (double)caller->timeout_ns / 1e9, missing, more);
         }
-        if (now >= poll_at) {
-            kv_mutex_unlock(&net->lock);
-            kv_status_t status = caller->poll(caller);
-            kv_mutex_lock(&net->lock);
-            KV_TRY(status);
-            poll_at = kv_clock_ns() + KV_POLL_NS;
-            continue;
-        }
-        kv_cond_wait_until(&net->changed, &net->lock, deadline < poll_at ? deadline : poll_at);
+        KV_TRY(await_change_locked(net, caller, deadline, &poll_at));
     }
 }
 
@@ -226,6 +232,28 @@ kv_status_t kv_net_wait_ready(kv_net_t *net, kv_caller_t *caller)
     kv_caller_detach(caller);
     kv_mutex_lock(&net->lock);
     kv_status_t status = wait_ready_locked(net, caller);
+    kv_mutex_unlock(&net->lock);
+    kv_caller_attach(caller);
+    return status;
+}
+
+static bool is_alone_locked(const kv_net_t *net) KV_REQUIRES(net->lock)
+{
+    bool alone = true;
+    for (int32_t i = 0; i < net->num_peers && !net->closing; i++)
+        alone = alone && (!kv_net_is_ready(&net->peers[i]) || net->peers[i].gone != KV_OK);
+    return alone;
+}
+
+kv_status_t kv_net_wait_alone(kv_net_t *net, kv_caller_t *caller)
+{
+    kv_caller_detach(caller);
+    kv_mutex_lock(&net->lock);
+    int64_t deadline = kv_caller_deadline(caller);
+    int64_t poll_at = kv_clock_ns() + KV_POLL_NS;
+    kv_status_t status = KV_OK;
+    while (status == KV_OK && !is_alone_locked(net) && kv_clock_ns() < deadline)
+        status = await_change_locked(net, caller, deadline, &poll_at);
     kv_mutex_unlock(&net->lock);
     kv_caller_attach(caller);
     return status;

@@ -282,6 +282,28 @@ ON_EACH_TRANSPORT(the_deadline_names_who_has_not_greeted)
         node_end(&nodes[i]);
 }
 
+ON_EACH_TRANSPORT(who_waits_to_be_alone_waits_for_all_sessions_or_its_time)
+{
+    node_t *nodes = nodes_start(3, setup);
+    kv_net_drop(nodes[0].net, 2, "it has left");
+    test_caller_t caller = make_caller(SECOND_NS / 4);
+    int64_t begin = kv_clock_ns();
+    CHECK_STATUS(kv_net_wait_alone(nodes[0].net, &caller.base), KV_OK);
+    CHECK(kv_clock_ns() - begin >= SECOND_NS / 4);
+    CHECK(caller.num_polls > 0);
+
+    caller = make_caller(30 * SECOND_NS);
+    caller.poll_status = KV_INTERRUPTED;
+    CHECK_STATUS(kv_net_wait_alone(nodes[0].net, &caller.base), KV_INTERRUPTED);
+
+    node_end(&nodes[1]);
+    caller = make_caller(30 * SECOND_NS);
+    begin = kv_clock_ns();
+    CHECK_STATUS(kv_net_wait_alone(nodes[0].net, &caller.base), KV_OK);
+    CHECK(kv_clock_ns() - begin < 20 * SECOND_NS);
+    nodes_end(nodes, 3);
+}
+
 ON_EACH_TRANSPORT(a_greeting_before_the_connect_is_remembered)
 {
     node_t nodes[2] = {0};
@@ -444,6 +466,7 @@ static const test_t tests[] = {
     TEST(both_ends_may_close_at_the_same_time),
     TEST(a_message_that_waits_can_be_taken_back),
     TEST(the_deadline_names_who_has_not_greeted),
+    TEST(who_waits_to_be_alone_waits_for_all_sessions_or_its_time),
     TEST(a_greeting_before_the_connect_is_remembered),
     TEST(one_who_has_left_before_the_connect_is_lost),
     TEST(a_peer_dropped_before_its_connect_is_never_connected),

@@ -40,6 +40,9 @@ class FakeCore:
         if self.lost is not None:
             raise PeerLostError(self.lost)
 
+    def wait_alone(self, timeout):
+        pass
+
     def drain(self, timeout):
         pass
 

@@ -16,6 +16,7 @@ import numpy as np
 from fakes import LONG, Child
 
 import kvstore
+from kvstore.cluster import control
 
 SMALL, LARGE = 1 << 8, 1 << 22  # elements of 4 bytes: 16 MiB are cut into slices for all servers
 KEYS = {"small": SMALL, "large": LARGE}
@@ -142,7 +143,7 @@ def main():
 
 def steps(kv, _):
     """Calls that the test asks for by lines; `kv` and `np` are what they may use."""
-    names = {"kv": kv, "np": np, "kvstore": kvstore}
+    names = {"kv": kv, "np": np, "time": time, "control": control}
     say(inside="steps", rank=kv.rank)
     for line in sys.stdin:
         try:
@@ -220,6 +221,13 @@ class Processes:
             elif dead is not None:
                 assert f"{dead} (" in err or f"the {dead} at" in err, (name, dead, err)
         return found
+
+    def finish(self, dead=None):
+        """Let the workers that take steps end, and wait for all."""
+        for name in self.workers():
+            self.all[name].stdin.close()
+            self.all[name].stdin = None
+        return self.end(dead)
 
     def close(self):
         for process in self.all.values():

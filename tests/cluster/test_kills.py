@@ -10,6 +10,7 @@ from killing import LATER, WAITS, Processes, until_asleep
 
 # Two seconds are meant; the rest is for a loaded machine. What was measured is printed.
 SOON_S = 5.0
+PULL = "kv.pull('w', out=np.empty(4, 'float32'))"
 
 
 @pytest.fixture
@@ -51,6 +52,20 @@ def test_a_kill_ends_every_call_of_the_others_with_the_name_of_the_dead(victim, 
     assert max(waited.values()) < SOON_S
 
 
+def test_who_hears_of_a_loss_late_is_told_the_one_who_died(make):
+    """The servers end because of it, too, but not before the workers can have heard."""
+    cluster = make([("steps", "")] * 2, 2)
+    for name in cluster.workers():
+        cluster.tell(name, "kv.init('w', np.zeros(4, 'float32'))")
+    for name in cluster.workers():
+        assert cluster.hear(name)["value"] is None
+    cluster.ask("worker 0", "control.loop().call_soon_threadsafe(time.sleep, 2) and None")
+    cluster.kill("worker 1")
+    told = cluster.ask("worker 0", f"time.sleep(1) or {PULL}")
+    assert told["error"] == "PeerLostError" and "worker 1" in told["text"]
+    cluster.finish("worker 1")
+
+
 # --------------------------------------------------------------------------------- under load
 
 KILLS = int(os.environ.get("KVSTORE_KILLS", "10"))
@@ -80,8 +95,6 @@ def test_random_kills_under_load_are_told_and_leave_no_wrong_value(make, capsys)
 
 # ------------------------------------------------------------------------------------ stopped
 
-PULL = "kv.pull('w', out=np.empty(4, 'float32'))"
-
 
 def test_a_stopped_server_ends_waits_at_their_deadline_and_goes_on_later(make):
     cluster = make([("steps", "")] * 2, 2, timeout=2)
@@ -97,10 +110,7 @@ def test_a_stopped_server_ends_waits_at_their_deadline_and_goes_on_later(make):
     for name in stopped:
         cluster.signal(name, signal.SIGCONT)
     assert cluster.ask("worker 0", PULL)["value"] is None
-    for name in cluster.workers():
-        cluster.all[name].stdin.close()
-        cluster.all[name].stdin = None
-    cluster.end()
+    cluster.finish()
 
 
 def test_a_stopped_worker_is_named_at_the_deadline_of_those_who_wait_for_it(make):
@@ -116,7 +126,4 @@ def test_a_stopped_worker_is_named_at_the_deadline_of_those_who_wait_for_it(make
     cluster.signal("worker 1", signal.SIGCONT)
     assert cluster.ask("worker 1", "kv.push('w', np.ones(4, 'float32'))")["value"] is None
     assert cluster.ask("worker 0", "kv.pull('w').asnumpy().tolist()")["value"] == [2, 2, 2, 2]
-    for name in cluster.workers():
-        cluster.all[name].stdin.close()
-        cluster.all[name].stdin = None
-    cluster.end()
+    cluster.finish()
