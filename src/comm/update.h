@@ -25,12 +25,14 @@ typedef struct kv_weight {
 } kv_weight_t;
 
 /* Dense gradients to be summed: of the weight's type. With a codec each passes through it with a
- * residual of its own. */
+ * residual of its own. With `coded` src[i] is the codes of a gradient that coded[i] has encoded
+ * elsewhere, or a plain gradient where its type is KV_CODEC_NONE; `codec` is none then. */
 typedef struct kv_gradients {
     int num_src;
     const void *const *src;
     kv_codec_t codec;
-    void *const *residuals; /* [num_src], NULL with KV_CODEC_NONE */
+    void *const *residuals;  /* [num_src], NULL with KV_CODEC_NONE */
+    const kv_codec_t *coded; /* [num_src], or NULL */
 } kv_gradients_t;
 
 /* weight = step(weight, sum of the gradients), then every dst = weight. Returns how many residuals
