@@ -210,6 +210,7 @@ def _set(kv: KVStore, optimizer: Optimizer, progress: _Progress | None = None) -
             optimizer.lr_scheduler,
             optimizer._multipliers(),
             optimizer.begin_num_update,
+            0,
         )
         return
     run = _Run(optimizer, progress or _Progress(optimizer.begin_num_update))

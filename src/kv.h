@@ -196,7 +196,8 @@ struct kv_updater {
 };
 
 /* Takes one share of `updater`; NULL restores assignment. A push under way keeps the updater that
- * it began with. On failure the share is still the caller's. */
+ * it began with. On failure the share is still the caller's. In a dist store, whose values are out
+ * of an updater's reach, only NULL, which drops the optimizer. */
 KV_MUST_CHECK kv_status_t kv_store_set_updater(kv_store_t *store, kv_updater_t *updater);
 
 /* ----------------------------------------------------------------------------- optimizer */
@@ -219,12 +220,13 @@ typedef struct kv_multiplier {
 typedef struct kv_optimizer kv_optimizer_t;
 
 /* Gives one share. Checks the numbers; copies the multipliers; takes `schedule` (may be NULL), also
- * on failure. */
+ * on failure. `declared`: the number by which the servers of a dist store know it, 0: none. */
 KV_MUST_CHECK kv_status_t kv_optimizer_new(const kv_optim_class_t *optim,
                                            const kv_optim_numbers_t *numbers,
                                            kv_schedule_t *schedule,
                                            const kv_multiplier_t *multipliers,
-                                           int64_t num_multipliers, kv_optimizer_t **out);
+                                           int64_t num_multipliers, uint64_t declared,
+                                           kv_optimizer_t **out);
 void kv_optimizer_rele(kv_optimizer_t *optimizer); /* NULL is allowed */
 
 /* From now on pushes update the stored values by this optimizer. One of the same class as before

@@ -165,6 +165,18 @@ static bool read_numbers(kv_state_t *state, PyObject *name, PyObject *numbers,
     return true;
 }
 
+bool kv_py_optimizer_read(kv_state_t *state, PyObject *name, PyObject *numbers, PyObject *flags,
+                          long long begin_num_update, const kv_optim_class_t **optim,
+                          kv_optim_numbers_t *out)
+{
+    if (!read_numbers(state, name, numbers, optim, out) ||
+        !read_flag(flags, "multi_precision", &out->multi_precision) ||
+        !read_flag(flags, "lazy_update", &out->lazy_update))
+        return false;
+    out->begin_num_update = begin_num_update;
+    return true;
+}
+
 PyObject *kv_py_optimizer_check(PyObject *module, PyObject *args)
 {
     kv_state_t *state = kv_py_state(module);
@@ -273,14 +285,13 @@ PyObject *kv_py_store_optimizer_set(PyObject *object, PyObject *args)
     kv_py_store_t *self = as_store(object);
     PyObject *owner, *name, *numbers, *flags, *schedule, *list;
     long long begin;
+    unsigned long long declared;
     kv_optim_numbers_t parsed;
     const kv_optim_class_t *optim;
     if (!kv_py_store_check_open(self) ||
-        !PyArg_ParseTuple(args, "OOO!O!OO!L", &owner, &name, &PyDict_Type, &numbers, &PyDict_Type,
-                          &flags, &schedule, &PyList_Type, &list, &begin) ||
-        !read_numbers(self->state, name, numbers, &optim, &parsed) ||
-        !read_flag(flags, "multi_precision", &parsed.multi_precision) ||
-        !read_flag(flags, "lazy_update", &parsed.lazy_update))
+        !PyArg_ParseTuple(args, "OOO!O!OO!LK", &owner, &name, &PyDict_Type, &numbers, &PyDict_Type,
+                          &flags, &schedule, &PyList_Type, &list, &begin, &declared) ||
+        !kv_py_optimizer_read(self->state, name, numbers, flags, begin, &optim, &parsed))
         return NULL;
     kv_multiplier_t *multipliers;
     Py_ssize_t count;
@@ -292,9 +303,8 @@ PyObject *kv_py_store_optimizer_set(PyObject *object, PyObject *args)
         return NULL;
     }
     kv_optimizer_t *optimizer;
-    parsed.begin_num_update = begin;
     kv_status_t status = kv_optimizer_new(optim, &parsed, asked != NULL ? &asked->base : NULL,
-                                          multipliers, count, &optimizer);
+                                          multipliers, count, declared, &optimizer);
     kv_free(multipliers);
     if (status == KV_OK) {
         status = kv_store_set_optimizer(self->store, optimizer);

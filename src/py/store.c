@@ -187,6 +187,12 @@ bool kv_py_store_use_updater(kv_py_store_t *self, PyObject *function, PyObject *
                    Py_TYPE(function)->tp_name);
         return false;
     }
+    if (self->member != NULL) {
+        kv_py_fail(self->state, KV_INVALID,
+                   "an updater runs in one process, and the values of a dist store lie on its "
+                   "servers: use set_optimizer");
+        return false;
+    }
     kv_updater_t *updater = NULL;
     if (function != Py_None && (updater = kv_py_updater_new(self->state, function)) == NULL)
         return false;
@@ -332,8 +338,7 @@ static KV_PY_METHOD(store_is_capable)
         return kv_py_fail(as_store(self)->state, KV_BAD_TYPE,
                           "a capability is named by a str, not %.100s",
                           Py_TYPE(capability)->tp_name);
-    return PyBool_FromLong(as_store(self)->member == NULL &&
-                           PyUnicode_CompareWithASCIIString(capability, "optimizer") == 0);
+    return PyBool_FromLong(PyUnicode_CompareWithASCIIString(capability, "optimizer") == 0);
 }
 
 /* Calls that take long anyway and are written in Python. */

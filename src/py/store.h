@@ -67,6 +67,12 @@ bool kv_py_store_use_updater(kv_py_store_t *self, PyObject *function, PyObject *
 PyObject *kv_py_optimizer_common(PyObject *module, PyObject *unused);
 PyObject *kv_py_optimizer_classes(PyObject *module, PyObject *unused);
 PyObject *kv_py_optimizer_check(PyObject *module, PyObject *args);
+/* A built-in class and its numbers out of Python's dicts, ranges unchecked; false with an
+ * exception.
+ */
+bool kv_py_optimizer_read(kv_state_t *state, PyObject *name, PyObject *numbers, PyObject *flags,
+                          long long begin_num_update, const kv_optim_class_t **optim,
+                          kv_optim_numbers_t *out);
 PyObject *kv_py_store_optimizer_set(PyObject *self, PyObject *args);
 PyObject *kv_py_store_optimizer_owner(PyObject *self, PyObject *unused);
 PyObject *kv_py_store_updater_set(PyObject *self, PyObject *args);

@@ -105,7 +105,8 @@ struct kv_store {
 /* See kv.h. */
 struct kv_optimizer {
     _Atomic int64_t refs;
-    uint64_t number; /* no other optimizer of this process has it */
+    uint64_t number;   /* no other optimizer of this process has it */
+    uint64_t declared; /* servers know it by this one; 0: a local store's */
     const kv_optim_class_t *optim;
     kv_optim_numbers_t numbers;
     kv_schedule_t *schedule;

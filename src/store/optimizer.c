@@ -54,7 +54,7 @@ static kv_status_t copy_multipliers(kv_optimizer_t *optimizer, const kv_multipli
 
 kv_status_t kv_optimizer_new(const kv_optim_class_t *optim, const kv_optim_numbers_t *numbers,
                              kv_schedule_t *schedule, const kv_multiplier_t *multipliers,
-                             int64_t num_multipliers, kv_optimizer_t **out)
+                             int64_t num_multipliers, uint64_t declared, kv_optimizer_t **out)
 {
     static _Atomic uint64_t numbered;
     kv_optimizer_t *optimizer = NULL;
@@ -74,6 +74,7 @@ kv_status_t kv_optimizer_new(const kv_optim_class_t *optim, const kv_optim_numbe
     }
     optimizer->refs = 1;
     optimizer->number = atomic_fetch_add(&numbered, 1) + 1;
+    optimizer->declared = declared;
     optimizer->optim = optim;
     optimizer->numbers = *numbers;
     optimizer->schedule = schedule;
@@ -153,7 +154,6 @@ void kv_store_forget_training_locked(kv_store_t *store)
 kv_status_t kv_store_set_optimizer(kv_store_t *store, kv_optimizer_t *optimizer)
 {
     KV_TRY(kv_store_check_open(store));
-    KV_TRY(kv_store_check_local(store, "set_optimizer"));
     kv_mutex_lock(&store->lock);
     kv_optimizer_t *before = store->optimizer;
     kv_updater_t *updater = store->updater;
@@ -174,8 +174,6 @@ kv_status_t kv_store_set_optimizer(kv_store_t *store, kv_optimizer_t *optimizer)
 kv_status_t kv_store_set_compression(kv_store_t *store, const kv_codec_t *codec)
 {
     KV_TRY(kv_store_check_open(store));
-    if (codec->type != KV_CODEC_NONE)
-        KV_TRY(kv_store_check_local(store, "set_gradient_compression"));
     if (codec->type != KV_CODEC_NONE)
         KV_TRY(kv_codec_check(codec));
     kv_mutex_lock(&store->lock);

@@ -126,9 +126,6 @@ const char *kv_store_kind(const kv_store_t *store)
 kv_status_t kv_store_set_updater(kv_store_t *store, kv_updater_t *updater)
 {
     KV_TRY(kv_store_check_open(store));
-    if (store->kind.family == KV_KIND_DIST)
-        return kv_fail(KV_INVALID, "an updater runs in one process, and the values of a dist store "
-                                   "lie on its servers: use set_optimizer");
     kv_mutex_lock(&store->lock);
     kv_updater_t *before = store->updater;
     kv_optimizer_t *optimizer = store->optimizer;

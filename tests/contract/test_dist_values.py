@@ -282,8 +282,6 @@ def test_dist_async_needs_an_optimizer_and_lets_pulls_work():
 
 
 NOT_BUILT = {
-    "set_optimizer": lambda kv: kv.set_optimizer(kvstore.optimizer.SGD()),
-    "compression": lambda kv: kv.set_gradient_compression({"type": "2bit", "threshold": 0.5}),
     "row-sparse init": lambda kv: kv.init("s", kvstore.RowSparse.zeros((3, 2))),
     "row-sparse pull": lambda kv: kv.row_sparse_pull("w", row_ids=np.array([0])),
     "row-sparse push": lambda kv: kv.push("w", kvstore.RowSparse.zeros((4, 2), "float64")),
