@@ -277,11 +277,6 @@ kv_status_t kv_work_merge(const kv_work_t *work)
 
 /* ---------------------------------------------------------------------------- the weight */
 
-int64_t kv_slot_count(const kv_entry_t *entry, const kv_slot_t *slot, int64_t num_rows)
-{
-    return slot->per_row ? num_rows : num_rows * entry->row_count;
-}
-
 int64_t kv_entry_num_rows(const kv_entry_t *entry)
 {
     if (entry->sparse)
@@ -289,52 +284,12 @@ int64_t kv_entry_num_rows(const kv_entry_t *entry)
     return entry->ndim > 0 ? entry->shape[0] : 1;
 }
 
-kv_status_t kv_slot_make(const kv_work_t *work, int64_t count, const void *weight,
-                         kv_buffer_t **out)
-{
-    const kv_entry_t *entry = work->group.entry;
-    size_t wide = kv_dtype_bytes(kv_dtype_wide(entry->dtype));
-    if (weight == NULL || count == 0)
-        return kv_buffer_new_zero((size_t)count * wide, out);
-    KV_TRY(kv_buffer_new((size_t)count * wide, out));
-    if (kv_dtype_is_narrow(entry->dtype))
-        kv_host_widen(work->host, entry->dtype, count, weight, (*out)->data);
-    else
-        memcpy((*out)->data, weight, (size_t)count * wide);
-    return KV_OK;
-}
-
 kv_status_t kv_work_weight(const kv_work_t *work, kv_weight_t *out)
 {
     const kv_entry_t *entry = work->group.entry;
-    const kv_optim_numbers_t *numbers = &work->group.step->numbers;
-    kv_slots_t *slots = work->group.slots;
-    kv_slot_t described[KV_MAX_SLOTS];
-    int num_slots = slots->optim->slots(numbers, described);
-    int64_t num_rows = kv_entry_num_rows(entry), count = num_rows * entry->row_count;
-    void *data = entry->sparse ? kv_rowset_data(&entry->rows) : entry->stored->data;
     if (entry->sparse)
         KV_TRY(kv_slots_fit(work));
-    bool doubled = numbers->multi_precision && kv_dtype_is_narrow(entry->dtype);
-    if (doubled && slots->master == NULL)
-        KV_TRY(kv_slot_make(work, count, data, &slots->master));
-    if (!doubled && slots->master != NULL) {
-        /* From now on it would fall behind the weight. */
-        kv_buffer_rele(slots->master);
-        slots->master = NULL;
-    }
-    *out = (kv_weight_t){.dtype = entry->dtype,
-                         .count = count,
-                         .row_count = entry->row_count,
-                         .data = data,
-                         .master = slots->master != NULL ? slots->master->data : NULL};
-    for (int i = 0; i < num_slots; i++) {
-        int place = kv_slots_place(slots, described[i].name);
-        if (slots->slot[place] == NULL)
-            KV_TRY(kv_slot_make(work, kv_slot_count(entry, &described[i], num_rows),
-                                described[i].from_weight ? data : NULL, &slots->slot[place]));
-        slots->kept[place] = described[i];
-        out->slots[i] = slots->slot[place]->data;
-    }
-    return KV_OK;
+    void *data = entry->sparse ? kv_rowset_data(&entry->rows) : entry->stored->data;
+    return kv_slots_weight(work->group.slots, work->host, work->group.step, entry->dtype,
+                           kv_entry_num_rows(entry), entry->row_count, data, out);
 }

@@ -9,27 +9,8 @@
 #define KV_STORE_INTERNAL_H
 
 #include "base/thread.h"
-#include "comm/update.h"
+#include "comm/slots.h"
 #include "kv.h"
-
-/* What an optimizer keeps with a key. Shared by counting: the entry has one share, every push under
- * way another. The buffers belong to whoever has entered the key's variable; they are made by the
- * push that first needs them.
- *
- * For a row-sparse key the buffers have the rows `indices`, a share of the stored value's own when
- * they were made. A push that was counted before its optimizer was replaced may change the value's
- * rows behind the slots that the key has now: who uses them fits them first (kv_slots_fit). */
-typedef struct kv_slots {
-    _Atomic int64_t refs;
-    const kv_optim_class_t *optim;
-    kv_buffer_t *master; /* float32, of a 16-bit weight under multi_precision */
-    kv_buffer_t *slot[KV_MAX_SLOTS];
-    /* What each of them is: the numbers of an optimizer decide which it keeps, and in what order.
-     */
-    kv_slot_t kept[KV_MAX_SLOTS];
-    int64_t num_rows;
-    kv_buffer_t *indices; /* NULL: as yet no rows */
-} kv_slots_t;
 
 /* What compression has kept back, one residual for each position of a value list. */
 typedef struct kv_residuals {
@@ -191,9 +172,6 @@ static inline bool kv_entry_accepts(const kv_entry_t *entry, const kv_view_t *vi
 KV_MUST_CHECK kv_status_t kv_plan_count(kv_store_t *store, kv_plan_t *plan);
 /* Takes back the counts of all keys but the first `num_done`, unless others have counted since. */
 void kv_plan_uncount(kv_store_t *store, const kv_plan_t *plan, int64_t num_done);
-void kv_slots_rele(kv_slots_t *slots); /* NULL is allowed */
-/* Where the buffer of this name is or comes. */
-int kv_slots_place(const kv_slots_t *slots, const char *name);
 
 /* The quick way's: whether a push of the key can be counted here, without a schedule or memory to
  * be made, and the counting. */
@@ -245,12 +223,7 @@ KV_MUST_CHECK kv_status_t kv_work_merge(const kv_work_t *work);
 /* The weight of a key for the optimizer, its state made where it is missing. */
 KV_MUST_CHECK kv_status_t kv_work_weight(const kv_work_t *work, kv_weight_t *out);
 
-/* One buffer of the optimizer's state: zeros, or a copy of the weight. */
-KV_MUST_CHECK kv_status_t kv_slot_make(const kv_work_t *work, int64_t count, const void *weight,
-                                       kv_buffer_t **out);
-
 int64_t kv_entry_num_rows(const kv_entry_t *entry); /* stored ones */
-int64_t kv_slot_count(const kv_entry_t *entry, const kv_slot_t *slot, int64_t num_rows);
 
 /* Every out becomes the stored value, or the rows asked for. */
 KV_MUST_CHECK kv_status_t kv_work_copy_out(const kv_work_t *work);

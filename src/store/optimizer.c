@@ -111,27 +111,6 @@ static const kv_multiplier_t *find_multiplier(const kv_optimizer_t *optimizer,
     return NULL;
 }
 
-void kv_slots_rele(kv_slots_t *slots)
-{
-    if (slots == NULL || atomic_fetch_sub(&slots->refs, 1) != 1)
-        return;
-    kv_buffer_rele(slots->master);
-    for (int i = 0; i < KV_MAX_SLOTS; i++)
-        kv_buffer_rele(slots->slot[i]);
-    kv_buffer_rele(slots->indices);
-    kv_free(slots);
-}
-
-int kv_slots_place(const kv_slots_t *slots, const char *name)
-{
-    int place = 0;
-    /* No class has more names than there are places. */
-    while (place < KV_MAX_SLOTS - 1 && slots->kept[place].name != NULL &&
-           slots->kept[place].name != name && strcmp(slots->kept[place].name, name) != 0)
-        place++;
-    return place;
-}
-
 /* --------------------------------------------------------------------- setting an optimizer */
 
 void kv_optim_state_begin(kv_optim_state_t *state, int64_t begin_num_update)

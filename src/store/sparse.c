@@ -82,12 +82,13 @@ static kv_status_t lay_out(const kv_work_t *work, const kv_rowset_t *rows)
         kv_slot_t kept = i == MASTER ? (kv_slot_t){.from_weight = true} : slots->kept[i];
         if (old == NULL)
             continue;
-        status = kv_slot_make(work, kv_slot_count(entry, &kept, rows->num_rows),
+        status = kv_slot_make(work->host, entry->dtype,
+                              kv_slot_count(&kept, rows->num_rows, entry->row_count),
                               kept.from_weight ? kv_rowset_data(rows) : NULL, &fresh[i]);
         if (status == KV_OK && slots->num_rows > 0)
             copy_common(&(placed_t){slots->num_rows, slots->indices->data, old->data},
                         &(placed_t){rows->num_rows, kv_rowset_ids(rows), fresh[i]->data},
-                        wide * (size_t)kv_slot_count(entry, &kept, 1));
+                        wide * (size_t)kv_slot_count(&kept, 1, entry->row_count));
     }
     for (int i = 0; i < BUFFERS; i++) {
         kv_buffer_t **kept = i == MASTER ? &slots->master : &slots->slot[i], *gone = fresh[i];

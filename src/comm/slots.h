@@ -1,0 +1,51 @@
+/* Training state of one value: what an optimizer keeps with it, wherever the value lives. */
+#ifndef KV_COMM_SLOTS_H
+#define KV_COMM_SLOTS_H
+
+#include "array/array.h"
+#include "comm/update.h"
+
+/* Shared by counting: the owner of the value has one share, every push under way another. The
+ * buffers belong to whoever may write the value; they are made by the push that first needs them
+ * and hold the wide type.
+ *
+ * Of a row-sparse value the buffers have the rows `indices`, a share of the value's own when they
+ * were made. A push that was counted before its optimizer was replaced may change the value's rows
+ * behind the slots that it has now: who uses them gives them the value's rows first. */
+typedef struct kv_slots {
+    _Atomic int64_t refs;
+    const kv_optim_class_t *optim;
+    kv_buffer_t *master; /* float32, of a 16-bit weight under multi_precision */
+    kv_buffer_t *slot[KV_MAX_SLOTS];
+    /* What each of them is: the numbers of an optimizer decide which it keeps, and in what order.
+     */
+    kv_slot_t kept[KV_MAX_SLOTS];
+    int64_t num_rows;     /* row-sparse … */
+    kv_buffer_t *indices; /* … NULL: as yet no rows */
+} kv_slots_t;
+
+void kv_slots_rele(kv_slots_t *slots); /* NULL is allowed */
+
+/* Where the buffer of this name is or comes. */
+int kv_slots_place(const kv_slots_t *slots, const char *name);
+
+/* Elements of a slot's buffer. */
+static inline int64_t kv_slot_count(const kv_slot_t *slot, int64_t num_rows, int64_t row_count)
+{
+    return slot->per_row ? num_rows : num_rows * row_count;
+}
+
+/* Gives one buffer of `count` elements of the wide type of `dtype`: zeros, or a copy of `weight`,
+ * which is of `dtype`. */
+KV_MUST_CHECK kv_status_t kv_slot_make(const kv_host_t *host, kv_dtype_t dtype, int64_t count,
+                                       const void *weight, kv_buffer_t **out);
+
+/* The value at `data`, num_rows rows of row_count elements, as a weight for this step: makes the
+ * buffers that the step needs and `slots` has not, and drops a master that is no longer wanted. The
+ * caller may write value and slots, and the buffers that are there have the value's rows. *out
+ * borrows data and buffers. KV_NO_MEMORY leaves what was made; the next call goes on from there. */
+KV_MUST_CHECK kv_status_t kv_slots_weight(kv_slots_t *slots, const kv_host_t *host,
+                                          const kv_step_t *step, kv_dtype_t dtype, int64_t num_rows,
+                                          int64_t row_count, void *data, kv_weight_t *out);
+
+#endif
