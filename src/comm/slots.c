@@ -4,6 +4,16 @@
 
 #include <string.h>
 
+kv_slots_t *kv_slots_new(const kv_optim_class_t *optim)
+{
+    kv_slots_t *slots = kv_calloc(1, sizeof *slots);
+    if (slots != NULL) {
+        slots->refs = 1;
+        slots->optim = optim;
+    }
+    return slots;
+}
+
 void kv_slots_rele(kv_slots_t *slots)
 {
     if (slots == NULL || atomic_fetch_sub(&slots->refs, 1) != 1)

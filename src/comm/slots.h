@@ -24,6 +24,8 @@ typedef struct kv_slots {
     kv_buffer_t *indices; /* … NULL: as yet no rows */
 } kv_slots_t;
 
+/* One share of a state without buffers; NULL without memory. */
+kv_slots_t *kv_slots_new(const kv_optim_class_t *optim);
 void kv_slots_rele(kv_slots_t *slots); /* NULL is allowed */
 
 /* Where the buffer of this name is or comes. */

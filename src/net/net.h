@@ -29,7 +29,7 @@
 #include <stdint.h>
 
 enum {
-    KV_NET_HEADER_BYTES = 96,    /* of a message's own header, at most */
+    KV_NET_HEADER_BYTES = 128,   /* of a message's own header, at most */
     KV_NET_ADDRESS_BYTES = 4096, /* of an endpoint's address, at most */
     KV_NET_SESSION_BYTES = 16,   /* random, the same for all nodes of one cluster */
     KV_NET_PEER_NAME = 32,       /* "server 1" */

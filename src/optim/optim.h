@@ -122,4 +122,14 @@ void kv_step_init(kv_step_t *step, const kv_optim_class_t *optim, const kv_optim
                   kv_optim_state_t *state, int64_t t, double rate, double lr_mult, double wd_mult,
                   bool plain_rate);
 
+/* A step that was made elsewhere. `own`: what that one's kv_step_own was, the number that some
+ * classes have besides (Nadam's product, LARS's ratio, SGLD's draw). */
+void kv_step_restore(kv_step_t *step, const kv_optim_class_t *optim,
+                     const kv_optim_numbers_t *numbers, double lr, double wd, int64_t t, double own,
+                     bool plain_rate);
+double kv_step_own(const kv_step_t *step);
+
+/* Whether the step needs norms of the whole value and gradient. */
+bool kv_step_needs_norms(const kv_step_t *step);
+
 #endif

@@ -38,6 +38,36 @@ void kv_step_init(kv_step_t *step, const kv_optim_class_t *optim, const kv_optim
     }
 }
 
+double kv_step_own(const kv_step_t *step)
+{
+    switch (step->optim->id) {
+    case KV_OPTIM_NADAM:
+        return step->product;
+    case KV_OPTIM_LARS:
+        return step->ratio;
+    case KV_OPTIM_SGLD:
+        return (double)step->draw;
+    default:
+        return 0;
+    }
+}
+
+void kv_step_restore(kv_step_t *step, const kv_optim_class_t *optim,
+                     const kv_optim_numbers_t *numbers, double lr, double wd, int64_t t, double own,
+                     bool plain_rate)
+{
+    bool draws = optim->id == KV_OPTIM_SGLD && own >= 0 && own < 0x1p53;
+    *step = (kv_step_t){.optim = optim,
+                        .numbers = *numbers,
+                        .lr = lr,
+                        .wd = wd,
+                        .t = t,
+                        .product = optim->id == KV_OPTIM_NADAM ? own : 1,
+                        .ratio = optim->id == KV_OPTIM_LARS ? own : 1,
+                        .plain_rate = plain_rate,
+                        .draw = draws ? (uint64_t)own : 0};
+}
+
 /* Adam's rate with the correction for moments that began at zero. */
 static double corrected_rate(const kv_step_t *step)
 {
@@ -117,6 +147,13 @@ void kv_pass_set_norms(kv_pass_t *pass, const kv_step_t *step, bool is_double,
         set_norms_double(pass, &pass->factors.twice, step, weight_squares, other_squares);
     else
         set_norms_float(pass, &pass->factors.single, step, weight_squares, other_squares);
+}
+
+bool kv_step_needs_norms(const kv_step_t *step)
+{
+    kv_pass_t pass;
+    kv_pass_init(&pass, step, true, 0);
+    return pass.norms != KV_NORMS_NONE;
 }
 
 double kv_pass_batch(const kv_step_t *step)

@@ -20,7 +20,10 @@
 
 #include "array/array.h"
 #include "base/name.h"
+#include "comm/host.h"
+#include "compress/codec.h"
 #include "net/net.h"
+#include "optim/optim.h"
 #include "ps/pool.h"
 
 typedef struct kv_client kv_client_t;
@@ -77,12 +80,28 @@ typedef struct kv_declared {
     kv_remote_t *remote; /* out, set before `done` of a call that succeeds: the caller's */
 } kv_declared_t;
 
+/* What a push says of the step that servers take with it. */
+typedef struct kv_client_step {
+    uint64_t optimizer; /* its number, as servers know it */
+    kv_step_t step;
+} kv_client_step_t;
+
 /* One key of a call on values; each key stands once. */
 typedef struct kv_client_part {
     kv_remote_t *remote;
     const void *value; /* contiguous elements to push, NULL: none */
     void *out;         /* contiguous memory for the value, NULL: none. May be `value` */
+    /* Not KV_CODEC_NONE: `value` has instead what kv_remote_encode has made. */
+    kv_codec_type_t codec;
+    const kv_client_step_t *step; /* of a push; NULL: none */
 } kv_client_part_t;
+
+/* Room for a whole value once it has passed through a codec. */
+size_t kv_remote_coded_bytes(const kv_remote_t *remote, kv_codec_type_t codec);
+/* Encodes a value slice by slice into `out`, and moves its residual, which is in the wide type.
+ * Returns how many elements of that are not finite. */
+int64_t kv_remote_encode(const kv_remote_t *remote, const kv_host_t *host, const kv_codec_t *codec,
+                         const void *value, void *residual, void *out);
 
 typedef enum kv_client_verb {
     KV_CLIENT_MOVE,    /* parts: push, pull, pushpull */

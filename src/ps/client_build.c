@@ -23,13 +23,81 @@ static const void *value_of(const kv_client_work_t *work, uint32_t part)
     return call->verb == KV_CLIENT_DECLARE ? call->keys[part].value : call->parts[part].value;
 }
 
+static kv_codec_type_t codec_of(const kv_client_work_t *work, int64_t part)
+{
+    const kv_client_call_t *call = work->call;
+    return call->verb == KV_CLIENT_MOVE && call->parts[part].value != NULL ? call->parts[part].codec
+                                                                           : KV_CODEC_NONE;
+}
+
+/* ------------------------------------------------------------------------- compressed values */
+
+/* From one slice's codes to the next one's. */
+static size_t coded_stride(const kv_remote_t *remote, kv_codec_type_t codec)
+{
+    return kv_wire_value_bytes(kv_wire_coded_bytes(codec, remote->dtype, remote->slice_bytes));
+}
+
+size_t kv_remote_coded_bytes(const kv_remote_t *remote, kv_codec_type_t codec)
+{
+    return remote->num_slices * coded_stride(remote, codec);
+}
+
+typedef struct encoding {
+    const kv_remote_t *remote;
+    const kv_host_t *host;
+    const kv_codec_t *codec;
+    const char *value;
+    char *residual;
+    unsigned char *out;
+    size_t stride;
+    _Atomic int64_t unfinite;
+} encoding_t;
+
+static void encode_slice(void *context, int64_t slice)
+{
+    encoding_t *encoding = context;
+    const kv_remote_t *remote = encoding->remote;
+    size_t item = kv_dtype_bytes(remote->dtype),
+           wide = kv_dtype_bytes(kv_dtype_wide(remote->dtype));
+    size_t offset = (size_t)slice * remote->slice_bytes;
+    size_t bytes = remote->bytes - offset;
+    if (bytes > remote->slice_bytes)
+        bytes = remote->slice_bytes;
+    int64_t count = (int64_t)(bytes / item);
+    unsigned char *out = encoding->out + (size_t)slice * encoding->stride;
+    kv_wire_put_threshold(encoding->codec->threshold, out);
+    int64_t unfinite =
+        kv_codec_encode(encoding->host->kernels, encoding->codec, remote->dtype, 0, count, count,
+                        encoding->value + offset, encoding->residual + offset / item * wide,
+                        out + KV_WIRE_THRESHOLD_BYTES);
+    atomic_fetch_add(&encoding->unfinite, unfinite);
+}
+
+int64_t kv_remote_encode(const kv_remote_t *remote, const kv_host_t *host, const kv_codec_t *codec,
+                         const void *value, void *residual, void *out)
+{
+    encoding_t encoding = {.remote = remote,
+                           .host = host,
+                           .codec = codec,
+                           .value = value,
+                           .residual = residual,
+                           .out = out,
+                           .stride = coded_stride(remote, codec->type)};
+    if (remote->num_slices == 1)
+        encode_slice(&encoding, 0);
+    else
+        kv_team_run(host->team, host->num_threads, remote->num_slices, encode_slice, &encoding);
+    return atomic_load(&encoding.unfinite);
+}
+
 /* ------------------------------------------------------------------------------- operations */
 
 static int way_of(const kv_slice_op_t *op)
 {
     if (op->action == KV_WIRE_GET || op->action == KV_WIRE_DROP)
         return TRAVELS_BARE;
-    return op->bytes <= KV_CLIENT_SMALL_BYTES ? TRAVELS_TOGETHER : TRAVELS_ALONE;
+    return op->sent_bytes <= KV_CLIENT_SMALL_BYTES ? TRAVELS_TOGETHER : TRAVELS_ALONE;
 }
 
 static void add_op(builder_t *builder, int64_t part, uint32_t slice, uint16_t server,
@@ -43,10 +111,14 @@ static void add_op(builder_t *builder, int64_t part, uint32_t slice, uint16_t se
         bytes = 0;
     else if (bytes > remote->slice_bytes)
         bytes = remote->slice_bytes;
+    kv_codec_type_t codec = codec_of(work, part);
+    bool coded = codec != KV_CODEC_NONE;
     const kv_slice_op_t op = {
         .work = work,
         .offset = offset,
         .bytes = (uint32_t)bytes,
+        .sent_bytes = (uint32_t)(coded ? kv_wire_coded_bytes(codec, remote->dtype, bytes) : bytes),
+        .sent_offset = coded ? slice * coded_stride(remote, codec) : offset,
         .part = (uint32_t)part,
         .slice = slice,
         .server = server,
@@ -136,7 +208,7 @@ static uint32_t count_run(const kv_client_work_t *work, uint32_t first)
     for (uint32_t i = first; i < work->num_ops; i++) {
         if (ops[i].server != ops[first].server || way_of(&ops[i]) != way)
             break;
-        values += kv_wire_value_bytes(ops[i].bytes) * (way == TRAVELS_TOGETHER);
+        values += kv_wire_value_bytes(ops[i].sent_bytes) * (way == TRAVELS_TOGETHER);
         if (count > 0 && kv_wire_table_bytes(count + 1) + values > KV_WIRE_SLICE_BYTES)
             break;
         count++;
@@ -204,18 +276,18 @@ static kv_status_t gather(kv_client_work_t *work, kv_outgoing_t *message)
     size_t bytes = at;
     if (message->kind == KV_WIRE_BATCH)
         for (uint32_t i = 0; i < message->count; i++)
-            bytes += kv_wire_value_bytes(op[i].bytes);
+            bytes += kv_wire_value_bytes(op[i].sent_bytes);
     KV_TRY(kv_pool_get(work->client->pool, bytes, &message->buffer));
     unsigned char *payload = message->buffer->data;
     message->net.payload_bytes = bytes;
     size_t table = (size_t)message->count * KV_WIRE_RECORD_BYTES;
     memset(payload + table, 0, at - table);
     for (uint32_t i = 0; message->kind == KV_WIRE_BATCH && i < message->count; i++) {
-        size_t room = kv_wire_value_bytes(op[i].bytes);
-        if (op[i].bytes > 0)
-            memcpy(payload + at, (const char *)value_of(work, op[i].part) + op[i].offset,
-                   op[i].bytes);
-        memset(payload + at + op[i].bytes, 0, room - op[i].bytes);
+        size_t bytes_here = op[i].sent_bytes, room = kv_wire_value_bytes(bytes_here);
+        if (bytes_here > 0)
+            memcpy(payload + at, (const char *)value_of(work, op[i].part) + op[i].sent_offset,
+                   bytes_here);
+        memset(payload + at + bytes_here, 0, room - bytes_here);
         at += room;
     }
     return KV_OK;
@@ -236,9 +308,9 @@ static kv_status_t make_message(kv_client_work_t *work, kv_outgoing_t *message)
         message->kind = KV_WIRE_PUSH_ONE;
     if (message->buffer != NULL) {
         message->net.payload = message->buffer->data;
-    } else if (op->bytes > 0) {
-        message->net.payload = (const char *)value_of(work, op->part) + op->offset;
-        message->net.payload_bytes = op->bytes;
+    } else if (op->sent_bytes > 0) {
+        message->net.payload = (const char *)value_of(work, op->part) + op->sent_offset;
+        message->net.payload_bytes = op->sent_bytes;
     }
     return KV_OK;
 }
@@ -262,6 +334,26 @@ static kv_status_t add_messages(kv_client_work_t *work)
     return KV_OK;
 }
 
+static void describe(const kv_client_work_t *work, const kv_slice_op_t *op,
+                     kv_wire_record_t *record)
+{
+    const kv_remote_t *remote = work->remotes[op->part];
+    bool inits = op->action == KV_WIRE_INIT;
+    record->key = remote->number;
+    record->round = inits ? remote->row_bytes / kv_dtype_bytes(remote->dtype) : remote->pushes;
+    record->bytes = way_of(op) == TRAVELS_BARE ? 0 : op->sent_bytes;
+    record->slice = op->slice;
+    record->action = op->action;
+    record->dtype = (uint8_t)remote->dtype;
+    record->flags = remote->num_slices > 1 ? KV_WIRE_PART : 0;
+    if (op->action != KV_WIRE_PUSH && op->action != KV_WIRE_PUSHPULL)
+        return;
+    const kv_client_part_t *part = &work->call->parts[op->part];
+    record->codec = (uint8_t)part->codec;
+    if (part->step != NULL)
+        kv_wire_put_step(record, part->step->optimizer, &part->step->step);
+}
+
 void kv_work_write_locked(kv_client_work_t *work)
 {
     const kv_client_call_t *call = work->call;
@@ -280,15 +372,8 @@ void kv_work_write_locked(kv_client_work_t *work)
         for (uint32_t i = 0; i < message->count; i++) {
             const kv_slice_op_t *op = &work->ops[message->first + i];
             kv_wire_record_t record = {.request = work->id, .tag = message->first + i};
-            if (!declares) {
-                const kv_remote_t *remote = work->remotes[op->part];
-                record.key = remote->number;
-                record.round = remote->pushes;
-                record.bytes = way_of(op) == TRAVELS_BARE ? 0 : op->bytes;
-                record.slice = op->slice;
-                record.action = op->action;
-                record.dtype = (uint8_t)remote->dtype;
-            }
+            if (!declares)
+                describe(work, op, &record);
             if (alone)
                 header.record = record;
             else
@@ -307,8 +392,11 @@ static kv_status_t remote_new(kv_client_t *client, const kv_declared_t *key, kv_
     size_t text = key->name.text != NULL ? key->name.bytes : 0;
     kv_remote_t *remote = kv_alloc(sizeof *remote + text);
     KV_TRY_ALLOC(remote, "a key");
-    *remote = (kv_remote_t){
-        .client = client, .dtype = key->dtype, .bytes = key->bytes, .name = key->name};
+    *remote = (kv_remote_t){.client = client,
+                            .dtype = key->dtype,
+                            .bytes = key->bytes,
+                            .row_bytes = key->row_bytes,
+                            .name = key->name};
     if (text > 0)
         memcpy(remote->text, key->name.text, text);
     if (key->name.text != NULL)

@@ -33,7 +33,7 @@ enum {
 struct kv_remote {
     kv_client_t *client;
     kv_dtype_t dtype;
-    size_t bytes, slice_bytes;
+    size_t bytes, slice_bytes, row_bytes;
     uint32_t num_slices;
     uint16_t *servers; /* [num_slices] */
     uint64_t number;
@@ -53,6 +53,8 @@ typedef struct kv_slice_op {
     kv_client_work_t *work;
     size_t offset; /* in the value */
     uint32_t bytes;
+    uint32_t sent_bytes; /* of data that goes out … */
+    size_t sent_offset;  /* … and where it lies in what the call pushes */
     uint32_t part, slice;
     uint16_t server;
     uint8_t action; /* kv_wire_action_t; 0: the declaration of all keys */

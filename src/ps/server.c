@@ -407,6 +407,10 @@ void kv_server_free(kv_server_t *server)
         next = request->next;
         kv_free(request);
     }
+    for (kv_known_optimizer_t *known = server->optimizers, *next; known != NULL; known = next) {
+        next = known->next;
+        kv_free(known);
+    }
     kv_error_rele(server->lost);
     kv_index_fini(&server->slices);
     kv_index_fini(&server->keys);

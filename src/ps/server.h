@@ -31,8 +31,8 @@ KV_MUST_CHECK kv_status_t kv_server_new(const kv_server_config_t *config, kv_ser
 kv_net_handlers_t kv_server_handlers(kv_server_t *server);
 void kv_server_attach(kv_server_t *server, kv_net_t *net); /* borrowed */
 
-/* Makes an optimizer known by the number that pushes name it with: the same on all servers, never 0.
- * The newest is what pushes get that name none but must have one (dist_async). A number that is
+/* Makes an optimizer known by the number that pushes name it with: the same on all servers, never
+ * 0. The newest is what pushes get that name none but must have one (dist_async). A number that is
  * known becomes the newest. KV_INVALID for numbers that are none of the class. */
 KV_MUST_CHECK kv_status_t kv_server_add_optimizer(kv_server_t *server, uint64_t number,
                                                   const kv_optim_class_t *optim,

@@ -2,7 +2,8 @@
  *
  *   server.c         its life; messages in; deadlines
  *   server_answer.c  requests, and answers on their way out
- *   server_slice.c   slices of values: rounds, sums, versions
+ *   server_slice.c   slices of values: rounds, versions, those who wait
+ *   server_round.c   how the pushes of a round become the next version: sums, optimizers
  *   server_keys.c    the directory of declared keys; deletes
  *
  * One lock guards everything. It is dropped for sums; whoever works on a slice meanwhile has marked
@@ -15,6 +16,7 @@
 #ifndef KV_PS_SERVER_INTERNAL_H
 #define KV_PS_SERVER_INTERNAL_H
 
+#include "comm/slots.h"
 #include "ps/pool.h"
 #include "ps/server.h"
 #include "ps/wire.h"
@@ -73,7 +75,7 @@ struct kv_request {
 
 typedef struct kv_slice_worker {
     kv_request_t *pushes;  /* by round, those of the future too */
-    kv_request_t *summing; /* its push of the round that is being completed */
+    kv_request_t *summing; /* its push of the round that is being completed; async: one has */
     uint64_t applied;      /* async: how many of its pushes */
 } kv_slice_worker_t;
 
@@ -84,13 +86,20 @@ struct kv_slice {
     kv_slice_t *sibling; /* of the same key */
     kv_dtype_t dtype;
     size_t bytes;
+    int64_t row_count;   /* elements of a row of the value */
     kv_buffer_t *stored; /* this version; NULL: the first value is still on its way */
     uint64_t version;
     kv_request_t *pulls; /* that wait for a version */
+    int32_t turn;        /* async: the worker whose push is looked for first */
+    kv_slots_t *slots;   /* an optimizer's state, NULL: none yet */
+    kv_step_t step;      /* the newest one that was taken, if there are slots */
     /* A round that is being completed: */
-    bool busy, summed;
-    kv_buffer_t *sum;
+    bool busy;
+    bool steps;           /* by `step` */
+    kv_buffer_t *made;    /* the next version; may be `stored`, which nobody may read then */
+    kv_error_t *failure;  /* what became of it in the engine */
     const void **sources; /* [num_workers] */
+    kv_codec_t *codecs;   /* [num_workers] */
     kv_op_t op;           /* for the engine */
     kv_slice_worker_t workers[];
 };
@@ -103,6 +112,13 @@ struct kv_server_key {
     kv_request_t *votes; /* one a worker at most */
     kv_declared_key_t *declared;
 };
+
+typedef struct kv_known_optimizer {
+    uint64_t number;
+    const kv_optim_class_t *optim;
+    kv_optim_numbers_t numbers;
+    struct kv_known_optimizer *next;
+} kv_known_optimizer_t;
 
 typedef struct kv_outbox {
     kv_request_t *first, *last;
@@ -119,7 +135,8 @@ struct kv_server {
     kv_net_t *net;
     kv_error_t *lost; /* why no request can be served any more */
     kv_index_t slices, keys, names;
-    kv_request_t *waiting; /* not yet answered, youngest first */
+    kv_known_optimizer_t *optimizers; /* newest first */
+    kv_request_t *waiting;            /* not yet answered, youngest first */
     int64_t next_deadline_ns;
     kv_request_t *free_requests;
     int64_t num_running; /* sums in the engine */
@@ -162,6 +179,20 @@ kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_request_t *req
 /* Answers whatever waits for it with the error. It is not busy. */
 void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
     KV_REQUIRES(server->mutex);
+
+/* ---------------------------------------------------------------------------- server_round.c */
+
+/* NULL: it is not known. */
+const kv_known_optimizer_t *kv_known_optimizer_locked(const kv_server_t *server, uint64_t number)
+    KV_REQUIRES(server->mutex);
+/* The push that decides how the round is applied: of the lowest rank. */
+const kv_request_t *kv_round_first(const kv_slice_t *slice);
+/* For a slice that is busy and has the round's pushes: what will be done, and memory for it in
+ * `made`. Or why the round fails. */
+kv_error_t *kv_round_prepare_locked(kv_server_t *server, kv_slice_t *slice)
+    KV_REQUIRES(server->mutex);
+/* Fills `made`, no lock held. On an error the value is as it was. */
+KV_MUST_CHECK kv_status_t kv_round_run(kv_slice_t *slice);
 
 /* ----------------------------------------------------------------------------- server_keys.c */
 

@@ -137,25 +137,26 @@ void kv_drop_locked(kv_server_t *server, kv_request_t *request)
     kv_drop_if_due_locked(server, key);
 }
 
-/* How often all workers have pushed the key, if the votes say so: these rounds will be completed,
- * and come first. */
-static uint64_t rounds_before(const kv_server_key_t *key)
+/* Whether all pushes that will be applied are: a vote says how many its worker has made, and rounds
+ * that all have begun come first. */
+static bool is_through(const kv_server_key_t *key, const kv_slice_t *slice)
 {
-    uint64_t rounds = UINT64_MAX;
+    bool async = slice->server->async, all = true, one = false;
     for (const kv_request_t *vote = key->votes; vote != NULL; vote = vote->next) {
-        if (vote->header.record.round < rounds)
-            rounds = vote->header.record.round;
+        uint64_t pushes = vote->header.record.round;
+        bool reached = (async ? slice->workers[vote->worker].applied : slice->version) >= pushes;
+        all = all && reached;
+        one = one || reached;
     }
-    return rounds;
+    return async ? all : one;
 }
 
 bool kv_drop_if_due_locked(kv_server_t *server, kv_server_key_t *key)
 {
     if (key->num_votes < server->num_workers || key->num_busy > 0)
         return false;
-    uint64_t rounds = server->async ? 0 : rounds_before(key);
     for (const kv_slice_t *slice = key->slices; slice != NULL; slice = slice->sibling) {
-        if (slice->stored != NULL && slice->version < rounds)
+        if (slice->stored != NULL && !is_through(key, slice))
             return false;
     }
     for (kv_request_t *vote; (vote = key->votes) != NULL;) {

@@ -1,9 +1,10 @@
-/* Slices of values: rounds, sums, versions.
+/* Slices of values: rounds, versions, and those who wait for them.
  *
  * A slice comes into being with the first request that names it; until its first value has come it
  * only keeps what waits for it. Every worker's pushes lie in a list of their own, by round. When
  * all lists begin with the round that is next, these pushes are taken out, the slice is busy, and
- * they become the next version; then whoever waited is answered, and the same is tried again.
+ * they become the next version (server_round.c); then whoever waited is answered, and the same is
+ * tried again. An asynchronous server makes a round of each push that is its worker's next one.
  *
  * A push that cannot be added (its payload found no memory, its type is wrong) still takes its
  * place: its round fails for all workers and leaves the value as it was. Without that the round
@@ -29,15 +30,17 @@ static kv_slice_t *slice_locked(kv_server_t *server, const kv_wire_record_t *rec
     if (key == NULL)
         return NULL;
     size_t workers = (size_t)server->num_workers;
-    slice = kv_calloc(1, sizeof *slice + workers * sizeof slice->workers[0] +
-                             workers * sizeof slice->sources[0]);
+    slice = kv_calloc(1, sizeof *slice +
+                             workers * (sizeof slice->workers[0] + sizeof slice->sources[0] +
+                                        sizeof slice->codecs[0]));
     if (slice == NULL) {
         kv_server_key_tidy_locked(server, key);
         return NULL;
     }
     slice->node = (kv_index_node_t){.number = record->key, .part = record->slice};
     slice->server = server;
-    slice->sources = (const void **)&slice->workers[workers];
+    slice->codecs = (kv_codec_t *)&slice->workers[workers];
+    slice->sources = (const void **)(slice->codecs + workers);
     slice->key = key;
     slice->sibling = key->slices;
     key->slices = slice;
@@ -66,6 +69,7 @@ void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *er
         server->counters.value_bytes -= (int64_t)slice->bytes;
         kv_buffer_rele(slice->stored);
     }
+    kv_slots_rele(slice->slots);
     kv_index_remove(&server->slices, &slice->node);
     kv_free(slice);
     kv_count(KV_COUNT_SLICES, -1);
@@ -94,7 +98,8 @@ static kv_buffer_t *own_data_locked(kv_server_t *server, const kv_request_t *req
 static bool reached(const kv_slice_t *slice, const kv_request_t *pull)
 {
     uint64_t version = slice->server->async ? slice->workers[pull->worker].applied : slice->version;
-    return slice->stored != NULL && version >= pull->header.record.round;
+    bool readable = slice->stored != NULL && slice->stored != slice->made;
+    return readable && version >= pull->header.record.round;
 }
 
 static void answer_value_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *request)
@@ -133,102 +138,108 @@ static void spoil_locked(kv_server_t *server, kv_request_t *push, kv_error_t *er
 static kv_status_t check_push(const kv_slice_t *slice, const kv_request_t *push)
 {
     const kv_wire_record_t *record = &push->header.record;
-    if (record->codec != KV_CODEC_NONE)
-        return kv_fail(KV_NOT_BUILT, "servers of this version take no compressed pushes");
+    const kv_server_t *server = slice->server;
+    if (server->async && record->optimizer == 0 && server->optimizers == NULL)
+        return kv_fail(KV_INVALID, "dist_async needs an optimizer on the servers before the first "
+                                   "push; call set_optimizer");
+    if (record->optimizer != 0 && kv_known_optimizer_locked(server, record->optimizer) == NULL)
+        return kv_fail(KV_INVALID,
+                       "worker %" PRId32 " pushed with an optimizer that server %" PRId32
+                       " has not got",
+                       push->worker, server->index);
     if (slice->stored == NULL)
         return KV_OK; /* looked at again when there is something to compare with */
     if (record->dtype != slice->dtype)
         return kv_fail(KV_BAD_TYPE, "the value is %s, worker %" PRId32 " pushed %s",
                        kv_dtype_name(slice->dtype), push->worker,
                        kv_dtype_name((kv_dtype_t)record->dtype));
-    if (record->bytes != slice->bytes)
+    kv_codec_t codec = {.type = (kv_codec_type_t)record->codec};
+    bool coded = codec.type != KV_CODEC_NONE;
+    if (coded && !kv_dtype_is_floating(slice->dtype))
+        return kv_fail(KV_BAD_TYPE, "the value is %s, which does not travel compressed",
+                       kv_dtype_name(slice->dtype));
+    size_t bytes =
+        coded ? kv_wire_coded_bytes(codec.type, slice->dtype, slice->bytes) : slice->bytes;
+    if (record->bytes != bytes)
         return kv_fail(KV_INVALID,
-                       "slice %" PRIu32 " has %zu bytes, worker %" PRId32 " pushed %" PRIu64,
-                       record->slice, slice->bytes, push->worker, record->bytes);
-    return KV_OK;
+                       "slice %" PRIu32 " has %zu bytes%s, worker %" PRId32 " pushed %" PRIu64,
+                       record->slice, bytes, coded ? " of codes" : "", push->worker, record->bytes);
+    if (!coded || push->data == NULL) /* there was no memory for it */
+        return KV_OK;
+    codec.threshold = kv_wire_get_threshold(push->data);
+    return kv_codec_check(&codec);
 }
 
-static bool round_is_complete(const kv_slice_t *slice, int32_t num_workers)
+/* Which round of this worker has not begun. */
+static uint64_t next_round(const kv_slice_t *slice, int32_t worker)
 {
-    for (int32_t i = 0; i < num_workers; i++) {
-        const kv_request_t *push = slice->workers[i].pushes;
-        if (push == NULL || push->header.record.round != slice->version)
+    if (slice->server->async)
+        return slice->workers[worker].applied + (slice->workers[worker].summing != NULL);
+    return slice->version + slice->busy;
+}
+
+static bool is_next(const kv_slice_t *slice, int32_t worker)
+{
+    const kv_request_t *push = slice->workers[worker].pushes;
+    return push != NULL && push->header.record.round == next_round(slice, worker);
+}
+
+static void take_push(kv_slice_worker_t *worker)
+{
+    worker->summing = worker->pushes;
+    worker->pushes = worker->summing->next;
+}
+
+/* Takes the pushes of the next round out of the lists. False: they are not all there. */
+static bool begin_round_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
+{
+    int32_t num_workers = server->num_workers, ready = 0;
+    if (slice->busy || slice->stored == NULL)
+        return false;
+    if (server->async) {
+        while (ready < num_workers && !is_next(slice, (slice->turn + ready) % num_workers))
+            ready++;
+        if (ready == num_workers)
             return false;
-    }
-    return true;
-}
-
-static void begin_round_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
-{
-    for (int32_t i = 0; i < server->num_workers; i++) {
-        kv_slice_worker_t *worker = &slice->workers[i];
-        worker->summing = worker->pushes;
-        worker->pushes = worker->summing->next;
+        slice->turn = (slice->turn + ready) % num_workers;
+        take_push(&slice->workers[slice->turn]);
+        slice->turn = (slice->turn + 1) % num_workers;
+    } else {
+        while (ready < num_workers && is_next(slice, ready))
+            ready++;
+        if (ready < num_workers)
+            return false;
+        for (int32_t i = 0; i < num_workers; i++)
+            take_push(&slice->workers[i]);
     }
     slice->busy = true;
-    slice->summed = false;
     slice->key->num_busy++;
+    return true;
 }
 
 /* ----------------------------------------------------------------------------------- rounds */
 
-/* Makes the next version out of the pushes of a round: their sum. (What an optimizer does with the
- * sum belongs here.) Works with no lock held, on a slice that is busy. */
-static void apply(kv_slice_t *slice)
-{
-    const kv_server_t *server = slice->server;
-    kv_host_t alone = server->host;
-    alone.num_threads = 1; /* slices run side by side */
-    int64_t count = (int64_t)(slice->bytes / kv_dtype_bytes(slice->dtype));
-    for (int32_t i = 0; i < server->num_workers; i++)
-        slice->sources[i] = slice->workers[i].summing->data;
-    if (count > 0)
-        kv_host_sum(&alone, slice->dtype, count, server->num_workers, slice->sources, 1,
-                    &slice->sum->data);
-    slice->summed = true;
-}
-
-/* Why the round of a slice that is busy will fail, NULL: it will not. Finds memory for the sum:
- * that of the first push which has a buffer for itself, or other. */
-static kv_error_t *prepare_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
-{
-    kv_request_t *first = slice->workers[0].summing;
-    kv_buffer_t *sum = NULL;
-    for (int32_t i = 0; i < server->num_workers; i++) {
-        kv_request_t *push = slice->workers[i].summing;
-        if (push->failure != NULL) {
-            kv_buffer_rele(sum);
-            return kv_error_hold(push->failure);
-        }
-        if (sum == NULL && push->whole)
-            sum = kv_buffer_hold(push->buffer);
-    }
-    if (sum == NULL && server->num_workers == 1)
-        sum = own_data_locked(server, first);
-    else if (sum == NULL && kv_pool_get(server->pool, slice->bytes, &sum) != KV_OK)
-        sum = NULL;
-    slice->sum = sum;
-    return sum != NULL ? NULL : kv_error_capture(no_memory(&first->header.record));
-}
-
-/* The round that the slice was busy with has ended: with its sum, or with an error (taken). */
+/* The round that the slice was busy with has ended: with a version, or with an error (taken). */
 static void publish_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
     KV_REQUIRES(server->mutex)
 {
     if (error == NULL) {
         kv_buffer_rele(slice->stored);
-        slice->stored = slice->sum;
+        slice->stored = slice->made;
     } else {
-        kv_buffer_rele(slice->sum);
+        kv_buffer_rele(slice->made);
     }
-    slice->sum = NULL;
+    slice->made = NULL;
     slice->version++;
     slice->busy = false;
     slice->key->num_busy--;
     server->counters.rounds++;
     for (int32_t i = 0; i < server->num_workers; i++) {
         kv_request_t *push = slice->workers[i].summing;
+        if (push == NULL)
+            continue;
         slice->workers[i].summing = NULL;
+        slice->workers[i].applied++;
         if (push->waiting && error != NULL)
             kv_answer_error_locked(server, push, error);
         else if (push->waiting && push->header.record.action == KV_WIRE_PUSHPULL)
@@ -245,9 +256,17 @@ static void publish_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *e
 
 static void advance_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex);
 
+static kv_error_t *run_round(kv_slice_t *slice)
+{
+    kv_status_t status = kv_round_run(slice);
+    return status == KV_OK ? NULL : kv_error_capture(status);
+}
+
 static kv_status_t run(kv_op_t *op)
 {
-    apply((kv_slice_t *)((char *)op - offsetof(kv_slice_t, op)));
+    kv_slice_t *slice = (kv_slice_t *)((char *)op - offsetof(kv_slice_t, op));
+    kv_error_rele(slice->failure);
+    slice->failure = run_round(slice);
     return KV_OK;
 }
 
@@ -255,9 +274,8 @@ static void finish(kv_op_t *op)
 {
     kv_slice_t *slice = (kv_slice_t *)((char *)op - offsetof(kv_slice_t, op));
     kv_server_t *server = slice->server;
-    kv_error_t *error = NULL;
-    if (!slice->summed)
-        error = kv_error_capture(kv_fail(KV_NO_MEMORY, "the engine could not run a sum"));
+    kv_error_t *error = slice->failure;
+    slice->failure = NULL;
     kv_mutex_lock(&server->mutex);
     publish_locked(server, slice, error);
     advance_locked(server, slice);
@@ -267,16 +285,28 @@ static void finish(kv_op_t *op)
     kv_mutex_unlock(&server->mutex);
 }
 
-/* Hands the sum to the engine. False: it does not take it. */
-static bool submit_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
+/* The first push of the round is the next version as it is. */
+static bool is_made(const kv_slice_t *slice, const kv_request_t *push)
 {
-    if (slice->bytes <= INLINE_BYTES || server->num_workers == 1 || !server->has_threads)
+    return slice->server->num_workers == 1 && !slice->steps && slice->made == push->buffer;
+}
+
+/* Hands the round to the engine. False: it does not take it. */
+static bool submit_locked(kv_server_t *server, kv_slice_t *slice, const kv_request_t *push)
+    KV_REQUIRES(server->mutex)
+{
+    if (slice->bytes <= INLINE_BYTES || !server->has_threads)
         return false;
-    kv_op_init(&slice->op, NULL, 0, (int32_t)slice->workers[0].summing->header.priority);
+    kv_op_init(&slice->op, NULL, 0, (int32_t)push->header.priority);
     slice->op.run = run;
     slice->op.finish = finish;
-    if (kv_engine_submit(server->engine, &slice->op) != KV_OK)
+    /* What stands if the engine cannot run it. */
+    slice->failure = kv_error_capture(kv_fail(KV_NO_MEMORY, "the engine could not run a round"));
+    if (kv_engine_submit(server->engine, &slice->op) != KV_OK) {
+        kv_error_rele(slice->failure);
+        slice->failure = NULL;
         return false;
+    }
     server->num_running++;
     return true;
 }
@@ -285,17 +315,15 @@ static bool submit_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(se
  * been dropped meanwhile. */
 static void advance_locked(kv_server_t *server, kv_slice_t *slice)
 {
-    while (!slice->busy && slice->stored != NULL && round_is_complete(slice, server->num_workers)) {
-        begin_round_locked(server, slice);
-        kv_error_t *error = prepare_locked(server, slice);
-        if (error == NULL) {
-            if (submit_locked(server, slice))
+    while (begin_round_locked(server, slice)) {
+        kv_error_t *error = kv_round_prepare_locked(server, slice);
+        const kv_request_t *push = kv_round_first(slice);
+        if (error == NULL && !is_made(slice, push)) {
+            if (submit_locked(server, slice, push))
                 return;
-            if (server->num_workers > 1) {
-                kv_mutex_unlock(&server->mutex);
-                apply(slice);
-                kv_mutex_lock(&server->mutex);
-            }
+            kv_mutex_unlock(&server->mutex);
+            error = run_round(slice);
+            kv_mutex_lock(&server->mutex);
         }
         publish_locked(server, slice, error);
     }
@@ -312,7 +340,7 @@ static bool enlist_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *
     kv_request_t **link = &slice->workers[push->worker].pushes;
     while (*link != NULL && (*link)->header.record.round < round)
         link = &(*link)->next;
-    if (round < slice->version + slice->busy ||
+    if (round < next_round(slice, push->worker) ||
         (*link != NULL && (*link)->header.record.round == round))
         return false;
     push->next = *link;
@@ -328,15 +356,6 @@ kv_status_t kv_slice_push_locked(kv_server_t *server, kv_request_t *push)
     kv_slice_t *slice = slice_locked(server, record);
     if (slice == NULL)
         return no_memory(record);
-    if (server->async) {
-        slice->workers[push->worker].applied++;
-        kv_answer_status_locked(server, push,
-                                kv_fail(KV_INVALID,
-                                        "dist_async needs an optimizer on the servers before the "
-                                        "first push; call set_optimizer"));
-        answer_pulls_locked(server, slice);
-        return KV_OK;
-    }
     if (!enlist_locked(server, slice, push)) {
         kv_answer_status_locked(server, push,
                                 kv_fail(KV_INVALID,
@@ -371,6 +390,7 @@ static kv_status_t init_locked(kv_server_t *server, kv_slice_t *slice, const kv_
         return no_memory(record);
     slice->stored = value;
     slice->dtype = (kv_dtype_t)record->dtype;
+    slice->row_count = record->round < INT64_MAX ? (int64_t)record->round : 0;
     slice->bytes = (size_t)record->bytes;
     server->counters.keys += slice->key->num_initialised++ == 0;
     server->counters.slices++;

@@ -75,6 +75,9 @@ static kv_status_t check_record(const kv_wire_record_t *record)
     if (record->action == 0 || record->action >= KV_WIRE_ACTIONS)
         return kv_fail(KV_INVALID, "a message names action %u, which there is none of",
                        (unsigned)record->action);
+    if (record->flags >= KV_WIRE_FLAGS)
+        return kv_fail(KV_INVALID, "a message has flags %u, which there are none of",
+                       (unsigned)record->flags);
     if (record->codec > KV_CODEC_1BIT)
         return kv_fail(KV_INVALID, "a message names codec %u, which there is none of",
                        (unsigned)record->codec);
@@ -100,6 +103,56 @@ kv_status_t kv_wire_get_header(const void *data_, size_t bytes, kv_wire_header_t
         KV_TRY(check_record(&header.record));
     *out = header;
     return KV_OK;
+}
+
+/* ------------------------------------------------------------------------- steps and codes */
+
+static uint64_t bits_of(double number)
+{
+    uint64_t bits;
+    memcpy(&bits, &number, sizeof bits);
+    return bits;
+}
+
+static double number_of(uint64_t bits)
+{
+    double number;
+    memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
+void kv_wire_put_step(kv_wire_record_t *record, uint64_t optimizer, const kv_step_t *step)
+{
+    record->optimizer = optimizer;
+    record->lr = bits_of(step->lr);
+    record->wd = bits_of(step->wd);
+    record->t = (uint64_t)step->t;
+    record->own = bits_of(kv_step_own(step));
+    record->flags |= step->plain_rate ? KV_WIRE_PLAIN_RATE : 0;
+}
+
+void kv_wire_get_step(const kv_wire_record_t *record, const kv_optim_class_t *optim,
+                      const kv_optim_numbers_t *numbers, kv_step_t *out)
+{
+    kv_step_restore(out, optim, numbers, number_of(record->lr), number_of(record->wd),
+                    (int64_t)record->t, number_of(record->own),
+                    (record->flags & KV_WIRE_PLAIN_RATE) != 0);
+}
+
+size_t kv_wire_coded_bytes(kv_codec_type_t codec, kv_dtype_t dtype, size_t bytes)
+{
+    int64_t count = (int64_t)(bytes / kv_dtype_bytes(dtype));
+    return KV_WIRE_THRESHOLD_BYTES + (size_t)kv_codec_bytes(codec, count);
+}
+
+void kv_wire_put_threshold(double threshold, unsigned char *out)
+{
+    put(out, bits_of(threshold), KV_WIRE_THRESHOLD_BYTES);
+}
+
+double kv_wire_get_threshold(const unsigned char *data)
+{
+    return number_of(get(data, KV_WIRE_THRESHOLD_BYTES));
 }
 
 /* ------------------------------------------------------------------------- records in payloads */

@@ -24,6 +24,11 @@
  * pushed the key before, and is answered by a version of at least that. A server that applies each
  * push on its own (dist_async) answers a PULL when as many pushes of that worker were applied.
  *
+ * Steps. A push whose worker has an optimizer names it by its number (kv_server_add_optimizer) and
+ * carries what else the step takes: rates, count, … A synchronous server takes the step of worker
+ * 0's push; without one the sum of the round becomes the value. An asynchronous one takes each
+ * push's own. `round` of KV_WIRE_INIT is how many elements a row has.
+ *
  * An answer repeats `request` and `tag` of what it answers: the worker's own, opaque to the server.
  * `timeout_ms` is how long the worker will wait, 0: for ever; a server answers shortly before, with
  * KV_TIMEOUT and whom it waits for.
@@ -34,6 +39,8 @@
 #include "array/array.h"
 #include "base/name.h"
 #include "base/status.h"
+#include "compress/codec.h"
+#include "optim/optim.h"
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -76,7 +83,13 @@ typedef enum kv_wire_action {
     X(8, action)                                                                                   \
     X(8, dtype)                                                                                    \
     X(8, status) /* kv_status_t, of answers */                                                     \
-    X(8, codec)  /* kv_codec_type_t of the data; 0: bare elements */
+    X(8, codec)  /* kv_codec_type_t of the data; 0: bare elements */                               \
+    X(64, optimizer)                                                                               \
+    X(64, lr)                                                                                      \
+    X(64, wd)                                                                                      \
+    X(64, t)                                                                                       \
+    X(64, own)                                                                                     \
+    X(32, flags) /* KV_WIRE_… */
 
 #define KV_WIRE_HEADER_FIELDS(X)                                                                   \
     X(16, version)                                                                                 \
@@ -95,7 +108,25 @@ typedef struct kv_wire_header {
     kv_wire_record_t record;
 } kv_wire_header_t;
 
-enum { KV_WIRE_RECORD_BYTES = 44, KV_WIRE_HEADER_BYTES = 16 + KV_WIRE_RECORD_BYTES };
+enum { KV_WIRE_RECORD_BYTES = 88, KV_WIRE_HEADER_BYTES = 16 + KV_WIRE_RECORD_BYTES };
+
+enum {
+    KV_WIRE_PLAIN_RATE = 1, /* kv_step_t.plain_rate */
+    KV_WIRE_PART = 2,       /* the value has other slices, too */
+    KV_WIRE_FLAGS = 4
+};
+
+/* Fills in what a push says of the step that it is to be applied with, and reads it: all but the
+ * optimizer's own numbers, which the server has by the optimizer's number. */
+void kv_wire_put_step(kv_wire_record_t *record, uint64_t optimizer, const kv_step_t *step);
+void kv_wire_get_step(const kv_wire_record_t *record, const kv_optim_class_t *optim,
+                      const kv_optim_numbers_t *numbers, kv_step_t *out);
+
+/* A value that has passed through a codec: the codec's threshold as a float64, then the codes. */
+enum { KV_WIRE_THRESHOLD_BYTES = 8 };
+size_t kv_wire_coded_bytes(kv_codec_type_t codec, kv_dtype_t dtype, size_t bytes);
+void kv_wire_put_threshold(double threshold, unsigned char *out);
+double kv_wire_get_threshold(const unsigned char *data);
 
 void kv_wire_put_record(const kv_wire_record_t *record, unsigned char *out);
 void kv_wire_put_header(const kv_wire_header_t *header, unsigned char *out);

@@ -135,8 +135,7 @@ kv_status_t kv_residuals_grow(kv_residuals_t *residuals, int32_t count)
     return KV_OK;
 }
 
-/* A residual for each value; those of another codec go. */
-static kv_status_t make_residuals(const kv_work_t *work, void **out)
+kv_status_t kv_work_residuals(const kv_work_t *work, void **out)
 {
     kv_entry_t *entry = work->group.entry;
     kv_residuals_t *residuals = &entry->residuals;
@@ -171,7 +170,7 @@ static kv_status_t inputs_init(const kv_work_t *work, inputs_t *inputs)
             inputs->residuals = kv_alloc((size_t)num_values * sizeof(void *));
             KV_TRY_ALLOC(inputs->residuals, "the residuals of a compressed push");
         }
-        kv_status_t status = make_residuals(work, inputs->residuals);
+        kv_status_t status = kv_work_residuals(work, inputs->residuals);
         if (status != KV_OK) {
             if (inputs->residuals != inputs->local)
                 kv_free(inputs->residuals);
@@ -190,7 +189,7 @@ static void inputs_fini(inputs_t *inputs)
         kv_free(inputs->residuals);
 }
 
-static void note_not_finite(kv_entry_t *entry, int64_t count)
+void kv_entry_note_not_finite(kv_entry_t *entry, int64_t count)
 {
     int finite = 0;
     if (KV_UNLIKELY(count > 0))
@@ -207,8 +206,9 @@ static kv_status_t sum_dense(const kv_work_t *work, int num_dst, void *const *ds
         kv_host_sum(work->host, entry->dtype, entry->count, inputs.gradients.num_src,
                     inputs.gradients.src, num_dst, dst);
     else
-        note_not_finite(entry, kv_host_sum_compressed(work->host, entry->dtype, entry->count,
-                                                      &inputs.gradients, num_dst, dst));
+        kv_entry_note_not_finite(entry,
+                                 kv_host_sum_compressed(work->host, entry->dtype, entry->count,
+                                                        &inputs.gradients, num_dst, dst));
     inputs_fini(&inputs);
     return KV_OK;
 }
@@ -227,8 +227,8 @@ static kv_status_t push_dense(const kv_work_t *work)
         KV_TRY(kv_work_weight(work, &weight));
         KV_TRY(inputs_init(work, &inputs));
         int32_t count = contiguous_outs(&work->group, destinations);
-        note_not_finite(entry, kv_host_update(work->host, work->group.step, &weight,
-                                              &inputs.gradients, count, destinations));
+        kv_entry_note_not_finite(entry, kv_host_update(work->host, work->group.step, &weight,
+                                                       &inputs.gradients, count, destinations));
         inputs_fini(&inputs);
     }
     return KV_OK;

@@ -27,7 +27,7 @@ typedef struct target {
     kv_entry_t *entry; /* pinned */
     int32_t num_values, num_outs;
     kv_view_t *values, *outs;
-    kv_buffer_t *merged;  /* what goes out, when it is not a value itself */
+    kv_buffer_t *sent;    /* what goes out, when it is not a value itself: their sum, or codes */
     kv_buffer_t *arrived; /* where the answer goes, when it is not an out itself */
 } target_t;
 
@@ -41,6 +41,8 @@ typedef struct request {
     kv_engine_t *engine;
     kv_client_t *client;
     kv_host_t host;
+    kv_codec_t codec; /* for floating values */
+    uint64_t codec_epoch;
     kv_hold_t *hold;
     kv_handle_t *sent;   /* for the thread that waits until the values have gone out; may be NULL */
     bool push, own_outs; /* the outs are written here, not by a waiting caller */
@@ -50,7 +52,8 @@ typedef struct request {
     int64_t num_targets;
     target_t *targets;
     kv_client_part_t *parts;
-    kv_var_t **keys; /* that an error of a push is stored on */
+    kv_client_step_t *steps; /* of the targets; NULL: none */
+    kv_var_t **keys;         /* that an error of a push is stored on */
     kv_dep_t *deps;
     int32_t num_deps;
 } request_t;
@@ -70,7 +73,7 @@ static void request_rele(request_t *request)
     if (atomic_fetch_sub(&request->refs, 1) > 1)
         return;
     for (int64_t i = 0; i < request->num_targets; i++) {
-        kv_buffer_rele(request->targets[i].merged);
+        kv_buffer_rele(request->targets[i].sent);
         kv_buffer_rele(request->targets[i].arrived);
         kv_var_unpin(&request->targets[i].entry->var);
     }
@@ -214,8 +217,28 @@ static kv_status_t merge(request_t *request, target_t *target)
     kv_status_t status = kv_work_merge(&work);
     kv_free(block);
     if (status == KV_OK)
-        target->merged = kv_buffer_hold(entry->merged);
+        target->sent = kv_buffer_hold(entry->merged);
     return status;
+}
+
+/* What is to go out becomes its codes. */
+static kv_status_t compress(const request_t *request, target_t *target, kv_client_part_t *part)
+{
+    kv_entry_t *entry = target->entry;
+    kv_work_t work = {.group = {.entry = entry, .num_values = 1},
+                      .codec_epoch = request->codec_epoch};
+    void *residual;
+    kv_buffer_t *codes;
+    KV_TRY(kv_work_residuals(&work, &residual));
+    KV_TRY(kv_pool_get(kv_client_pool(request->client),
+                       kv_remote_coded_bytes(entry->remote, request->codec.type), &codes));
+    kv_entry_note_not_finite(entry, kv_remote_encode(entry->remote, &request->host, &request->codec,
+                                                     part->value, residual, codes->data));
+    kv_buffer_rele(target->sent);
+    target->sent = codes;
+    part->value = codes->data;
+    part->codec = request->codec.type;
+    return KV_OK;
 }
 
 /* Also of no elements, whose array may have no memory: NULL would mean no array. */
@@ -232,13 +255,18 @@ static kv_status_t prepare(request_t *request, target_t *target, kv_client_part_
         return kv_fail(KV_NO_KEY, "key %s was deleted before this call came to its turn",
                        kv_name_format(&target->entry->name, name, sizeof name));
     }
-    *part = (kv_client_part_t){.remote = target->entry->remote};
+    *part = (kv_client_part_t){
+        .remote = target->entry->remote,
+        .step = request->steps != NULL ? &request->steps[target - request->targets] : NULL};
     if (target->num_values == 1 && target->values[0].strides == NULL) {
         part->value = place_of(&target->values[0]);
     } else if (target->num_values > 0) {
         KV_TRY(merge(request, target));
-        part->value = target->merged->data;
+        part->value = target->sent->data;
     }
+    if (part->value != NULL && request->codec.type != KV_CODEC_NONE &&
+        kv_dtype_is_floating(target->entry->dtype))
+        KV_TRY(compress(request, target, part));
     if (target->num_outs > 0 && target->outs[0].strides == NULL) {
         part->out = place_of(&target->outs[0]);
     } else if (target->num_outs > 0) {
@@ -302,10 +330,12 @@ static kv_status_t request_new(kv_store_t *store, const kv_plan_t *plan, const k
 {
     size_t groups = (size_t)plan->num_groups;
     size_t views = (size_t)(call->num_values + call->num_outs);
+    bool counted = push && plan->counted != 0;
     request_t *request =
         kv_calloc(1, sizeof *request +
                          groups * (sizeof(target_t) + sizeof(kv_client_part_t) + sizeof(void *)) +
-                         (views + groups) * sizeof(kv_dep_t) + views * sizeof(kv_view_t));
+                         (views + groups) * sizeof(kv_dep_t) + views * sizeof(kv_view_t) +
+                         (counted ? groups * sizeof(kv_client_step_t) : 0));
     KV_TRY_ALLOC(request, "a request");
     request->targets = (target_t *)(request + 1);
     request->parts = (kv_client_part_t *)(request->targets + groups);
@@ -331,11 +361,19 @@ static kv_status_t request_new(kv_store_t *store, const kv_plan_t *plan, const k
         next += target->num_outs;
         kv_var_pin(&group->entry->var);
     }
+    if (counted) {
+        request->steps = (kv_client_step_t *)next;
+        for (int64_t g = 0; g < plan->num_groups; g++)
+            request->steps[g] = (kv_client_step_t){.optimizer = plan->optimizer->declared,
+                                                   .step = *plan->groups[g].step};
+    }
     atomic_init(&request->refs, 1);
     request->engine = store->runtime->engine;
     request->client = store->client;
     request->host = store->host;
     request->push = push;
+    request->codec = plan->codec;
+    request->codec_epoch = plan->codec_epoch;
     fill_deps(request);
     request->call = (kv_client_call_t){.verb = KV_CLIENT_MOVE,
                                        .priority = call->priority,
@@ -343,7 +381,8 @@ static kv_status_t request_new(kv_store_t *store, const kv_plan_t *plan, const k
                                        .parts = request->parts,
                                        .num_parts = request->num_targets,
                                        .sent = call_sent,
-                                       .done = call_done};
+                                       .done = call_done,
+                                       .unsent = true};
     *out = request;
     return KV_OK;
 }
@@ -483,7 +522,7 @@ static kv_status_t run_now(request_t *request, kv_call_t *call, kv_caller_t *cal
     return status;
 }
 
-kv_status_t kv_dist_run(kv_store_t *store, const kv_plan_t *plan, kv_call_t *call, bool push,
+kv_status_t kv_dist_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, bool push,
                         kv_caller_t *caller)
 {
     request_t *request = NULL;
@@ -504,6 +543,8 @@ kv_status_t kv_dist_run(kv_store_t *store, const kv_plan_t *plan, kv_call_t *cal
         status = run_later(request, call);
     } else {
         status = run_now(request, call, caller);
+        if (!request->call.unsent)
+            plan->counted = 0; /* the servers have it, whatever the caller is told */
         request_rele(request);
     }
     if (status == KV_OK)

@@ -207,6 +207,11 @@ int32_t kv_work_pointers(const kv_group_t *group);
 kv_work_t kv_work_of(const kv_host_t *host, const kv_plan_t *plan, const kv_group_t *group,
                      bool push, const void **pointers, char *staging);
 
+/* Gives a residual for each value of the group; those of another codec go. */
+KV_MUST_CHECK kv_status_t kv_work_residuals(const kv_work_t *work, void **out);
+/* So many of a key's residuals are not finite. */
+void kv_entry_note_not_finite(kv_entry_t *entry, int64_t count);
+
 /* Places for at least `count` residuals, the new ones NULL. */
 KV_MUST_CHECK kv_status_t kv_residuals_grow(kv_residuals_t *residuals, int32_t count);
 void kv_residuals_fini(kv_residuals_t *residuals);
@@ -247,7 +252,7 @@ KV_MUST_CHECK kv_status_t kv_plan_submit(kv_store_t *store, const kv_plan_t *pla
 /* -------------------------------------------------------------- dist.c, dist_keys.c: servers */
 
 /* Carries out a checked call: as kv_plan_run, over the wire. */
-KV_MUST_CHECK kv_status_t kv_dist_run(kv_store_t *store, const kv_plan_t *plan, kv_call_t *call,
+KV_MUST_CHECK kv_status_t kv_dist_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call,
                                       bool push, kv_caller_t *caller);
 /* Agrees with all workers on new keys; their entries get what the client knows of them. */
 KV_MUST_CHECK kv_status_t kv_dist_declare(kv_store_t *store, const kv_group_t *groups,

@@ -302,10 +302,8 @@ static bool count_all_locked(kv_store_t *store, kv_plan_t *plan, kv_slots_t **fr
 static kv_status_t make_slots(const kv_plan_t *plan, kv_slots_t **fresh)
 {
     for (int64_t g = 0; g < plan->num_groups; g++) {
-        fresh[g] = kv_calloc(1, sizeof *fresh[g]);
+        fresh[g] = kv_slots_new(plan->optimizer->optim);
         KV_TRY_ALLOC(fresh[g], "the state of an optimizer");
-        fresh[g]->refs = 1;
-        fresh[g]->optim = plan->optimizer->optim;
     }
     return KV_OK;
 }

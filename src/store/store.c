@@ -275,6 +275,12 @@ static void tell_not_finite(const kv_plan_t *plan, kv_call_t *call)
     }
 }
 
+/* Servers that wait for all workers' pushes take the step that worker 0 has counted. */
+static bool counts(const kv_store_t *store)
+{
+    return store->client == NULL || store->kind.async || kv_client_rank(store->client) == 0;
+}
+
 static kv_status_t plan_and_run(kv_store_t *store, kv_call_t *call, const char *verb, bool push,
                                 kv_caller_t *caller)
 {
@@ -283,7 +289,9 @@ static kv_status_t plan_and_run(kv_store_t *store, kv_call_t *call, const char *
     call->num_done = 0;
     KV_TRY(kv_store_check_open(store));
     KV_TRY(kv_plan_init(store, call, verb, &plan));
-    kv_status_t status = plan.optimizer != NULL ? kv_plan_count(store, &plan) : KV_OK;
+    kv_status_t status = KV_OK;
+    if (plan.optimizer != NULL && counts(store))
+        status = kv_plan_count(store, &plan);
     if (status == KV_OK) {
         call->checked = true;
         status = run(store, &plan, call, push, caller);

@@ -163,7 +163,7 @@ static void members_that_send_nonsense_are_dropped_with_a_reason(void)
     CHECK_TEXT(node.why[2], "it sent a message before its greeting");
     CHECK_TEXT(node.why[3], "it sent a malformed header of 40 bytes");
     CHECK_TEXT(node.why[4], "it sent a malformed header of 39 bytes");
-    CHECK_TEXT(node.why[5], "it sent a malformed header of 121 bytes");
+    CHECK_TEXT(node.why[5], "it sent a malformed header of 153 bytes");
     CHECK(!kv_net_is_lost(node.net, 6, NULL, 0));
     CHECK_EQ(atomic_load(&node.num_arrived), 0);
     node_end(&node);

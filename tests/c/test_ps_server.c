@@ -285,7 +285,11 @@ static void a_push_of_another_form_fails_its_round_for_all(void)
     check_round_fails(bad, KV_BAD_TYPE, "the value is float32, worker 1 pushed int32");
     bad = floats(KV_WIRE_PUSHPULL, 2, 0, 0, 1);
     bad.codec = KV_CODEC_2BIT;
-    check_round_fails(bad, KV_NOT_BUILT, "servers of this version take no compressed pushes");
+    check_round_fails(bad, KV_INVALID, "slice 0 has 12 bytes of codes, worker 1 pushed 4");
+    bad = floats(KV_WIRE_PUSH, 2, 0, 0, 4);
+    bad.optimizer = 5;
+    check_round_fails(bad, KV_INVALID,
+                      "worker 1 pushed with an optimizer that server 0 has not got");
 }
 
 static void an_async_server_needs_an_optimizer(void)
@@ -340,7 +344,7 @@ static void nonsense_ends_the_session(void)
         case 6: /* more records than there is room for */
             header.kind = KV_WIRE_BATCH;
             header.count = 1000;
-            send_message(cluster, 1, header, zeros, 44 * 999);
+            send_message(cluster, 1, header, zeros, KV_WIRE_RECORD_BYTES * 999);
             break;
         case 7: /* keys to a server without a directory */
             send_keys(cluster, 1, 1, 1, &(kv_wire_key_t){.ndim = 1, .shape = {3}});
@@ -451,7 +455,7 @@ static void a_sum_that_is_not_run_fails_its_round(void)
             push(cluster, i, floats(KV_WIRE_PUSHPULL, 2 + round, 0, round, LARGE), 1);
         for (int32_t i = 0; i < 2; i++) {
             if (round == 0)
-                check_failed(cluster, i, 2, KV_NO_MEMORY, "the engine could not run a sum");
+                check_failed(cluster, i, 2, KV_NO_MEMORY, "the engine could not run a round");
             else
                 check_floats(await(cluster, i, 3), LARGE, 2);
         }

@@ -16,7 +16,13 @@ static kv_wire_record_t some_record(uint64_t *seed)
                               .action = (uint8_t)test_between(seed, 1, KV_WIRE_ACTIONS - 1),
                               .dtype = (uint8_t)test_between(seed, 0, KV_DTYPE_COUNT - 1),
                               .status = (uint8_t)test_between(seed, 0, KV_STATUS_COUNT - 1),
-                              .codec = (uint8_t)test_between(seed, 0, KV_CODEC_1BIT)};
+                              .codec = (uint8_t)test_between(seed, 0, KV_CODEC_1BIT),
+                              .optimizer = test_random(seed),
+                              .lr = test_random(seed),
+                              .wd = test_random(seed),
+                              .t = test_random(seed),
+                              .own = test_random(seed),
+                              .flags = (uint32_t)test_between(seed, 0, KV_WIRE_FLAGS - 1)};
 }
 
 static kv_wire_header_t some_header(uint64_t *seed)
@@ -80,28 +86,79 @@ static void the_bytes_of_a_header_are_fixed(void)
                                                 .action = KV_WIRE_PUSHPULL,
                                                 .dtype = KV_FLOAT16,
                                                 .status = KV_TIMEOUT,
-                                                .codec = KV_CODEC_1BIT}};
-    static const unsigned char due[KV_WIRE_HEADER_BYTES] = {
-        1,          0,          KV_WIRE_VALUE,
-        0,          0xfe,       0xff,
-        0xff,       0xff,       4,
-        3,          2,          1,
-        5,          0,          0,
-        0,          0x88,       0x77,
-        0x66,       0x55,       0x44,
-        0x33,       0x22,       0x11,
-        6,          0,          0,
-        0,          0,          0,
-        0,          0,          7,
-        0,          0,          0,
-        0,          0,          0,
-        0,          8,          0,
-        0,          0,          0,
-        0,          0,          0,
-        9,          0,          0,
-        0,          10,         0,
-        0,          0,          KV_WIRE_PUSHPULL,
-        KV_FLOAT16, KV_TIMEOUT, KV_CODEC_1BIT};
+                                                .codec = KV_CODEC_1BIT,
+                                                .optimizer = 11,
+                                                .lr = 12,
+                                                .wd = 13,
+                                                .t = 14,
+                                                .own = 15,
+                                                .flags = 3}};
+    static const unsigned char due[KV_WIRE_HEADER_BYTES] = {1,
+                                                            0,
+                                                            KV_WIRE_VALUE,
+                                                            0,
+                                                            0xfe,
+                                                            0xff,
+                                                            0xff,
+                                                            0xff,
+                                                            4,
+                                                            3,
+                                                            2,
+                                                            1,
+                                                            5,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            0x88,
+                                                            0x77,
+                                                            0x66,
+                                                            0x55,
+                                                            0x44,
+                                                            0x33,
+                                                            0x22,
+                                                            0x11,
+                                                            6,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            7,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            8,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            9,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            10,
+                                                            0,
+                                                            0,
+                                                            0,
+                                                            KV_WIRE_PUSHPULL,
+                                                            KV_FLOAT16,
+                                                            KV_TIMEOUT,
+                                                            KV_CODEC_1BIT,
+                                                            [KV_WIRE_HEADER_BYTES - 44] = 11,
+                                                            [KV_WIRE_HEADER_BYTES - 36] = 12,
+                                                            [KV_WIRE_HEADER_BYTES - 28] = 13,
+                                                            [KV_WIRE_HEADER_BYTES - 20] = 14,
+                                                            [KV_WIRE_HEADER_BYTES - 12] = 15,
+                                                            [KV_WIRE_HEADER_BYTES - 4] = 3};
     unsigned char bytes[KV_WIRE_HEADER_BYTES];
     kv_wire_put_header(&header, bytes);
     CHECK(memcmp(bytes, due, sizeof due) == 0);
@@ -125,7 +182,7 @@ static void a_header_with_a_number_that_means_nothing_is_refused(void)
 {
     const kv_wire_header_t good = {
         .version = KV_WIRE_VERSION, .kind = KV_WIRE_PUSH_ONE, .record = {.action = KV_WIRE_PUSH}};
-    kv_wire_header_t bad[] = {good, good, good, good, good, good, good, good}, got;
+    kv_wire_header_t bad[] = {good, good, good, good, good, good, good, good, good}, got;
     bad[0].version = KV_WIRE_VERSION + 1;
     bad[1].kind = 0;
     bad[2].kind = KV_WIRE_KINDS;
@@ -134,6 +191,7 @@ static void a_header_with_a_number_that_means_nothing_is_refused(void)
     bad[5].record.dtype = KV_DTYPE_COUNT;
     bad[6].record.status = KV_STATUS_COUNT;
     bad[7].record.codec = KV_CODEC_1BIT + 1;
+    bad[8].record.flags = KV_WIRE_FLAGS;
     unsigned char bytes[KV_WIRE_HEADER_BYTES];
     kv_wire_put_header(&good, bytes);
     CHECK_STATUS(kv_wire_get_header(bytes, sizeof bytes, &got), KV_OK);
@@ -234,7 +292,7 @@ static void a_value_longer_than_its_message_is_refused(void)
 {
     static const uint64_t lengths[] = {1, 64, UINT32_MAX, UINT64_MAX - 63, UINT64_MAX};
     for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
-        unsigned char data[KV_WIRE_ALIGN] = {0};
+        unsigned char data[2 * KV_WIRE_ALIGN] = {0}; /* as much as the table of one record takes */
         const kv_wire_record_t record = {.action = KV_WIRE_PUSH, .bytes = lengths[i]};
         kv_wire_put_record(&record, data);
         kv_wire_cursor_t cursor;

@@ -1,0 +1,223 @@
+/* How the pushes of a round become the next version of their slice: by their sum, or by the step of
+ * an optimizer, which takes the sum in the same pass.
+ *
+ * Servers know optimizers by numbers; what a step takes besides comes with the push. All slices of
+ * a key therefore take the same step, on whichever server they lie and whenever it has heard of an
+ * optimizer. Without an optimizer the next version is a buffer of its own; a step changes the value
+ * where it lies, unless it is still being sent to somebody.
+ */
+#include "ps/server_internal.h"
+#include <inttypes.h>
+#include <string.h>
+
+/* ------------------------------------------------------------------------------- optimizers */
+
+const kv_known_optimizer_t *kv_known_optimizer_locked(const kv_server_t *server, uint64_t number)
+{
+    const kv_known_optimizer_t *known = server->optimizers;
+    while (known != NULL && known->number != number)
+        known = known->next;
+    return known;
+}
+
+kv_status_t kv_server_add_optimizer(kv_server_t *server, uint64_t number,
+                                    const kv_optim_class_t *optim,
+                                    const kv_optim_numbers_t *numbers)
+{
+    KV_TRY(kv_optim_check(optim, numbers));
+    kv_known_optimizer_t *added = kv_alloc(sizeof *added);
+    KV_TRY_ALLOC(added, "an optimizer");
+    *added = (kv_known_optimizer_t){.number = number, .optim = optim, .numbers = *numbers};
+    kv_mutex_lock(&server->mutex);
+    kv_known_optimizer_t **link = &server->optimizers, *earlier;
+    while ((earlier = *link) != NULL && earlier->number != number)
+        link = &earlier->next;
+    if (earlier != NULL)
+        *link = earlier->next;
+    added->next = server->optimizers;
+    server->optimizers = added;
+    kv_mutex_unlock(&server->mutex);
+    kv_free(earlier);
+    return KV_OK;
+}
+
+/* Slices of a key, and keys, draw from streams of their own. */
+static uint64_t stream_of(const kv_slice_t *slice)
+{
+    return (slice->node.number << 20) + slice->node.part;
+}
+
+/* What the push says, or, if it says nothing and has to be applied with something, what the newest
+ * push of the slice has said, or what the optimizer begins with. */
+static kv_step_t step_of(const kv_slice_t *slice, const kv_known_optimizer_t *known,
+                         const kv_wire_record_t *record)
+{
+    kv_step_t step;
+    bool goes_on = slice->slots != NULL && slice->step.optim == known->optim;
+    if (record->optimizer != 0) {
+        kv_wire_get_step(record, known->optim, &known->numbers, &step);
+        /* Of an asynchronous server's workers each counts its own pushes. */
+        if (goes_on && slice->server->async && slice->step.t > step.t)
+            step.t = slice->step.t;
+    } else if (goes_on) {
+        step = slice->step;
+        step.numbers = known->numbers;
+    } else {
+        kv_optim_state_t begin = {.num_update = known->numbers.begin_num_update,
+                                  .nadam_product = 1};
+        kv_step_init(&step, known->optim, &known->numbers, &begin,
+                     known->numbers.begin_num_update + 1, known->numbers.learning_rate, 1, 1,
+                     false);
+    }
+    step.seed = stream_of(slice);
+    return step;
+}
+
+/* Elements of a row; a slice that is a piece of a row, or ends within one, is a row itself. */
+static int64_t row_count_of(const kv_slice_t *slice, int64_t count, bool *cut)
+{
+    int64_t row_count = slice->row_count;
+    *cut = row_count <= 0 || row_count > count || count % row_count != 0;
+    return *cut ? count : row_count;
+}
+
+static kv_status_t check_step(const kv_slice_t *slice, const kv_step_t *step, bool is_part)
+{
+    const char *title = step->optim->title;
+    kv_slot_t slots[KV_MAX_SLOTS];
+    int num_slots = step->optim->slots(&step->numbers, slots);
+    bool cut;
+    (void)row_count_of(slice, (int64_t)(slice->bytes / kv_dtype_bytes(slice->dtype)), &cut);
+    if (!kv_dtype_is_floating(slice->dtype))
+        return kv_fail(KV_BAD_TYPE, "the value is %s: the optimizer %s updates floating types only",
+                       kv_dtype_name(slice->dtype), title);
+    if (step->t < 1)
+        return kv_fail(KV_INVALID, "a push says that it is number %" PRId64 " of its key", step->t);
+    if (is_part && kv_step_needs_norms(step))
+        return kv_fail(KV_NOT_BUILT,
+                       "the optimizer %s needs norms of the whole value, and the value is cut into "
+                       "slices: not in servers of this version",
+                       title);
+    if (num_slots > 0 && slots[0].per_row && slice->bytes > 0 && cut)
+        return kv_fail(KV_NOT_BUILT,
+                       "the optimizer %s keeps a number for each row, and rows of this value are "
+                       "cut into slices: not in servers of this version",
+                       title);
+    return KV_OK;
+}
+
+/* The state for another class begins anew. */
+static kv_status_t take_step_locked(kv_slice_t *slice, const kv_step_t *step)
+    KV_REQUIRES(slice->server->mutex)
+{
+    if (slice->slots == NULL || slice->slots->optim != step->optim) {
+        kv_slots_t *slots = kv_slots_new(step->optim);
+        KV_TRY_ALLOC(slots, "the state of an optimizer");
+        kv_slots_rele(slice->slots);
+        slice->slots = slots;
+    }
+    slice->step = *step;
+    return KV_OK;
+}
+
+/* ----------------------------------------------------------------------------------- rounds */
+
+const kv_request_t *kv_round_first(const kv_slice_t *slice)
+{
+    int32_t worker = 0;
+    while (slice->workers[worker].summing == NULL)
+        worker++;
+    return slice->workers[worker].summing;
+}
+
+/* Memory for the version that is to be made: a push's own, the value's, or new one. */
+static kv_buffer_t *room_locked(kv_server_t *server, const kv_slice_t *slice)
+    KV_REQUIRES(server->mutex)
+{
+    if (slice->steps && atomic_load(&slice->stored->refs) == 1)
+        return kv_buffer_hold(slice->stored);
+    for (int32_t i = 0; i < server->num_workers && !slice->steps; i++) {
+        const kv_request_t *push = slice->workers[i].summing;
+        if (push != NULL && push->whole && push->header.record.codec == KV_CODEC_NONE)
+            return kv_buffer_hold(push->buffer);
+    }
+    kv_buffer_t *room;
+    return kv_pool_get(server->pool, slice->bytes, &room) == KV_OK ? room : NULL;
+}
+
+static kv_status_t prepare_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
+{
+    const kv_wire_record_t *record = &kv_round_first(slice)->header.record;
+    const kv_known_optimizer_t *known = record->optimizer != 0
+                                            ? kv_known_optimizer_locked(server, record->optimizer)
+                                        : server->async ? server->optimizers
+                                                        : NULL;
+    slice->steps = known != NULL;
+    if (slice->steps) {
+        kv_step_t step = step_of(slice, known, record);
+        KV_TRY(check_step(slice, &step, (record->flags & KV_WIRE_PART) != 0));
+        KV_TRY(take_step_locked(slice, &step));
+    }
+    slice->made = room_locked(server, slice);
+    if (slice->made == NULL)
+        return kv_fail(KV_NO_MEMORY, "no memory for slice %" PRIu32 " of a key", record->slice);
+    return KV_OK;
+}
+
+kv_error_t *kv_round_prepare_locked(kv_server_t *server, kv_slice_t *slice)
+{
+    for (int32_t i = 0; i < server->num_workers; i++) {
+        const kv_request_t *push = slice->workers[i].summing;
+        if (push != NULL && push->failure != NULL)
+            return kv_error_hold(push->failure);
+    }
+    kv_status_t status = prepare_locked(server, slice);
+    return status == KV_OK ? NULL : kv_error_capture(status);
+}
+
+/* The pushes of the round, in the order of the ranks. */
+static kv_gradients_t gradients_of(kv_slice_t *slice)
+{
+    kv_gradients_t gradients = {.src = slice->sources};
+    for (int32_t i = 0; i < slice->server->num_workers; i++) {
+        const kv_request_t *push = slice->workers[i].summing;
+        if (push == NULL)
+            continue;
+        const unsigned char *data = push->data;
+        kv_codec_t codec = {.type = (kv_codec_type_t)push->header.record.codec};
+        if (codec.type != KV_CODEC_NONE) {
+            codec.threshold = kv_wire_get_threshold(data);
+            data += KV_WIRE_THRESHOLD_BYTES;
+            gradients.coded = slice->codecs;
+        }
+        slice->codecs[gradients.num_src] = codec;
+        slice->sources[gradients.num_src++] = data;
+    }
+    return gradients;
+}
+
+kv_status_t kv_round_run(kv_slice_t *slice)
+{
+    kv_host_t alone = slice->server->host;
+    alone.num_threads = 1; /* slices run side by side */
+    int64_t count = (int64_t)(slice->bytes / kv_dtype_bytes(slice->dtype));
+    kv_gradients_t gradients = gradients_of(slice);
+    void *made = slice->made->data;
+    if (count == 0)
+        return KV_OK;
+    if (slice->steps) {
+        bool cut;
+        int64_t row_count = row_count_of(slice, count, &cut);
+        kv_weight_t weight;
+        if (slice->made != slice->stored)
+            memcpy(made, slice->stored->data, slice->bytes);
+        KV_TRY(kv_slots_weight(slice->slots, &alone, &slice->step, slice->dtype, count / row_count,
+                               row_count, made, &weight));
+        (void)kv_host_update(&alone, &slice->step, &weight, &gradients, 0, NULL);
+    } else if (gradients.coded != NULL) {
+        (void)kv_host_sum_compressed(&alone, slice->dtype, count, &gradients, 1, &made);
+    } else {
+        kv_host_sum(&alone, slice->dtype, count, gradients.num_src, gradients.src, 1, &made);
+    }
+    return KV_OK;
+}
