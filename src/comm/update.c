@@ -88,6 +88,47 @@ static const void *read_compressed(const kv_source_t *source, int64_t begin, int
     return block;
 }
 
+static void add_wide(bool is_double, int64_t count, const void *from, void *to)
+{
+    for (int64_t i = 0; i < count; i++)
+        if (is_double)
+            ((double *)to)[i] += ((const double *)from)[i];
+        else
+            ((float *)to)[i] += ((const float *)from)[i];
+}
+
+/* Codes can be taken apart at multiples of KV_CODEC_UNIT only. Chunks and blocks begin there, but
+ * rows need not: then it begins earlier, in a room of its own. */
+static const void *read_coded(const kv_source_t *source, int64_t begin, int64_t end, bool last,
+                              void *block, int64_t *unfinite)
+{
+    (void)last, (void)unfinite;
+    const dense_source_t *dense = (const dense_source_t *)source;
+    const kv_gradients_t *gradients = dense->gradients;
+    const kv_kernels_t *kernels = dense->host->kernels;
+    bool is_double = dense->dtype == KV_FLOAT64;
+    int64_t wide = wide_bytes(is_double), skip = begin % KV_CODEC_UNIT;
+    _Alignas(ALIGN) char room[(KV_CODEC_UNIT + KV_UPDATE_BLOCK) * 8];
+    char *from = at_element(room, skip, wide);
+    for (int i = 0; i < gradients->num_src; i++) {
+        const kv_codec_t *codec = &gradients->coded[i];
+        const void *src = gradients->src[i];
+        if (codec->type != KV_CODEC_NONE && skip == 0) {
+            kv_codec_decode(kernels, codec, dense->dtype, begin, end, src, i == 0, block);
+            continue;
+        }
+        if (codec->type == KV_CODEC_NONE)
+            kernels->sum_wide[dense->dtype](begin, end, 1, &src, from);
+        else
+            kv_codec_decode(kernels, codec, dense->dtype, begin - skip, end, src, true, room);
+        if (i == 0)
+            memcpy(block, from, (size_t)((end - begin) * wide));
+        else
+            add_wide(is_double, end - begin, from, block);
+    }
+    return block;
+}
+
 static void dense_init(dense_source_t *dense, const kv_host_t *host, kv_dtype_t dtype,
                        const kv_gradients_t *gradients)
 {
@@ -98,7 +139,13 @@ static void dense_init(dense_source_t *dense, const kv_host_t *host, kv_dtype_t 
     dense->element = bytes;
     dense->gradients = gradients;
     dense->base.bytes = gradients->num_src * bytes;
-    if (gradients->codec.type != KV_CODEC_NONE) {
+    if (gradients->coded != NULL) {
+        dense->base.read = read_coded;
+        /* Codes are less than a byte, but the time for them is that of one. */
+        for (int i = 0; i < gradients->num_src; i++)
+            if (gradients->coded[i].type != KV_CODEC_NONE)
+                dense->base.bytes -= bytes - 1;
+    } else if (gradients->codec.type != KV_CODEC_NONE) {
         dense->base.read = read_compressed;
         dense->base.bytes += 2 * gradients->num_src * wide_bytes(dtype == KV_FLOAT64);
     } else if (gradients->num_src == 1 && is_wide &&
@@ -435,8 +482,6 @@ int64_t kv_host_update(const kv_host_t *host, const kv_step_t *step, const kv_we
 {
     if (weight->count == 0)
         return 0;
-    if (weight->count == 0)
-        return 0;
     dense_source_t source;
     dense_init(&source, host, weight->dtype, gradients);
     kv_update_t update;
@@ -465,7 +510,7 @@ typedef struct plain_job {
     atomic_llong unfinite;
 } plain_job_t;
 
-static void compressed_chunk(void *context, int64_t chunk)
+static void plain_chunk(void *context, int64_t chunk)
 {
     plain_job_t *job = context;
     kv_dtype_t dtype = job->source->dtype;
@@ -477,20 +522,20 @@ static void compressed_chunk(void *context, int64_t chunk)
     for (int64_t at = chunk * job->chunk; at < end; at += KV_UPDATE_BLOCK) {
         int64_t count = smaller(end - at, KV_UPDATE_BLOCK);
         const void *from =
-            read_compressed(&job->source->base, at, at + count, true, block, &unfinite);
+            job->source->base.read(&job->source->base, at, at + count, true, block, &unfinite);
         if (kv_dtype_is_narrow(dtype)) {
             kernels->float32_to[dtype](count, from, narrow);
             from = narrow;
         }
         for (int i = 0; i < job->num_dst; i++)
-            memcpy(at_element(job->dst[i], at, bytes), from, (size_t)(count * bytes));
+            memmove(at_element(job->dst[i], at, bytes), from, (size_t)(count * bytes));
     }
     if (unfinite != 0)
         atomic_fetch_add(&job->unfinite, unfinite);
 }
 
-int64_t kv_host_sum_compressed(const kv_host_t *host, kv_dtype_t dtype, int64_t count,
-                               const kv_gradients_t *gradients, int num_dst, void *const *dst)
+int64_t kv_host_sum_gradients(const kv_host_t *host, kv_dtype_t dtype, int64_t count,
+                              const kv_gradients_t *gradients, int num_dst, void *const *dst)
 {
     dense_source_t source;
     dense_init(&source, host, dtype, gradients);
@@ -498,12 +543,12 @@ int64_t kv_host_sum_compressed(const kv_host_t *host, kv_dtype_t dtype, int64_t 
     plain_job_t job = {
         .source = &source, .count = count, .chunk = count, .num_dst = num_dst, .dst = dst};
     if (count * traffic < ALONE_BYTES) {
-        compressed_chunk(&job, 0);
+        plain_chunk(&job, 0);
         return atomic_load(&job.unfinite);
     }
     job.chunk = chunk_of(host, count, traffic);
-    kv_team_run(host->team, host->num_threads, (count + job.chunk - 1) / job.chunk,
-                compressed_chunk, &job);
+    kv_team_run(host->team, host->num_threads, (count + job.chunk - 1) / job.chunk, plain_chunk,
+                &job);
     return atomic_load(&job.unfinite);
 }
 

@@ -36,7 +36,7 @@ typedef struct kv_gradients {
 } kv_gradients_t;
 
 /* weight = step(weight, sum of the gradients), then every dst = weight. Returns how many residuals
- * are not finite (0 without a codec). `dst` may be a source. */
+ * are not finite (0 without a codec). `dst` may be a source that is not codes. */
 int64_t kv_host_update(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
                        const kv_gradients_t *gradients, int num_dst, void *const *dst);
 
@@ -47,10 +47,11 @@ int64_t kv_host_update(const kv_host_t *host, const kv_step_t *step, const kv_we
 void kv_host_update_rows(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
                          const kv_row_sum_t *sum, const int64_t *where, bool lazy);
 
-/* Without an optimizer: every dst = the sum of the gradients that passed through the codec, rounded
- * once. Returns how many residuals are not finite. `dst` may be a source. */
-int64_t kv_host_sum_compressed(const kv_host_t *host, kv_dtype_t dtype, int64_t count,
-                               const kv_gradients_t *gradients, int num_dst, void *const *dst);
+/* Without an optimizer: every dst = the sum of the gradients, which have passed through the codec
+ * or are decoded, rounded once. Returns how many residuals are not finite. `dst` may be a source
+ * that is not codes. Where all are plain kv_host_sum does the same faster. */
+int64_t kv_host_sum_gradients(const kv_host_t *host, kv_dtype_t dtype, int64_t count,
+                              const kv_gradients_t *gradients, int num_dst, void *const *dst);
 
 /* `to` becomes the float32 of a 16-bit array: a master's first value. */
 void kv_host_widen(const kv_host_t *host, kv_dtype_t dtype, int64_t count, const void *from,

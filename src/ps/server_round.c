@@ -215,7 +215,7 @@ kv_status_t kv_round_run(kv_slice_t *slice)
                                row_count, made, &weight));
         (void)kv_host_update(&alone, &slice->step, &weight, &gradients, 0, NULL);
     } else if (gradients.coded != NULL) {
-        (void)kv_host_sum_compressed(&alone, slice->dtype, count, &gradients, 1, &made);
+        (void)kv_host_sum_gradients(&alone, slice->dtype, count, &gradients, 1, &made);
     } else {
         kv_host_sum(&alone, slice->dtype, count, gradients.num_src, gradients.src, 1, &made);
     }

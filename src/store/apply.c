@@ -207,8 +207,8 @@ static kv_status_t sum_dense(const kv_work_t *work, int num_dst, void *const *ds
                     inputs.gradients.src, num_dst, dst);
     else
         kv_entry_note_not_finite(entry,
-                                 kv_host_sum_compressed(work->host, entry->dtype, entry->count,
-                                                        &inputs.gradients, num_dst, dst));
+                                 kv_host_sum_gradients(work->host, entry->dtype, entry->count,
+                                                       &inputs.gradients, num_dst, dst));
     inputs_fini(&inputs);
     return KV_OK;
 }

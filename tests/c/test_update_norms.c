@@ -328,7 +328,7 @@ static void codec_lies_between_gradients_and_step(void)
         for (int push = 0; CHECK(made) && push < 3; push++) {
             void *dst[] = {decoded, out};
             CHECK_EQ(trial_push(&compressed, &host, &gradients, 0, NULL), 0);
-            CHECK_EQ(kv_host_sum_compressed(&host, KV_FLOAT32, LARGE, &apart, 2, dst), 0);
+            CHECK_EQ(kv_host_sum_gradients(&host, KV_FLOAT32, LARGE, &apart, 2, dst), 0);
             CHECK(memcmp(decoded, out, sizeof out) == 0);
             trial_push_one(&plain, &host, decoded);
             CHECK(memcmp(residual[0], residual[1], sizeof residual[0]) == 0);
@@ -361,7 +361,7 @@ static void compressed_sum_is_that_of_the_codes_rounded_once(void)
         static float before[3][LARGE];
         memcpy(before, residual, sizeof before);
         void *dst[] = {out};
-        CHECK_EQ(kv_host_sum_compressed(&host, KV_FLOAT16, LARGE, &gradients, 1, dst), 1);
+        CHECK_EQ(kv_host_sum_gradients(&host, KV_FLOAT16, LARGE, &gradients, 1, dst), 1);
         bool right = true;
         for (int i = 0; i < LARGE; i++) {
             float sum = 0;
