@@ -5,7 +5,8 @@ keys and multipliers, and the schedule as it was built, since only its owner kno
 come. Its number is a digest of it: servers know optimizers by that, and pushes name them so.
 
 Worker 0 numbers its calls. A call of another worker may be early or late: it agrees with the first
-equal declaration from the one on that it has agreed with before, and waits while there is no other.
+equal declaration from the one on that it has agreed with before, and waits while there is none.
+Only a first call is refused before the deadline: later, worker 0 may have calls of its own between.
 """
 
 import hashlib
@@ -86,8 +87,11 @@ def _difference(own: Declaration, other: Declaration) -> str:
         names = [built_in[declaration["kind"]].__name__ for declaration in (own, other)]
         return f"it is of the class {names[0]}, that of worker 0 of {names[1]}"
     numbers = {**other["numbers"], **own["numbers"]}
+    pairs: list[tuple[str, Any, Any]]
     pairs = [(n, own["numbers"].get(n), other["numbers"].get(n)) for n in numbers]
-    pairs += [(n, own[n], other[n]) for n in ("schedule", "lr_mult", "wd_mult", "names")]
+    pairs += [(n, own[n], other[n]) for n in ("lr_mult", "wd_mult", "names")]
+    mine, its = (p["schedule"] and lr_scheduler._unpack(p["schedule"]) for p in (own, other))
+    pairs += [("schedule", mine, its)]
     pairs += [("begin_num_update", own["begin"], other["begin"])]
     for name, mine, its in pairs:
         if mine != its:
@@ -136,19 +140,19 @@ def _agree(member: "Member", timeout_s: float, declaration: Declaration) -> None
         if all(answer["call"] for answer in answers):
             member.declared.agreed = min(answer["call"] for answer in answers)
             return
+        left = deadline - time.monotonic()
+        differs = [answer["differs"] for answer in answers if answer["differs"]]
         # While worker 0's call is under way, some servers have heard of it and others have not.
-        differs = next((answer["differs"] for answer in answers if answer["differs"]), "")
-        if all(answer["new"] and not answer["call"] for answer in answers):
+        if differs and (left <= 0 or (len(differs) == len(answers) and since == 0)):
+            waited = f" (it waited {timeout_s:g} s for worker 0 to set it)" if left <= 0 else ""
             raise InvalidArgumentError(
                 f"the optimizer of worker {member.rank} is not the one that worker 0 has set: "
-                f"{differs}"
+                f"{differs[0]}{waited}"
             )
-        left = deadline - time.monotonic()
         if left <= 0:
-            again = f" again, and this optimizer is another: {differs}" if differs else ""
             raise TimeoutError(
-                f"worker {member.rank} waited {timeout_s:g} s (the limit is KVSTORE_TIMEOUT or the "
-                f"option timeout); worker 0 has not called set_optimizer{again}"
+                f"worker {member.rank} waited {timeout_s:g} s; missing: worker 0, which has not "
+                "called set_optimizer (the limit is KVSTORE_TIMEOUT or the option timeout)"
             )
         time.sleep(min(pause, left))
         pause = min(2 * pause, LAST_PAUSE_S)
@@ -193,9 +197,8 @@ def _answer_agreement(member: "Member", body: str | bytes) -> str:
     number = _number(declaration)
     declared = member.declared
     call = next((call for call, one in declared.known if call >= since and one == number), 0)
-    new = any(call > since for call, _ in declared.known)
     differs = _difference(declaration, declared.newest) if declared.known and not call else ""
-    return _text({"call": call, "new": new, "differs": differs})
+    return _text({"call": call, "differs": differs})
 
 
 # What servers run: functions of (member, body) that give the answer.
