@@ -154,6 +154,7 @@ class KVStore:
     def optimizer(self) -> Any: ...
 
     # what kvstore._training and kvstore._states stand on
+    def _place(self) -> tuple[Any, float] | None: ...
     def _optimizer_set(
         self,
         owner: Any,

@@ -6,6 +6,7 @@ The core calls these by name, with the member that `create` gave it.
 from collections.abc import Callable
 from typing import Any
 
+from . import _declared
 from .cluster.member import Command, Member
 from .errors import ArrayTypeError, InvalidArgumentError, PeerLostError, TimeoutError
 
@@ -15,9 +16,6 @@ ROLES = ("worker", "server", "scheduler")
 MASKS = {1: "scheduler", 2: "server", 4: "worker"}  # MXNet's groups of nodes
 LOSS_S = 1.0
 HEADS = range(-(2**63), 2**63)
-
-# The package's own commands, by their negative heads: functions of (member, body).
-own_commands: dict[int, Callable[[Member, Any], object]] = {}
 
 
 def barrier(member: Member, timeout_s: float) -> None:
@@ -72,12 +70,13 @@ def close(member: Member, timeout_s: float, together: bool | None = None) -> Non
 
 def run_command(member: Member, asked: Command, controller: Controller | None) -> None:
     """On a server: run a command, and tell the worker how it went."""
+    answer = ""
     try:
         if asked.head < 0:
-            own = own_commands.get(asked.head)
+            own = _declared.COMMANDS.get(asked.head)
             if own is None:
                 raise InvalidArgumentError(f"there is no command {asked.head} in this version")
-            own(member, asked.body)
+            answer = own(member, asked.body)
         elif controller is None:
             raise InvalidArgumentError(
                 "it was started without a controller: give one to serve(controller=), "
@@ -88,7 +87,7 @@ def run_command(member: Member, asked: Command, controller: Controller | None) -
     except Exception as error:
         member.done(asked, f"{type(error).__name__}: {error}")
     else:
-        member.done(asked)
+        member.done(asked, answer=answer)
 
 
 def check_controller(controller: Controller | None) -> None:

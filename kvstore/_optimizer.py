@@ -424,6 +424,12 @@ class Optimizer:
             if key != ""
         ]
 
+    def _for_core(self) -> tuple[str, dict[str, Any], dict[str, bool]]:
+        """Kind, numbers and flags of a built-in one."""
+        numbers = {n: v for n, v in self._numbers.items() if n not in FLAGS}
+        flags = {n: v for n, v in self._numbers.items() if n in FLAGS}
+        return str(self._KIND), numbers, flags
+
     def _pack(self) -> dict[str, Any]:
         """The optimizer as JSON holds it; raises for what cannot be written."""
         owner = type(self).__name__

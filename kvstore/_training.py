@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from . import compression, state_file
+from . import _declared, compression, state_file
 from ._core import KVStore, RowSparse
 from ._optimizer import (
     _ALIASES,
-    FLAGS,
     BuiltIn,
     Push,
     built_in,
@@ -199,18 +198,16 @@ def _owner(kv: KVStore) -> tuple[Optimizer | None, _Progress | None]:
 
 
 def _set(kv: KVStore, optimizer: Optimizer, progress: _Progress | None = None) -> None:
+    place = kv._place()  # in a cluster: the servers have the optimizer before the store has it
+    number = 0 if place is None else _declared.declare(*place, optimizer)
     if isinstance(optimizer, BuiltIn):
-        numbers = {n: v for n, v in optimizer._numbers.items() if n not in FLAGS}
-        flags = {n: v for n, v in optimizer._numbers.items() if n in FLAGS}
         kv._optimizer_set(
             optimizer,
-            str(optimizer._KIND),
-            numbers,
-            flags,
+            *optimizer._for_core(),
             optimizer.lr_scheduler,
             optimizer._multipliers(),
             optimizer.begin_num_update,
-            0,
+            number,
         )
         return
     run = _Run(optimizer, progress or _Progress(optimizer.begin_num_update))

@@ -17,7 +17,7 @@ from .protocol import Frame, ProtocolError
 from .roster import Node, Roster, Stage, listed
 
 MAX_SILENCE_MS = 10**15
-MAX_REASON = 2000  # characters of a controller's failure that travel
+MAX_REASON = 2000  # characters of a server's answer or failure that travel
 
 
 @dataclass
@@ -29,6 +29,7 @@ class Command:
     head: int
     waiting: list[Node]
     failures: list[str] = field(default_factory=list)
+    answers: dict[int, str] = field(default_factory=dict)  # by the server's rank
 
 
 class Calls:
@@ -131,11 +132,11 @@ class Calls:
             return
         reason = protocol.field_or_none(frame, "failure", str)
         command.waiting.remove(node)
+        command.answers[node.rank or 0] = protocol.field(frame, "answer", str)[:MAX_REASON]
         if reason is not None:
-            command.failures.append(
-                f"the controller of {node.name} failed on command {command.head}: "
-                f"{reason[:MAX_REASON]}"
-            )
+            what = f"the controller of {node.name} failed on command {command.head}"
+            what = node.name if command.head < 0 else what
+            command.failures.append(f"{what}: {reason[:MAX_REASON]}")
         if command.waiting:
             return
         del self._commands[number]
@@ -143,7 +144,8 @@ class Calls:
             error = KVStoreError("; ".join(sorted(command.failures)[:8]))
             self._refuse(command.origin, command.ident, error)
         else:
-            self._reply(command.origin, command.ident)
+            answers = [text for _, text in sorted(command.answers.items())]
+            self._reply(command.origin, command.ident, answers=answers)
 
     # ----------------------------------------------------------------------------------- leaving
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from .. import _core
+from .._declared import Declared
 from ..errors import (
     ClosedError,
     InvalidArgumentError,
@@ -62,6 +63,8 @@ class Member:
         Whether `close` of a worker waits for the other workers to close.
     store
         A weak reference to the store that uses it.
+    declared
+        What it knows of the optimizers of the cluster.
     """
 
     def __init__(self, settings: Settings, asynchronous: bool) -> None:
@@ -87,6 +90,7 @@ class Member:
         self._closed = False
         self._shut_down = False
         self.store: Callable[[], object] | None = None
+        self.declared = Declared()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "broken" if self._broken else "open"
@@ -325,8 +329,9 @@ class Member:
         self._check()
         control.run(self._call({"type": "barrier"}, timeout, "the barrier"))
 
-    def command(self, head: int, body: str | bytes, timeout: float) -> None:
-        """Have every server run its controller; KVStoreError says which failed and how."""
+    def command(self, head: int, body: str | bytes, timeout: float) -> list[str]:
+        """Have every server run its controller, or a command of the package's own, and return what
+        they answer, by rank; KVStoreError says which failed and how."""
         self._check()
         frame: Frame = {"type": "command", "head": head, "id": 0}
         if isinstance(body, str):
@@ -343,7 +348,8 @@ class Member:
                 f"{'characters' if isinstance(body, str) else 'bytes'}; as it travels the limit "
                 f"is {protocol.MAX_FRAME} bytes"
             )
-        control.run(self._call(frame, timeout, f"command {head}"))
+        reply = control.run(self._call(frame, timeout, f"command {head}"))
+        return protocol.field(reply, "answers", list)
 
     def dead_nodes(self, role: str, silent: float) -> int:
         """How many nodes of a role are lost or were silent for so many seconds.
@@ -382,9 +388,9 @@ class Member:
             elif self._shut_down:
                 return
 
-    def done(self, command: Command, failure: str | None = None) -> None:
-        """Tell the worker that a command was run, or how it failed."""
-        frame = {"type": "done", "id": command.number, "failure": failure}
+    def done(self, command: Command, failure: str | None = None, answer: str = "") -> None:
+        """Tell the worker that a command was run, with an answer, or how it failed."""
+        frame = {"type": "done", "id": command.number, "failure": failure, "answer": answer}
         control.loop().call_soon_threadsafe(self._write, frame)
 
     # --------------------------------------------------------------------------------- the end

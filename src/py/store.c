@@ -439,6 +439,7 @@ static PyMethodDef METHODS[] = {
     KEYWORDS("load_optimizer_states", store_load_optimizer_states, LOAD_STATES_DOC),
     KEYWORDS("set_gradient_compression", store_set_gradient_compression, COMPRESSION_DOC),
     {"_optimizer_set", kv_py_store_optimizer_set, METH_VARARGS, NULL},
+    {"_place", kv_py_store_place, METH_NOARGS, NULL},
     {"_optimizer_owner", kv_py_store_optimizer_owner, METH_NOARGS, NULL},
     {"_updater_set", kv_py_store_updater_set, METH_VARARGS, NULL},
     {"_compression_set", kv_py_store_compression_set, METH_VARARGS, NULL},

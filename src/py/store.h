@@ -55,6 +55,8 @@ KV_PY_METHOD(kv_py_store_row_sparse_pull);
 PyObject *kv_py_store_close(PyObject *self, PyObject *unused);
 PyObject *kv_py_store_enter(PyObject *self, PyObject *unused);
 PyObject *kv_py_store_exit(PyObject *self, PyObject *args);
+/* (member, timeout in seconds) of a dist store, or None. */
+PyObject *kv_py_store_place(PyObject *self, PyObject *unused);
 PyObject *kv_py_store_barrier(PyObject *self, PyObject *unused);
 KV_PY_METHOD(kv_py_store_set_barrier_before_exit);
 KV_PY_METHOD(kv_py_store_send_command);

@@ -54,6 +54,17 @@ PyObject *kv_py_store_exit(PyObject *object, PyObject *args)
     return close_store(object, failed ? Py_False : Py_None);
 }
 
+PyObject *kv_py_store_place(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    kv_py_store_t *self = as_store(object);
+    if (!kv_py_store_check_open(self))
+        return NULL;
+    if (self->member == NULL)
+        Py_RETURN_NONE;
+    return Py_BuildValue("(Od)", self->member, timeout_s(self));
+}
+
 PyObject *kv_py_store_barrier(PyObject *object, PyObject *unused)
 {
     (void)unused;

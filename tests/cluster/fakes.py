@@ -29,6 +29,7 @@ class FakeCore:
     def __init__(self, role, rank, num_workers, num_servers, **options):
         self.role, self.rank, self.options = role, rank, options
         self.peers, self.lost, self.closed = None, None, False
+        self.optimizers = []
 
     def address(self):
         return f"{self.role} {self.rank} \0\xff".encode("latin-1")
@@ -45,6 +46,9 @@ class FakeCore:
 
     def drain(self, timeout):
         pass
+
+    def add_optimizer(self, number, kind, numbers, flags, begin_num_update):
+        self.optimizers.append((number, kind, {**numbers, **flags}, begin_num_update))
 
     def lose(self, why):
         self.lost = why

@@ -7,9 +7,21 @@ and no control plane, so these run under every sanitizer.
 import threading
 
 import kvstore
-from kvstore import _core
+from kvstore import _core, _dist
+from kvstore._declared import Declared
+from kvstore.cluster.member import Command
 
 SESSION = bytes(range(16))
+
+
+class Server:
+    """A server's place in the cluster: it runs the package's own commands."""
+
+    def __init__(self, core):
+        self.core, self.declared = core, Declared()
+
+    def done(self, command, failure=None, answer=""):
+        self.failure, self.answer = failure, answer
 
 
 class Member:
@@ -19,6 +31,10 @@ class Member:
         self.cluster, self.rank = cluster, rank
         self.core = cluster.node("worker", rank)
         self.closed = False
+        self.declared = Declared()
+
+    def command(self, head, body, timeout_s):
+        return self.cluster.command(Command(0, head, body))
 
     def barrier(self, timeout_s):
         self.cluster.barrier.wait(timeout_s)
@@ -62,9 +78,11 @@ class Cluster:
         self.kind, self.num_workers, self.num_servers = kind, num_workers, num_servers
         self.options = {"transport": transport, "session": SESSION, **options}
         self.barrier = threading.Barrier(num_workers)
+        self.commands = threading.Lock()
         self.members, self.servers, self.stores = [], [], []
         try:
             self.servers = [self.node("server", i) for i in range(num_servers)]
+            self.serving = [Server(node) for node in self.servers]
             self.members = [Member(self, i) for i in range(num_workers)]
             self._connect()
         except BaseException:
@@ -96,6 +114,16 @@ class Cluster:
             member.core.connect(servers)
         for node in self.nodes():
             node.wait_ready(10)
+
+    def command(self, command):
+        """What all servers answer to it."""
+        with self.commands:
+            for server in self.serving:
+                _dist.run_command(server, command, None)
+            failures = [s.failure for s in self.serving if s.failure is not None]
+            if failures:
+                raise kvstore.KVStoreError("; ".join(failures))
+            return [server.answer for server in self.serving]
 
     def nodes(self):
         return [*self.servers, *(member.core for member in self.members)]
