@@ -1,11 +1,12 @@
 """The digits network once more, data-parallel over processes: a scheduler, servers and workers.
 
 A worker is a process with its own copy of the weights and its own shard of every batch. One step is
-one `pushpull` of all gradients: the servers sum them, and every worker takes the same step with the
-sum. (Servers sum and no more in this version, so the momentum is applied by the workers.)
+one `pushpull` of all gradients: the servers hold the weights, and the optimizer. In a synchronous
+store they wait for the gradients of all workers and take one step with the sum; in an asynchronous
+one they take a step with each that comes, and nobody waits for anybody.
 
 The sums are taken in the order of the ranks, as those of the threads in digits.py are: with as many
-workers both trainings end with the same bits.
+workers the synchronous training ends with the same bits as that by threads.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 import kvstore
 from kvstore.cluster import member
+from kvstore.demo import digits
 from kvstore.demo.digits import (
     BATCH,
     KEYS,
     Array,
     Images,
-    Momentum,
     Step,
     Way,
     Weights,
@@ -33,7 +34,22 @@ from kvstore.demo.digits import (
     gradients,
 )
 
-WAY = Way("momentum, processes", "dist_sync")
+SAME = digits.WAYS[1]  # what the first way does, by threads
+WAYS = (
+    Way("Adam, processes", "dist_sync", SAME.optimizer),
+    Way(
+        "processes, 2-bit",
+        "dist_sync",
+        SAME.optimizer,
+        {"type": "2bit", "threshold": 0.005},
+    ),
+    Way(
+        "processes, async",
+        "dist_async",
+        # One step for each worker's part of a batch, where the others take one for all of it.
+        kvstore.optimizer.Adam(learning_rate=0.002),
+    ),
+)
 SERVERS = 2
 TIMEOUT_S = 60.0
 
@@ -46,17 +62,19 @@ class Wire(NamedTuple):
 
 
 class Worker:
-    """What a worker process keeps between the runs of the cluster: store, weights, momentum."""
+    """What a worker process keeps between the runs of the cluster: its store and its weights."""
 
-    def __init__(self, images: Images, seed: int) -> None:
+    def __init__(self, images: Images, seed: int, way: Way) -> None:
         # The processes are the parallelism; BLAS threads on top would only get in their way.
         threadpool_limits(limits=1)
         self.images = images
         self.rng = np.random.default_rng(seed)  # the same in all workers
         self.weights = first_weights(self.rng)
-        self.momentum = Momentum()
-        self.kv = kvstore.create(WAY.kind)
-        self.kv.init(KEYS, [np.zeros_like(self.weights[key]) for key in KEYS])
+        self.kv = kvstore.create(way.kind)
+        self.kv.init(KEYS, [self.weights[key] for key in KEYS])
+        self.kv.set_optimizer(way.optimizer)
+        if way.compression is not None:
+            self.kv.set_gradient_compression(way.compression)
         self.at_first = self._counted()
 
     def epoch(self) -> list[Step]:
@@ -74,16 +92,14 @@ class Worker:
         )
         have_gradients = perf_counter()
 
-        self.kv.pushpull(KEYS, [grads[key] for key in KEYS])  # the sums come back in their place
-        have_sums = perf_counter()
-
-        for key in KEYS:
-            self.momentum(key, grads[key], self.weights[key])
+        self.kv.pushpull(
+            KEYS, [grads[key] for key in KEYS], out=[self.weights[key] for key in KEYS]
+        )
         return Step(
             loss=loss,
             gradients=have_gradients - begin,
-            push=have_sums - have_gradients,
-            updater=perf_counter() - have_sums,
+            push=perf_counter() - have_gradients,
+            updater=0.0,
             pull=0.0,
         )
 
@@ -102,8 +118,8 @@ class Worker:
 _here: list[Worker] = []
 
 
-def _begin(images: Images, seed: int) -> None:
-    _here.append(Worker(images, seed))
+def _begin(images: Images, seed: int, way: Way) -> None:
+    _here.append(Worker(images, seed, way))
 
 
 def _epoch() -> list[Step]:
@@ -125,11 +141,11 @@ def _end() -> None:
 class Training:
     """The cluster, seen from the process that has started it. Use it in a `with` statement."""
 
-    def __init__(self, images: Images, workers: int = 4, seed: int = 0) -> None:
+    def __init__(self, images: Images, workers: int = 4, seed: int = 0, way: Way = WAYS[0]) -> None:
         self.images = images
         self.cluster = kvstore.LocalCluster(workers, SERVERS, timeout=TIMEOUT_S)
         try:
-            self.cluster.run(_begin, images, seed)
+            self.cluster.run(_begin, images, seed, way)
         except BaseException:
             self.cluster.close()
             raise
@@ -165,6 +181,6 @@ def _together(steps: Sequence[Step]) -> Step:
         loss=sum(step.loss for step in steps),
         gradients=float(np.mean([step.gradients for step in steps])),
         push=float(np.mean([step.push for step in steps])),
-        updater=float(np.mean([step.updater for step in steps])),
+        updater=0.0,
         pull=0.0,
     )

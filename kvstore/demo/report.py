@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from kvstore.demo import words
-from kvstore.demo.cluster import WAY, Wire
+from kvstore.demo.cluster import Wire
 from kvstore.demo.digits import WAYS, Step, Way
 
-BLUE, ORANGE, GREEN, PURPLE = "#2166ac", "#d6604d", "#1b7837", "#762a83"
+BLUE, ORANGE, GREEN = "#2166ac", "#d6604d", "#1b7837"
+CURVES = (BLUE, ORANGE, GREEN, "#762a83", "#b8860b", "#1a9ba1")
 GREY = "#666666"
 
 
@@ -65,12 +66,22 @@ def table(steps: Sequence[Step], bytes_per_call: int, workers: int) -> Table:
 
 
 class Run(NamedTuple):
-    """One way of learning the digits, for `ways`."""
+    """One way of learning the digits."""
 
     way: Way
     gradient_bytes: int
     steps: Sequence[Step]
     accuracies: Sequence[float]
+    wire: Sequence[Wire] = ()  # of each worker, by processes
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a worker has sent in a step, on average."""
+        return sum(one.sent for one in self.wire) / len(self.wire) / len(self.steps)
+
+    @property
+    def received(self) -> float:
+        return sum(one.received for one in self.wire) / len(self.wire) / len(self.steps)
 
 
 def ways(runs: Sequence[Run], enough: float) -> Table:
@@ -96,20 +107,24 @@ def ways(runs: Sequence[Run], enough: float) -> Table:
     return result
 
 
-def wire(counted: Sequence[Wire], steps: int, model_bytes: int) -> Table:
-    """What went over the wire at each worker, and a step of it against the model's size."""
+def wire(runs: Sequence[Run]) -> Table:
+    """What went over the wire at a worker in a step."""
     result = Table(title="Over the wire", title_justify="left", title_style="bold")
-    for name in ("worker", "sent", "received", "sent a step", "received a step"):
+    result.add_column("way")
+    result.add_column("store")
+    for name in ("sent", "received", "a step", "at the end"):
         result.add_column(name, justify="right")
-    for rank, one in enumerate(counted):
-        both = one.sent, one.received
-        a_step = [bytes_ / steps for bytes_ in both]
+    for run in runs:
         result.add_row(
-            str(rank),
-            *(size(bytes_) for bytes_ in both),
-            *(f"{size(bytes_)}, {bytes_ / model_bytes:.2f} ×" for bytes_ in a_step),
+            run.way.name,
+            run.way.kind,
+            size(run.sent),
+            size(run.received),
+            f"{sum(step.store for step in run.steps) / len(run.steps) * 1e6:.0f} µs",
+            f"{run.accuracies[-1]:.1%}",
         )
-    result.caption = f"×: against the model's {size(model_bytes)}"
+    model = size(runs[0].gradient_bytes)
+    result.caption = f"sent, received: by one worker in a step; the model has {model}"
     result.caption_justify = "left"
     return result
 
@@ -134,12 +149,8 @@ def moved(steps: Sequence[words.Step], dense_bytes: int) -> str:
     )
 
 
-def draw(
-    steps: Sequence[Step],
-    accuracies: Mapping[str, Sequence[float]],
-    figure: Figure | None = None,
-) -> Figure:
-    """Loss and time of every step of the first way, and the accuracies of all, one an epoch."""
+def draw(runs: Sequence[Run], figure: Figure | None = None) -> Figure:
+    """Loss and time of every step of the first run, and the accuracies of all, one an epoch."""
     if figure is None:
         figure = Figure()
     figure.set_size_inches(9, 10)
@@ -147,8 +158,8 @@ def draw(
     upper, lower, ways = figure.subplots(3, 1)
     upper.sharex(lower)
     upper.tick_params(labelbottom=False)
+    first, of_first, steps = runs[0].way.name, runs[0].accuracies, runs[0].steps
     number = np.arange(1, len(steps) + 1)
-    first, of_first = next(iter(accuracies.items()))
     epochs = len(of_first)
     per_epoch = len(steps) // epochs
     epoch_ends = per_epoch * np.arange(1, epochs + 1)
@@ -177,6 +188,8 @@ def draw(
         ("the store: push + pull", GREEN, [step.store for step in steps]),
     ):
         micros = np.array(seconds) * 1e6
+        if not micros.any():
+            continue  # it has no updater
         lower.plot(number, micros, ".", color=color, markersize=3, alpha=0.35)
         middle = float(np.median(micros))
         lower.axhline(middle, color=color, linewidth=2, label=f"{label}: median {middle:.0f} µs")
@@ -190,13 +203,14 @@ def draw(
     lower.set_ylim(low, high * (high / low) ** 0.3)
     lower.legend(frameon=False, loc="upper right")
 
-    for color, (name, of_way) in zip(
-        (BLUE, ORANGE, GREEN, PURPLE), accuracies.items(), strict=False
-    ):
-        label = f"{name}: {of_way[-1]:.1%}"
-        # Processes end where threads do: open circles leave the other curve to be seen.
-        style = {"marker": "o", "ls": "", "mfc": "none"} if name == WAY.name else {"marker": "."}
-        ways.plot(np.arange(1, epochs + 1), of_way, color=color, label=label, **style)
+    for color, run in zip(CURVES, runs, strict=False):
+        label = f"{run.way.name}: {run.accuracies[-1]:.1%}"
+        style = {"marker": "."}
+        if run.wire:
+            label += f", {size(run.sent)} sent a step"
+            # Processes end where threads do: open circles leave the other curve to be seen.
+            style = {"marker": "o", "ls": "", "mfc": "none"}
+        ways.plot(np.arange(1, epochs + 1), run.accuracies, color=color, label=label, **style)
     ways.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     ways.set_ylabel("test images right")
     ways.set_xlabel("epoch")

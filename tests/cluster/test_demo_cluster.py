@@ -17,7 +17,7 @@ def images():
 
 
 def test_processes_end_with_the_bits_of_threads(images):
-    with digits.Training(images, workers=3, seed=5) as threads:
+    with digits.Training(images, workers=3, seed=5, way=cluster.SAME) as threads:
         losses = [step.loss for _ in range(EPOCHS) for step in threads.epoch()]
         accuracy = threads.test_accuracy()
     with cluster.Training(images, workers=3, seed=5) as processes:
@@ -36,27 +36,24 @@ def test_processes_end_with_the_bits_of_threads(images):
             assert 1 < bytes_ / len(steps) / threads.gradient_bytes < 1.05
 
 
-def test_the_scene_tells_accuracies_and_bytes_and_draws_both_curves(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(scenes, "ENOUGH", 0.5)  # of so few epochs
+def test_the_scene_tells_accuracies_and_bytes_and_draws_all_curves(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scenes, "ENOUGH", 0.3)  # of so few epochs
     drawn = []
     draw = scenes.report.draw
-    monkeypatch.setattr(
-        scenes.report, "draw", lambda *arguments: drawn.append(arguments[1]) or draw(*arguments)
-    )
+    monkeypatch.setattr(scenes.report, "draw", lambda runs: drawn.append(runs) or draw(runs))
     plot = tmp_path / "plot.png"
     arguments = ["--workers", "2", "--epochs", str(EPOCHS), "--output", str(plot)]
     assert command.main(["cluster", *arguments]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "2 worker processes, 2 servers, a scheduler" in out
-    assert "Servers of this version sum the gradients; the workers apply the sums." in out
-    said = re.search(r"Test accuracy by threads ([\d.]+)%, by processes ([\d.]+)%", out)
-    assert said and said[1] == said[2]
-    assert len(re.findall(r"│ \d │.* MiB │ +37.9 KiB, 1.01 × │", out)) == 1
-    assert "against the model's 37.5 KiB" in out
-    (accuracies,) = drawn
-    assert list(accuracies) == [digits.WAYS[0].name, cluster.WAY.name]
-    threads, processes = accuracies.values()
-    assert len(threads) == EPOCHS and threads == processes
+    assert re.search(r"Test accuracy by threads [\d.]+%, lowest by processes [\d.]+%", out)
+    for way, sent in zip(cluster.WAYS, ("38.1", "3.1", "38.1"), strict=True):
+        row = rf"│ {way.name} +│ {way.kind} +│ +{sent} KiB │ 38.2 KiB │"
+        assert re.search(row, out), (row, out)
+    assert "the model has 37.5 KiB" in out
+    ((threads, *processes),) = drawn
+    assert [run.way for run in processes] == list(cluster.WAYS)
+    assert threads.accuracies == processes[0].accuracies and len(threads.accuracies) == EPOCHS
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 

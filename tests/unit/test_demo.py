@@ -146,18 +146,28 @@ def test_the_ways_stand_side_by_side():
 
 def test_the_plot_has_the_accuracies_of_every_way():
     steps = [digits.Step(loss=1, gradients=2e-3, push=3e-4, updater=1e-4, pull=2e-4)] * 6
-    axes = report.draw(steps, {"one": [0.5, 0.75], "other": [0.25, 0.5]}).axes[-1]
+    wire = [cluster.Wire(6144, 0), cluster.Wire(0, 6144)]
+    runs = [
+        report.Run(digits.WAYS[0], 38440, steps, [0.5, 0.75]),
+        report.Run(cluster.WAYS[0], 38440, steps, [0.25, 0.5], wire),
+    ]
+    axes = report.draw(runs).axes[-1]
     assert [list(line.get_ydata()) for line in axes.lines] == [[0.5, 0.75], [0.25, 0.5]]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels == ["one: 75.0%", "other: 50.0%"]
+    assert labels == ["momentum, an updater: 75.0%", "Adam, processes: 50.0%, 512 B sent a step"]
 
 
-def test_what_went_over_the_wire_is_told_against_the_model():
-    counted = [cluster.Wire(40_960, 20_480), cluster.Wire(4_096_000, 0)]
-    columns = report.wire(counted, 10, 2048).columns
+def test_what_went_over_the_wire_is_told_of_a_step():
+    steps = [digits.Step(loss=1, gradients=2e-3, push=3e-4, updater=0, pull=0)] * 10
+    wire = [cluster.Wire(40_960, 20_480), cluster.Wire(0, 0)]
+    runs = [
+        report.Run(cluster.WAYS[0], 2048, steps, [0.9], wire),
+        report.Run(cluster.WAYS[2], 2048, steps, [0.8], [cluster.Wire(4_096_000, 0)]),
+    ]
+    columns = report.wire(runs).columns
     assert list(zip(*(column.cells for column in columns), strict=True)) == [
-        ("0", "40.0 KiB", "20.0 KiB", "4.0 KiB, 2.00 ×", "2.0 KiB, 1.00 ×"),
-        ("1", "3.9 MiB", "0 B", "400.0 KiB, 200.00 ×", "0 B, 0.00 ×"),
+        ("Adam, processes", "dist_sync", "2.0 KiB", "1.0 KiB", "300 µs", "90.0%"),
+        ("processes, async", "dist_async", "400.0 KiB", "0 B", "300 µs", "80.0%"),
     ]
 
 
