@@ -42,10 +42,11 @@ static inline int64_t kv_slot_count(const kv_slot_t *slot, int64_t num_rows, int
 KV_MUST_CHECK kv_status_t kv_slot_make(const kv_host_t *host, kv_dtype_t dtype, int64_t count,
                                        const void *weight, kv_buffer_t **out);
 
-/* The value at `data`, num_rows rows of row_count elements, as a weight for this step: makes the
- * buffers that the step needs and `slots` has not, and drops a master that is no longer wanted. The
- * caller may write value and slots, and the buffers that are there have the value's rows. *out
- * borrows data and buffers. KV_NO_MEMORY leaves what was made; the next call goes on from there. */
+/* The value at `data`, num_rows rows of row_count elements, as a weight for this step, whose class
+ * is that of `slots`: makes the buffers that the step needs and `slots` has not, and drops a master
+ * that is no longer wanted. The caller may write value and slots, and the buffers that are there
+ * have the value's rows. *out borrows data and buffers. KV_NO_MEMORY leaves what was made; the next
+ * call goes on from there. */
 KV_MUST_CHECK kv_status_t kv_slots_weight(kv_slots_t *slots, const kv_host_t *host,
                                           const kv_step_t *step, kv_dtype_t dtype, int64_t num_rows,
                                           int64_t row_count, void *data, kv_weight_t *out);

@@ -138,13 +138,13 @@ static void dense_init(dense_source_t *dense, const kv_host_t *host, kv_dtype_t 
     dense->dtype = dtype;
     dense->element = bytes;
     dense->gradients = gradients;
-    dense->base.bytes = gradients->num_src * bytes;
-    if (gradients->coded != NULL) {
+    int num_coded = 0;
+    for (int i = 0; gradients->coded != NULL && i < gradients->num_src; i++)
+        num_coded += gradients->coded[i].type != KV_CODEC_NONE;
+    /* A code is less than a byte, but takes the time of one. */
+    dense->base.bytes = (gradients->num_src - num_coded) * bytes + num_coded;
+    if (num_coded > 0) {
         dense->base.read = read_coded;
-        /* Codes are less than a byte, but the time for them is that of one. */
-        for (int i = 0; i < gradients->num_src; i++)
-            if (gradients->coded[i].type != KV_CODEC_NONE)
-                dense->base.bytes -= bytes - 1;
     } else if (gradients->codec.type != KV_CODEC_NONE) {
         dense->base.read = read_compressed;
         dense->base.bytes += 2 * gradients->num_src * wide_bytes(dtype == KV_FLOAT64);
