@@ -29,7 +29,7 @@ DECLARE, AGREE = -1, -2  # the heads of the commands
 KEPT = 1024  # calls of worker 0 that a server remembers
 FIRST_PAUSE_S, LAST_PAUSE_S = 0.01, 0.5
 ANSWER_S = 5.0  # for the answer of a server that is asked in the last moment
-SHOWN = 80
+SHOWN = 60  # characters of a value in a message; as JSON twelve times as many may have to travel
 
 Declaration = dict[str, Any]
 

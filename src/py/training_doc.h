@@ -61,16 +61,37 @@
     "anew.\n"                                                                                      \
     "Optimizer and updater replace each other.\n"                                                  \
     "\n"                                                                                           \
+    "In a dist store the servers apply it. Worker 0's call gives it to all of them before it "     \
+    "returns;\n"                                                                                   \
+    "its pushes carry rate, decay and count, as its schedule tells. Another worker need not "      \
+    "call; if\n"                                                                                   \
+    "it does, its call returns when worker 0 has set an equal optimizer. In a ``dist_async`` "     \
+    "store each\n"                                                                                 \
+    "worker that has called tells its own rates.\n"                                                \
+    "\n"                                                                                           \
     "Parameters\n"                                                                                 \
     "----------\n"                                                                                 \
     "optimizer : kvstore.optimizer.Optimizer\n"                                                    \
-    "    One of the classes of `kvstore.optimizer`, or of your own.\n"                             \
+    "    One of the classes of `kvstore.optimizer`, or of your own. In a dist store one of those " \
+    "of\n"                                                                                         \
+    "    `kvstore.optimizer`, and its schedule, if any, one of those of `kvstore.lr_scheduler`.\n" \
     "\n"                                                                                           \
     "Raises\n"                                                                                     \
     "------\n"                                                                                     \
     "ArrayTypeError\n"                                                                             \
     "    For something else. Pushing to a key whose element type is an integer then raises it "    \
     "too.\n"                                                                                       \
+    "InvalidArgumentError\n"                                                                       \
+    "    In a dist store for a schedule of your own, or on a worker whose optimizer is not "       \
+    "worker 0's.\n"                                                                                \
+    "NotBuiltError\n"                                                                              \
+    "    In a dist store for an optimizer of your own.\n"                                          \
+    "TimeoutError\n"                                                                               \
+    "    On another worker, when worker 0 has set none within the store's timeout; on worker 0, "  \
+    "when\n"                                                                                       \
+    "    a server has not answered.\n"                                                             \
+    "KVStoreError\n"                                                                               \
+    "    A server could not take it; the store keeps the optimizer that it had.\n"                 \
     "\n"                                                                                           \
     "Examples\n"                                                                                   \
     "--------\n"                                                                                   \
@@ -88,6 +109,10 @@
     "\n"                                                                                           \
     "Change numbers of the optimizer while training; its counts and state stay.\n"                 \
     "\n"                                                                                           \
+    "In a dist store worker 0's call changes them on all servers; another worker's waits for "     \
+    "that, as in\n"                                                                                \
+    "`set_optimizer`, and is not needed.\n"                                                        \
+    "\n"                                                                                           \
     "Parameters\n"                                                                                 \
     "----------\n"                                                                                 \
     "**numbers\n"                                                                                  \
@@ -100,6 +125,7 @@
     "InvalidArgumentError\n"                                                                       \
     "    Without an optimizer, for a name that it has not or a number out of range; nothing is "   \
     "changed.\n"                                                                                   \
+    "    In a dist store also where the numbers are not those that worker 0 has set.\n"            \
     "\n"                                                                                           \
     "Examples\n"                                                                                   \
     "--------\n"                                                                                   \
@@ -199,6 +225,10 @@
     "Each position of a key's value list keeps the difference as a residual and adds it to its "   \
     "next\n"                                                                                       \
     "value. Integers and row-sparse values travel as they are; pulls are exact.\n"                 \
+    "\n"                                                                                           \
+    "In a dist store each worker sets its own and keeps its residuals; what it sends to the "      \
+    "servers is\n"                                                                                 \
+    "that much smaller.\n"                                                                         \
     "\n"                                                                                           \
     "Parameters\n"                                                                                 \
     "----------\n"                                                                                 \

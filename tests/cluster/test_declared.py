@@ -174,6 +174,12 @@ def test_another_optimizer_than_worker_0s_is_refused_and_the_difference_named(ow
     assert declare(four, 1, optimizer.SGD(lr=0.1)) == number
 
 
+def test_a_difference_of_long_names_that_json_makes_longer_is_told(four):
+    declare(four, 0, optimizer.SGD(names={1: "\N{SNOWMAN WITHOUT SNOW}\N{GRINNING FACE}" * 500}))
+    with pytest.raises(kvstore.InvalidArgumentError, match=r"its names is \[\[1, '\U0001f600"):
+        declare(four, 1, optimizer.SGD(names={1: "\N{GRINNING FACE}" * 500}))
+
+
 def test_a_schedule_whose_numbers_differ_is_named(four):
     declare(four, 0, optimizer.SGD(lr_scheduler=FactorScheduler(2, factor=0.5)))
     with pytest.raises(kvstore.InvalidArgumentError, match="its schedule is "):

@@ -27,7 +27,7 @@ def marked():
 
 @pytest.fixture
 def train(tmp_path):
-    assert len(PROGRAMS) == 2 and "Save this as `train.py`" in SECTION
+    assert len(PROGRAMS) == 3 and "Save this as `train.py`" in SECTION
     assert f"Both workers print `{SUM}`" in SECTION
     (tmp_path / "train.py").write_text(PROGRAMS[0])
 
@@ -51,6 +51,14 @@ def test_the_script_of_a_local_cluster_prints_a_result_of_each_worker(marked, tm
     done = marked.run(sys.executable, "script.py", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.findall(r"array\((.*?), dtype=float32\)", done.stdout) == ["[30., 30., 30.]"] * 2
+
+
+def test_the_servers_of_a_local_cluster_train(marked, tmp_path):
+    (tmp_path / "script.py").write_text(PROGRAMS[2])
+    done = marked.run(sys.executable, "script.py", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    told = re.search(r"# both have (\[.*\])", PROGRAMS[2])[1].replace(" ", ", ")
+    assert re.findall(r"array\((.*?), dtype=float32\)", done.stdout) == [told] * 2
 
 
 def test_the_roles_started_one_by_one_make_the_same_cluster(train, marked, tmp_path):
