@@ -131,6 +131,14 @@ DIST = {
     "processor_64MiB": Job("processor time of push + pull of 64 MiB, a byte", None, {"mxnet": 3}),
 }
 
+DIST_TRAINING = {
+    "resnet50": Job(
+        "push + pull of ResNet-50's keys, momentum SGD on the servers",
+        None,
+        {"sums": 0.9, "mxnet": 5},
+    ),
+}
+
 FAMILIES = {
     "local": Family(
         "limit",
@@ -163,5 +171,14 @@ FAMILIES = {
             "mxnet": ("mxnet", "mxnet_dist.py"),
         },
         DIST,
+    ),
+    "dist_training": Family(
+        "limit_dist",
+        {
+            "kvstore": ("", "kvstore_dist.py", "--optimizer"),
+            "sums": ("", "kvstore_dist.py"),
+            "mxnet": ("mxnet", "mxnet_dist.py", "--optimizer"),
+        },
+        DIST_TRAINING,
     ),
 }

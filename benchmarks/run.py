@@ -1,7 +1,8 @@
 """Measures the store against what the machine can do and against its peers, in one run.
 
     python benchmarks/run.py                all jobs: a table, and of each family (local, training,
-                                            dist) a plot and a record in benchmarks/results/
+                                            dist, dist_training) a plot and a record in
+                                            benchmarks/results/
     python benchmarks/run.py --only FAMILY  one family
     python benchmarks/run.py --quick        short, table only
     python benchmarks/run.py --make-peers   first installs PyTorch, FBGEMM and MXNet 1.9.1 into
@@ -44,6 +45,7 @@ TITLES = {
     "fbgemm": "fbgemm",
     "gloo": "gloo",
     "views": "gloo, no copies",
+    "sums": "no optimizer",
     "mxnet": "MXNet",
     "1 thread": "1 thread",
 }
@@ -56,6 +58,7 @@ MARKS = {
     "fbgemm": ("v", "#9467bd"),
     "gloo": ("o", "#ee4c2c"),
     "views": ("D", "#8c2d19"),
+    "sums": ("s", "#7f7f7f"),
     "mxnet": ("^", "#1f77b4"),
 }
 

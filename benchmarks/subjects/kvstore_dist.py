@@ -1,4 +1,7 @@
-"""The store itself: workers and servers that kvrun starts, NumPy arrays in and out."""
+"""The store itself: workers and servers that kvrun starts, NumPy arrays in and out.
+
+With --optimizer the servers update the values by SGD with momentum; without it they become the sum.
+"""
 
 import sys
 
@@ -8,9 +11,13 @@ from worker import repeated
 
 import kvstore
 
+WORKER, OPTIMIZER = "--worker", "--optimizer"
+
 
 def play():
     with kvstore.create("dist_sync") as kv:
+        if OPTIMIZER in sys.argv:
+            kv.set_optimizer(kvstore.optimizer.SGD(learning_rate=1e-6, momentum=0.9))
 
         def arrays(name, sizes):
             keys = [f"{name}_{number}" for number in range(len(sizes))]
@@ -47,9 +54,9 @@ def play():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if WORKER in sys.argv:
         play()
     else:
         counts = ["-n", str(WORKERS), "-s", str(SERVERS)]
-        command = [sys.executable, __file__, "--worker"]
+        command = [sys.executable, __file__, WORKER, *sys.argv[1:]]
         lead([(["-m", "kvstore.launch", *counts, *command], {})])

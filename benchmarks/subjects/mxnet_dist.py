@@ -1,8 +1,10 @@
 """Apache MXNet 1.9.1's dist_sync: scheduler, servers and workers as its own launcher starts them.
-Every call waits for its result, as the store's own calls do."""
+Every call waits for its result, as the store's own calls do. With --optimizer the servers update
+the values by SGD with momentum."""
 
 import os
 import socket
+import sys
 
 from cluster import MIB, SERVERS, WORKERS, lead, resnet50, work
 from worker import repeated
@@ -20,13 +22,15 @@ def commands():
         "DMLC_NUM_SERVER": str(SERVERS),
     }
     roles = ["scheduler", *["server"] * SERVERS, *["worker"] * WORKERS]
-    return [([__file__], {**common, "DMLC_ROLE": role}) for role in roles]
+    return [([__file__, *sys.argv[1:]], {**common, "DMLC_ROLE": role}) for role in roles]
 
 
 def play():
     import mxnet as mx  # does not return in a server or scheduler
 
     kv = mx.kv.create("dist_sync")
+    if "--optimizer" in sys.argv:
+        kv.set_optimizer(mx.optimizer.SGD(learning_rate=1e-6, momentum=0.9))
 
     def arrays(name, sizes):
         keys = [f"{name}_{number}" for number in range(len(sizes))]
