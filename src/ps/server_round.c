@@ -107,8 +107,7 @@ static kv_status_t check_step(const kv_slice_t *slice, const kv_step_t *step, bo
 }
 
 /* The state for another class begins anew. */
-static kv_status_t take_step_locked(kv_slice_t *slice, const kv_step_t *step)
-    KV_REQUIRES(slice->server->mutex)
+static kv_status_t take_step(kv_slice_t *slice, const kv_step_t *step)
 {
     if (slice->slots == NULL || slice->slots->optim != step->optim) {
         kv_slots_t *slots = kv_slots_new(step->optim);
@@ -156,7 +155,7 @@ static kv_status_t prepare_locked(kv_server_t *server, kv_slice_t *slice) KV_REQ
     if (slice->steps) {
         kv_step_t step = step_of(slice, known, record);
         KV_TRY(check_step(slice, &step, (record->flags & KV_WIRE_PART) != 0));
-        KV_TRY(take_step_locked(slice, &step));
+        KV_TRY(take_step(slice, &step));
     }
     slice->made = room_locked(server, slice);
     if (slice->made == NULL)

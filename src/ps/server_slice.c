@@ -135,10 +135,10 @@ static void spoil_locked(kv_server_t *server, kv_request_t *push, kv_error_t *er
         kv_answer_error_locked(server, push, error);
 }
 
-static kv_status_t check_push(const kv_slice_t *slice, const kv_request_t *push)
+static kv_status_t check_push_locked(const kv_server_t *server, const kv_slice_t *slice,
+                                     const kv_request_t *push) KV_REQUIRES(server->mutex)
 {
     const kv_wire_record_t *record = &push->header.record;
-    const kv_server_t *server = slice->server;
     if (server->async && record->optimizer == 0 && server->optimizers == NULL)
         return kv_fail(KV_INVALID, "dist_async needs an optimizer on the servers before the first "
                                    "push; call set_optimizer");
@@ -364,7 +364,7 @@ kv_status_t kv_slice_push_locked(kv_server_t *server, kv_request_t *push)
         return KV_OK;
     }
     kv_request_wait_locked(server, push);
-    kv_status_t status = check_push(slice, push);
+    kv_status_t status = check_push_locked(server, slice, push);
     if (push->failure != NULL)
         kv_answer_error_locked(server, push, push->failure);
     else if (status != KV_OK)
@@ -421,7 +421,7 @@ void kv_slice_init_locked(kv_server_t *server, kv_request_t *request)
     kv_answer_locked(server, request, NULL, 0);
     for (int32_t i = 0; i < server->num_workers; i++) {
         for (kv_request_t *push = slice->workers[i].pushes; push != NULL; push = push->next) {
-            status = push->failure == NULL ? check_push(slice, push) : KV_OK;
+            status = push->failure == NULL ? check_push_locked(server, slice, push) : KV_OK;
             if (status != KV_OK)
                 spoil_locked(server, push, kv_error_capture(status));
         }
