@@ -225,7 +225,7 @@ KV_MUST_CHECK kv_status_t kv_work_undelivered(bool push, kv_status_t status);
 /* The sum of the values for an updater: entry->merged, or entry->merged_rows. */
 KV_MUST_CHECK kv_status_t kv_work_merge(const kv_work_t *work);
 
-/* The weight of a key for the optimizer, its state made where it is missing. */
+/* The weight of a dense key for the optimizer, its state made where it is missing. */
 KV_MUST_CHECK kv_status_t kv_work_weight(const kv_work_t *work, kv_weight_t *out);
 
 int64_t kv_entry_num_rows(const kv_entry_t *entry); /* stored ones */
@@ -238,8 +238,6 @@ KV_MUST_CHECK kv_status_t kv_work_copy_out(const kv_work_t *work);
 /* A push of row-sparse values, but for its outs. */
 KV_MUST_CHECK kv_status_t kv_work_push_rows(const kv_work_t *work);
 KV_MUST_CHECK kv_status_t kv_work_merge_rows(const kv_work_t *work);
-/* Gives the optimizer's state of a row-sparse key the rows that are stored now. */
-KV_MUST_CHECK kv_status_t kv_slots_fit(const kv_work_t *work);
 /* The outs that are row-sparse, and all outs of a row-sparse key. */
 KV_MUST_CHECK kv_status_t kv_work_pull_rows(const kv_work_t *work);
 
