@@ -10,8 +10,7 @@ enum { LOCAL_SETS = 16 };
 
 /* --------------------------------------------------------------------------------- pushes */
 
-/* The sum of the values of a push. */
-static kv_status_t sum_init(const kv_work_t *work, kv_row_sum_t *sum)
+kv_status_t kv_work_sum_rows(const kv_work_t *work, kv_row_sum_t *sum)
 {
     const kv_rowset_t *local[LOCAL_SETS] = {NULL}, **sets = local;
     const kv_entry_t *entry = work->group.entry;
@@ -43,7 +42,7 @@ kv_status_t kv_work_push_rows(const kv_work_t *work)
 {
     kv_entry_t *entry = work->group.entry;
     kv_row_sum_t sum;
-    KV_TRY(sum_init(work, &sum));
+    KV_TRY(kv_work_sum_rows(work, &sum));
     kv_status_t status = KV_OK;
     if (work->group.step != NULL) {
         status = entry->sparse ? kv_rows_step(work->host, work->group.step, work->group.slots, &sum,
@@ -65,7 +64,7 @@ kv_status_t kv_work_merge_rows(const kv_work_t *work)
 {
     kv_entry_t *entry = work->group.entry;
     kv_row_sum_t sum;
-    KV_TRY(sum_init(work, &sum));
+    KV_TRY(kv_work_sum_rows(work, &sum));
     kv_status_t status = kv_rowset_make(&entry->merged_rows, sum.num_rows, entry->row_bytes);
     if (status == KV_OK && sum.num_rows > 0)
         kv_rows_write(work->host, &sum, entry->merged_rows.indices->data,
@@ -84,7 +83,7 @@ static kv_status_t pull_ids(const kv_work_t *work, const kv_row_ids_t *ids, kv_r
     if (ids->count == 0)
         return KV_OK;
     memcpy(out->indices->data, ids->ids->data, (size_t)ids->count * sizeof(int64_t));
-    if (entry->sparse)
+    if (work->stored == NULL)
         kv_rows_select(work->host, entry->row_bytes, work->rows, ids->count, ids->ids->data,
                        out->data->data);
     else
