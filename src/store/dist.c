@@ -167,6 +167,7 @@ static kv_status_t deliver(request_t *request)
     return KV_OK;
 }
 
+/* 0: everything is where it belongs. */
 static size_t delivery_bytes(const request_t *request)
 {
     size_t bytes = 0;
@@ -176,7 +177,7 @@ static size_t delivery_bytes(const request_t *request)
             bytes +=
                 kv_dist_rows_bytes(&target->rows, target->entry, target->num_outs, target->outs);
         else if (target->num_outs > 1 || target->arrived != NULL)
-            bytes += target->entry->bytes * (size_t)target->num_outs;
+            bytes += 1 + target->entry->bytes * (size_t)target->num_outs;
     }
     return bytes;
 }
