@@ -30,7 +30,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Three scenes of training with a kvstore. digits: a small network learns "
         "scikit-learn's digits images, data-parallel over threads, in three ways. cluster: it "
         "learns them data-parallel over processes. words: word vectors learn Python's language "
-        "reference through row-sparse keys.",
+        "reference through row-sparse keys, in one process and over several.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("scene", nargs="?", choices=(*SCENES, "all"), default="all")
@@ -93,8 +93,13 @@ def run(options: argparse.Namespace) -> int:
     if "words" in shown:
         try:
             good &= scenes.show_words(console, options.epochs, options.seed)
+            good &= scenes.show_words_cluster(
+                console, options.epochs, options.workers, options.seed
+            )
         except NoTextError as error:
             good &= leave_out("words", error)
+        except NotBuiltError as error:
+            good &= leave_out("words, by processes", error)
     return 0 if good else 1
 
 

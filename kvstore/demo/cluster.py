@@ -61,6 +61,14 @@ class Wire(NamedTuple):
     received: int
 
 
+def counted() -> Wire:
+    """What this process has given to the transport and got from it so far."""
+    here = member.of_this_process()
+    assert here is not None and isinstance(here.core, kvstore._core.Node)
+    counters = here.core.counters()
+    return Wire(counters["bytes_sent"], counters["bytes_received"])
+
+
 class Worker:
     """What a worker process keeps between the runs of the cluster: its store and its weights."""
 
@@ -75,7 +83,7 @@ class Worker:
         self.kv.set_optimizer(way.optimizer)
         if way.compression is not None:
             self.kv.set_gradient_compression(way.compression)
-        self.at_first = self._counted()
+        self.at_first = counted()
 
     def epoch(self) -> list[Step]:
         """The losses are this shard's part."""
@@ -104,14 +112,8 @@ class Worker:
         )
 
     def wire(self) -> Wire:
-        now = self._counted()
-        return Wire(*(after - before for after, before in zip(now, self.at_first, strict=True)))
-
-    def _counted(self) -> Wire:
-        here = member.of_this_process()
-        assert here is not None and isinstance(here.core, kvstore._core.Node)
-        counters = here.core.counters()
-        return Wire(counters["bytes_sent"], counters["bytes_received"])
+        both = zip(counted(), self.at_first, strict=True)
+        return Wire(*(after - before for after, before in both))
 
 
 # In a worker process: its one worker.

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from kvstore.demo import cluster, digits, report, words
+from kvstore.demo import cluster, digits, report, words, words_cluster
 
 ENOUGH = 0.95
 ENOUGH_LOSS = 0.6 * words.UNTRAINED_LOSS
@@ -145,6 +145,37 @@ def show_words(console: Console, epochs: int, seed: int) -> bool:
             report.neighbours(training, [word for word in SHOWN if word in text.vocabulary])
         )
         console.print(report.moved(steps, training.dense_bytes))
+    return judge_words(console, loss)
+
+
+def show_words_cluster(console: Console, epochs: int, workers: int, seed: int) -> bool:
+    text = words.load_text()
+    steps: list[words.Step] = []
+    sent = received = 0
+    with (
+        words_cluster.Cluster(text, workers, seed) as processes,
+        bar(console, "loss {task.fields[loss]:.4f}") as progress,
+    ):
+        title = f"word vectors, {several(workers, 'process', 'es')}"
+        task = progress.add_task(title, total=epochs, loss=words.UNTRAINED_LOSS)
+        for _ in range(epochs):
+            of_workers = processes.epoch()
+            epoch = [step for one in of_workers for step in one.steps]
+            steps.extend(epoch)
+            sent += sum(one.wire.sent for one in of_workers)
+            received += sum(one.wire.received for one in of_workers)
+            loss = sum(step.loss for step in epoch) / sum(step.pairs for step in epoch)
+            progress.update(task, advance=1, loss=loss)
+    asked = sum(step.pulled + step.pushed for step in steps)
+    console.print(
+        f"{several(workers, 'worker')} and {several(cluster.SERVERS, 'server')}: "
+        f"{report.size(sent)} sent and {report.size(received)} received by the workers, "
+        f"{(sent + received) / asked:.2f} times the rows that they pulled and pushed."
+    )
+    return judge_words(console, loss)
+
+
+def judge_words(console: Console, loss: float) -> bool:
     good = loss <= ENOUGH_LOSS
     return verdict(
         console,

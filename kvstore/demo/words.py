@@ -140,9 +140,13 @@ def size(rows: kvstore.RowSparse) -> int:
 
 
 class Training:
-    """The two tables in a store. Use it in a `with` statement."""
+    """The two tables in a store, and one worker. Use it in a `with` statement.
 
-    def __init__(self, text: Text, seed: int = 0) -> None:
+    In a store with several workers each has a share of every batch's pairs, and the same seed: then
+    all of them are at the same batch.
+    """
+
+    def __init__(self, text: Text, seed: int = 0, kind: str = "local") -> None:
         self.text = text
         self.rng = np.random.default_rng(seed)
         self.shape = len(text.vocabulary), DIMENSION
@@ -157,7 +161,7 @@ class Training:
         with ExitStack() as stack:
             # The products are small: a second thread of BLAS would cost more than it does.
             stack.enter_context(threadpool_limits(limits=1))
-            self.kv = stack.enter_context(kvstore.create("local"))
+            self.kv = stack.enter_context(kvstore.create(kind))
             for key, table in zip(KEYS, (first, np.zeros_like(first)), strict=True):
                 self.kv.init(key, kvstore.RowSparse(table, every_row, self.shape))
             self.kv.set_optimizer(kvstore.optimizer.AdaGrad(learning_rate=0.1))
@@ -182,7 +186,8 @@ class Training:
             centres, contexts = pairs(words[run], paragraphs[run])
             if len(centres):
                 noise = np.searchsorted(self._noise, self.rng.random(NOISE_WORDS))
-                yield self.step(make_batch(centres, contexts, noise))
+                share = slice(self.kv.rank, None, self.kv.num_workers)
+                yield self.step(make_batch(centres[share], contexts[share], noise))
 
     def step(self, batch: Batch) -> Step:
         ids = {"input": batch.input_ids, "output": batch.output_ids}

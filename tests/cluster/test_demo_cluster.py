@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvstore.demo import __main__ as command
-from kvstore.demo import cluster, digits, scenes
+from kvstore.demo import cluster, digits, scenes, words, words_cluster
 
 EPOCHS = 3
 
@@ -61,3 +61,19 @@ def test_a_cluster_that_has_not_learned_is_a_failure(tmp_path, capsys):
     output = ["--output", str(tmp_path / "plot.png")]
     assert command.main(["cluster", "--workers", "1", "--epochs", "1", *output]) == 1
     assert "below 95%" in capsys.readouterr().out
+
+
+def test_word_vectors_over_processes_learn_what_one_process_learns():
+    text = words.load_text()
+    with words.Training(text, seed=3) as alone:
+        due = list(alone.epoch())
+    with words_cluster.Cluster(text, workers=3, seed=3) as processes:
+        epochs = processes.epoch()
+    assert [len(epoch.steps) for epoch in epochs] == [len(due)] * 3
+    for own, *shares in zip(due, *(epoch.steps for epoch in epochs), strict=True):
+        assert sum(step.pairs for step in shares) == own.pairs
+        # The sums are taken in another order.
+        np.testing.assert_allclose(sum(step.loss for step in shares), own.loss, rtol=1e-3)
+    for epoch in epochs:
+        moved = sum(step.pulled + step.pushed for step in epoch.steps)
+        assert 1 < sum(epoch.wire) / moved < 1.1
