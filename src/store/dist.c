@@ -149,23 +149,12 @@ static kv_status_t deliver(request_t *request)
 {
     for (int64_t i = 0; i < request->num_targets; i++) {
         target_t *target = &request->targets[i];
-        if (kv_dist_rows_arrive(&target->rows)) {
-            KV_TRY(kv_dist_rows_deliver(&target->rows, &request->host, target->entry,
-                                        target->num_outs, target->outs));
+        bool arrives = kv_dist_rows_arrive(&target->rows);
+        if (target->num_outs == 0 || (target->num_outs == 1 && target->arrived == NULL && !arrives))
             continue;
-        }
-        if (target->num_outs == 0 || (target->num_outs == 1 && target->arrived == NULL))
-            continue;
-        const void **pointers = kv_alloc((size_t)(1 + target->num_outs) * sizeof *pointers);
-        KV_TRY_ALLOC(pointers, "the outs of a call");
-        kv_work_t work = {
-            .host = &request->host,
-            .group = {.entry = target->entry, .num_outs = target->num_outs, .outs = target->outs},
-            .stored = request->parts[i].out,
-            .pointers = pointers};
-        kv_status_t status = kv_work_copy_out(&work);
-        kv_free(pointers);
-        KV_TRY(status);
+        KV_TRY(kv_dist_rows_deliver(&target->rows, &request->host, target->entry,
+                                    arrives ? NULL : request->parts[i].out, target->num_outs,
+                                    target->outs));
     }
     return KV_OK;
 }

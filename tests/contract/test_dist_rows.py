@@ -252,7 +252,7 @@ def test_row_sparse_values_travel_uncompressed(pair):
 
 
 def test_a_first_value_larger_than_a_message(pair):
-    shape = (400_000, 40)
+    shape = (220_000, 40)
     value = kvstore.RowSparse(
         np.repeat(np.arange(shape[0], dtype="float32"), shape[1]).reshape(shape),
         np.arange(shape[0]),
