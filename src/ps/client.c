@@ -426,21 +426,38 @@ void kv_client_close(kv_client_t *client)
     kv_mutex_unlock(&client->lock);
 }
 
+void kv_client_expect(kv_client_t *client, int32_t sign)
+{
+    kv_mutex_lock(&client->lock);
+    client->expected += sign;
+    if (client->expected == 0)
+        kv_cond_broadcast(&client->changed);
+    kv_mutex_unlock(&client->lock);
+}
+
+static bool is_drained_locked(const kv_client_t *client) KV_REQUIRES(client->lock)
+{
+    return client->calls == NULL && client->expected == 0;
+}
+
 kv_status_t kv_client_drain(kv_client_t *client, kv_caller_t *caller)
 {
     int64_t deadline = kv_caller_deadline(caller);
     kv_status_t status = KV_OK;
     kv_caller_detach(caller);
     kv_mutex_lock(&client->lock);
-    while (client->calls != NULL && status == KV_OK) {
+    while (!is_drained_locked(client) && status == KV_OK) {
         int64_t now = kv_clock_ns(), until = now + KV_POLL_NS;
         kv_cond_wait_until(&client->changed, &client->lock, until < deadline ? until : deadline);
-        if (client->calls == NULL)
+        if (is_drained_locked(client))
             break;
         if (kv_clock_ns() >= deadline) {
-            char missing[128];
-            list_missing(client->calls->work, missing, sizeof missing);
-            status = kv_fail(KV_TIMEOUT, "%s has not answered all calls within %.3g s", missing,
+            char missing[128] = "this worker has not begun";
+            if (client->calls != NULL) {
+                list_missing(client->calls->work, missing, sizeof missing - 32);
+                strcat(missing, " has not answered");
+            }
+            status = kv_fail(KV_TIMEOUT, "%s all calls within %.3g s", missing,
                              (double)caller->timeout_ns * 1e-9);
         } else {
             kv_mutex_unlock(&client->lock);

@@ -117,6 +117,7 @@ struct kv_client {
     kv_client_work_t *held, **held_end;
     kv_client_work_t *due, **due_end;
     int32_t running;  /* threads that call callbacks */
+    int32_t expected; /* calls that somebody is about to start */
     uint64_t loads[]; /* bytes a server; on rank 0 */
 };
 

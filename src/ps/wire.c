@@ -6,7 +6,6 @@
  * subtracted from, never added up.
  */
 #include "ps/wire.h"
-#include "array/sparse.h"
 #include "compress/codec.h"
 #include "net/net.h"
 #include <inttypes.h>
@@ -188,7 +187,14 @@ kv_status_t kv_wire_get_rows(const void *data_, size_t bytes, bool ids_only, kv_
                             .ids = (const int64_t *)(const void *)data};
     if (!ids_only)
         out->data = (const char *)data + count * sizeof(int64_t);
-    return kv_row_ids_check(out->count, out->ids, out->num_rows);
+    bool good = true;
+    for (int64_t i = 0, least = 0; i < out->count; i++) {
+        good = good && out->ids[i] >= least && out->ids[i] < out->num_rows;
+        least = out->ids[i] + 1;
+    }
+    return good ? KV_OK
+                : kv_fail(KV_INVALID, "row ids do not increase within the %" PRIu64 " of a slice",
+                          num_rows);
 }
 
 /* ------------------------------------------------------------------------- records in payloads */

@@ -47,6 +47,7 @@ typedef struct request {
     kv_hold_t *hold;
     kv_handle_t *sent;   /* for the thread that waits until the values have gone out; may be NULL */
     bool push, own_outs; /* the outs are written here, not by a waiting caller */
+    bool expected;       /* the client knows that there will be a call */
     int32_t first_value, first_key; /* in op.deps */
     kv_status_t status, copied;
     kv_sentence_t sentence;
@@ -82,6 +83,8 @@ static void request_rele(request_t *request)
         kv_dist_rows_fini(&target->rows, target->entry, target->num_outs);
         kv_var_unpin(&target->entry->var);
     }
+    if (request->expected)
+        kv_client_expect(request->client, -1);
     kv_handle_rele(request->sent);
     kv_free(request);
 }
@@ -146,23 +149,12 @@ static kv_status_t deliver(request_t *request)
 {
     for (int64_t i = 0; i < request->num_targets; i++) {
         target_t *target = &request->targets[i];
-        if (kv_dist_rows_arrive(&target->rows)) {
-            KV_TRY(kv_dist_rows_deliver(&target->rows, &request->host, target->entry,
-                                        target->num_outs, target->outs));
+        bool arrives = kv_dist_rows_arrive(&target->rows);
+        if (target->num_outs == 0 || (target->num_outs == 1 && target->arrived == NULL && !arrives))
             continue;
-        }
-        if (target->num_outs == 0 || (target->num_outs == 1 && target->arrived == NULL))
-            continue;
-        const void **pointers = kv_alloc((size_t)(1 + target->num_outs) * sizeof *pointers);
-        KV_TRY_ALLOC(pointers, "the outs of a call");
-        kv_work_t work = {
-            .host = &request->host,
-            .group = {.entry = target->entry, .num_outs = target->num_outs, .outs = target->outs},
-            .stored = request->parts[i].out,
-            .pointers = pointers};
-        kv_status_t status = kv_work_copy_out(&work);
-        kv_free(pointers);
-        KV_TRY(status);
+        KV_TRY(kv_dist_rows_deliver(&target->rows, &request->host, target->entry,
+                                    arrives ? NULL : request->parts[i].out, target->num_outs,
+                                    target->outs));
     }
     return KV_OK;
 }
@@ -322,6 +314,8 @@ static void issue(request_t *request)
     if (status == KV_OK)
         status = asks ? kv_client_start(request->client, &request->call)
                       : kv_client_check(request->client);
+    request->expected = false;
+    kv_client_expect(request->client, -1);
     for (int64_t i = 0; i < request->num_targets; i++)
         kv_dist_rows_issued(&request->targets[i].rows);
     if (status != KV_OK) {
@@ -427,6 +421,8 @@ static kv_status_t request_new(kv_store_t *store, const kv_plan_t *plan, const k
     request->push = push;
     request->codec = plan->codec;
     request->codec_epoch = plan->codec_epoch;
+    request->expected = true;
+    kv_client_expect(store->client, 1);
     fill_deps(request);
     request->call = (kv_client_call_t){.verb = KV_CLIENT_MOVE,
                                        .priority = call->priority,

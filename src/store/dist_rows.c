@@ -123,12 +123,14 @@ void kv_dist_rows_issued(kv_dist_rows_t *rows)
 /* --------------------------------------------------------------------------------- coming in */
 
 kv_status_t kv_dist_rows_deliver(kv_dist_rows_t *rows, const kv_host_t *host,
-                                 const kv_entry_t *entry, int32_t num_outs, kv_view_t *outs)
+                                 const kv_entry_t *entry, const void *stored, int32_t num_outs,
+                                 kv_view_t *outs)
 {
     int32_t copied = num_outs;
+    bool takes = stored == NULL && !rows->distinct;
     if (rows->found != NULL)
         KV_TRY(kv_remote_gather(entry->remote, rows->found, &rows->arrived));
-    for (int32_t i = num_outs - 1; i >= 0 && copied == num_outs && !rows->distinct; i--) {
+    for (int32_t i = num_outs - 1; i >= 0 && copied == num_outs && takes; i--) {
         if (outs[i].sparse == NULL)
             continue;
         kv_view_t last = outs[num_outs - 1];
@@ -144,9 +146,10 @@ kv_status_t kv_dist_rows_deliver(kv_dist_rows_t *rows, const kv_host_t *host,
                                     .num_outs = copied,
                                     .outs = outs,
                                     .row_ids = rows->row_ids},
+                          .stored = stored,
                           .rows = &rows->arrived,
                           .pointers = pointers};
-        kv_status_t status = kv_work_pull_rows(&work);
+        kv_status_t status = kv_work_copy_out(&work);
         kv_free(pointers);
         KV_TRY(status);
     }

@@ -287,10 +287,11 @@ KV_MUST_CHECK kv_status_t kv_dist_rows_ask(kv_dist_rows_t *rows, const kv_host_t
                                            const kv_group_t *group, kv_client_part_t *part);
 /* The client has read what it needs. */
 void kv_dist_rows_issued(kv_dist_rows_t *rows);
-/* What has arrived goes to the outs of the group, whose order may change. */
+/* What has arrived goes to the outs, whose order may change: rows, or with `stored` not NULL the
+ * whole dense value. */
 KV_MUST_CHECK kv_status_t kv_dist_rows_deliver(kv_dist_rows_t *rows, const kv_host_t *host,
-                                               const kv_entry_t *entry, int32_t num_outs,
-                                               kv_view_t *outs);
+                                               const kv_entry_t *entry, const void *stored,
+                                               int32_t num_outs, kv_view_t *outs);
 size_t kv_dist_rows_bytes(const kv_dist_rows_t *rows, const kv_entry_t *entry, int32_t num_outs,
                           const kv_view_t *outs); /* that delivering moves, about */
 void kv_dist_rows_fini(kv_dist_rows_t *rows, const kv_entry_t *entry, int32_t num_outs);

@@ -201,8 +201,7 @@ static void worker_0_declares_what_can_be(void)
     CHECK_EQ(key_of(answer, 0).status, KV_OK);
     check_key_failed(key_of(answer, 1), KV_INVALID, "is initialised already");
     check_key_failed(key_of(answer, 2), KV_INVALID, "has the number of another key, 1");
-    check_key_failed(key_of(answer, 3), KV_NOT_BUILT,
-                     "row-sparse keys are not in servers of this version");
+    check_key_failed(key_of(answer, 3), KV_INVALID, "3 rows in slices of 16 are not 2 slices");
     check_key_failed(key_of(answer, 4), KV_INVALID, "24 bytes in slices of 16 are not 1 slices");
     check_key_failed(key_of(answer, 5), KV_INVALID, "worker 0 has declared it without a place");
     check_key_failed(key_of(answer, 6), KV_INVALID, "slice 1 has server 2 of 2");

@@ -69,8 +69,28 @@ static void read_keys(const uint8_t *data, size_t bytes)
     }
 }
 
+static void read_rows(const uint8_t *data, size_t bytes, bool ids_only)
+{
+    kv_wire_rows_t rows;
+    unsigned char *copy = malloc(bytes + 1), again[KV_WIRE_ROWS_HEAD];
+    memcpy(copy, data, bytes);
+    if (kv_wire_get_rows(copy, bytes, ids_only, &rows) == KV_OK) {
+        volatile unsigned total = sum(rows.ids, (uint64_t)rows.count * sizeof *rows.ids);
+        if (!ids_only)
+            total += sum(rows.data, (uint64_t)rows.count * rows.row_bytes);
+        (void)total;
+        for (int64_t i = 0; i < rows.count; i++)
+            expect(rows.ids[i] >= (i > 0 ? rows.ids[i - 1] + 1 : 0) && rows.ids[i] < rows.num_rows);
+        kv_wire_put_rows(&rows, again);
+        expect(memcmp(again, copy, sizeof again) == 0);
+    }
+    free(copy);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t bytes)
 {
+    read_rows(data, bytes, true);
+    read_rows(data, bytes, false);
     read_header(data, bytes);
     read_keys(data, bytes);
     if (bytes > 0)
