@@ -6,6 +6,7 @@ import weakref
 
 import numpy as np
 import pytest
+from helpers import pulled, same
 from inside import Cluster, each
 
 import kvstore
@@ -124,12 +125,65 @@ def test_a_server_that_fails_leaves_the_worker_as_it_was(failing, cluster, pair)
     assert pair[0].optimizer == Adam()
 
 
+def test_rates_that_all_workers_change_at_each_step_are_those_of_a_local_store():
+    def train(kv, values):
+        kv.set_optimizer(SGD(lr=0.5, momentum=0.5))
+        kv.init("w", np.zeros(3))
+        for step in range(1, 30):
+            if step % 3:
+                kv.set_optimizer_params(lr=1 / step)
+            kv.push("w", values)
+        return pulled(kv, "w")
+
+    with Cluster(3, 2) as cluster, kvstore.create("local") as alone:
+        values = [np.full(3, rank + 1.0) for rank in range(3)]
+        expected = train(alone, values)
+        for found in cluster.run(lambda kv: train(kv, values[kv.rank])):
+            assert same(found, expected)
+
+
+def test_every_allocation_of_set_optimizer_may_fail():
+    for nth in range(1, 100):
+        with Cluster(1, 2) as cluster:
+            kv = cluster.store()
+            kv.set_optimizer(SGD(lr=0.5))
+            kv.init("w", np.zeros(3))
+            _core.fault_set("alloc", nth)
+            try:
+                kv.set_optimizer(SGD(lr=0.25))
+            except (MemoryError, kvstore.KVStoreError) as error:
+                assert isinstance(error, MemoryError) or "MemoryError" in str(error)
+                rate = 0.5
+            else:
+                rate = 0.25
+            finally:
+                hit = _core.fault_set("alloc", 0) >= nth
+            assert kv.optimizer == SGD(lr=rate)
+            kv.push("w", np.ones(3))
+            assert pulled(kv, "w").tolist() == [-rate] * 3
+        if not hit:
+            assert nth > 3 and rate == 0.25
+            return
+    raise AssertionError("the call never came through")
+
+
 def test_closed_stores_say_so(pair):
     for kv in pair:
         kv.close()
         for call in (lambda kv=kv: kv.set_optimizer(SGD()), lambda kv=kv: kv.optimizer):
             with pytest.raises(kvstore.ClosedError):
                 call()
+
+
+def test_a_file_of_states_is_not_taken(cluster, pair, tmp_path):
+    with kvstore.create("local") as kv:
+        kv.set_optimizer(SGD(lr=0.5))
+        kv.save_optimizer_states(tmp_path / "states", dump_optimizer=True)
+    pair[0].set_optimizer(Adam())
+    with pytest.raises(kvstore.NotBuiltError, match="not built for dist stores"):
+        pair[0].load_optimizer_states(tmp_path / "states")
+    assert pair[0].optimizer == Adam()
+    assert calls_of(cluster) == 1
 
 
 def test_each_worker_sets_its_own_compression(pair):
