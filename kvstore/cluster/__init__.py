@@ -6,9 +6,14 @@ Nothing is loaded before it is asked for: a store of one process pays nothing fo
 import importlib
 from typing import Any
 
-_WHERE = {"LocalCluster": "local_cluster", "Member": "member", "Scheduler": "scheduler"}
+_WHERE = {
+    "LocalCluster": "local_cluster",
+    "Member": "member",
+    "RayCluster": "ray_cluster",
+    "Scheduler": "scheduler",
+}
 
-__all__ = ["LocalCluster", "Member", "Scheduler"]
+__all__ = ["LocalCluster", "Member", "RayCluster", "Scheduler"]
 
 
 def __getattr__(name: str) -> Any:

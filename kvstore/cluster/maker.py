@@ -53,7 +53,8 @@ class MadeCluster:
         try:
             cluster.begin()
         except BaseException:
-            self._kill()
+            cluster.kill("it did not start")
+            self._kill.detach()
             raise
 
     def submit(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> Run:
@@ -280,11 +281,11 @@ class Maker(abc.ABC):
             return
         with self.lock:
             self.closed = True
-            if self.current is not None and not self.current.done():
-                self.kill("it was closed during a run")
-            if self.why_ended is not None:
-                return
-        self._close_in_order()
+            running = self.current is not None and not self.current.done()
+        if running:
+            self.kill("it was closed during a run")
+        if self.why_ended is None:
+            self._close_in_order()
 
     def kill(self, why: str) -> None:
         """End all processes at once, and a run with it. The first reason stays."""
