@@ -43,6 +43,7 @@ from .base import KVStoreBase, create
 if TYPE_CHECKING:
     from . import cluster, compression, lr_scheduler, optimizer
     from .cluster.local_cluster import LocalCluster
+    from .cluster.ray_cluster import RayCluster
     from .server import KVStoreServer, serve
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [
     "NDArray",
     "NotBuiltError",
     "PeerLostError",
+    "RayCluster",
     "RowSparse",
     "TimeoutError",
     "__version__",
@@ -89,8 +91,8 @@ def __getattr__(name: str) -> Any:
     # `python -m kvstore.server` must find its module not yet imported.
     if name in ("cluster", "compression", "lr_scheduler", "optimizer"):
         return importlib.import_module(f".{name}", __name__)
-    if name == "LocalCluster":
-        return importlib.import_module(".cluster.local_cluster", __name__).LocalCluster
+    if name in ("LocalCluster", "RayCluster"):
+        return getattr(importlib.import_module(".cluster", __name__), name)
     if name in ("KVStoreServer", "serve"):
         from . import server
 

@@ -25,6 +25,7 @@ MODULES = (
     ("sklearn", "the demo's data set"),
     ("matplotlib", "the demo's plot"),
     ("rich", "the demo's progress bar"),
+    ("ray", "clusters on Ray"),
 )
 LIBRARIES = (
     ("cuda", "the CUDA driver"),

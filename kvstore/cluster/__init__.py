@@ -10,16 +10,18 @@ if TYPE_CHECKING:
     from .companions import from_environment
     from .local_cluster import LocalCluster
     from .member import Member
+    from .ray_cluster import RayCluster
     from .scheduler import Scheduler
 
 _WHERE = {
     "LocalCluster": "local_cluster",
     "Member": "member",
+    "RayCluster": "ray_cluster",
     "Scheduler": "scheduler",
     "from_environment": "companions",
 }
 
-__all__ = ["LocalCluster", "Member", "Scheduler", "from_environment"]
+__all__ = ["LocalCluster", "Member", "RayCluster", "Scheduler", "from_environment"]
 
 
 def __getattr__(name: str) -> Any:

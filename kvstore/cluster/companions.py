@@ -290,7 +290,7 @@ class _Companions:
         if os.getpid() != self._pid:
             return
         try:
-            member.close_all()
+            member.leave_all()
             self._wait()
         finally:
             self._over.set()

@@ -5,51 +5,30 @@ daemon thread moves output, answers and news of deaths; everything shared is und
 condition it notifies. What workers print is written by the thread that waits in `run`, so that it
 comes out under the notebook cell that runs, and by the daemon thread while nobody waits.
 
-A scheduler and its servers serve one session: from the joining of all workers until all have
-closed their stores. The scheduler holds the pipe by which it has told its address until that
-moment, and lets go of it before the last worker's `close` returns. So a run that makes stores after
-a run that has closed its own finds the end of that pipe here, and gets a new session.
+The scheduler holds the pipe by which it has told its address until all workers have left, and lets
+go of it before the last worker's `close` returns: the end of that pipe is found here by the run
+after it.
 """
 
-import collections
-import contextlib
-import json
-import operator
 import os
 import pickle
-import secrets
 import sys
 import threading
 import time
-import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
 
-from ..errors import (
-    ArrayTypeError,
-    ClosedError,
-    InvalidArgumentError,
-    KVStoreError,
-    NotBuiltError,
-    PeerLostError,
-    TimeoutError,
-)
-from . import entry, settings
-from .local_run import INTERRUPTED, Answer, LocalRun, WorkerTraceback
-from .processes import Process, Processes, address_variables, environment
+from ..errors import KVStoreError, PeerLostError
+from . import entry
+from .maker import CLOSE_S, TICK_S, Controller, MadeCluster, Maker, Session
+from .processes import Announced, Process, Processes, address_variables, environment
+from .run import Answer, Run, WorkerTraceback
 from .worker_main import BOOT, HEADER, READY, RUN, SERVE, dumps
 
-__all__ = ["LocalCluster", "LocalRun", "WorkerTraceback"]
+__all__ = ["LocalCluster", "Run", "WorkerTraceback"]
 
-CLOSE_S = 5.0  # for workers, then for servers, to end by themselves
-TICK_S = 0.1
 MOST_LINES = 10_000
-MOST_PROCESSES = 4096
-
-Result = TypeVar("Result")
 
 
-class LocalCluster:
+class LocalCluster(MadeCluster):
     """A scheduler, servers and workers as processes of this machine.
 
     A context manager: leaving the block closes the cluster. The workers are idle until `run` or
@@ -88,148 +67,49 @@ class LocalCluster:
         num_workers: int = 1,
         num_servers: int = 1,
         *,
-        controller: Callable[[int, Any], object] | None = None,
+        controller: Controller | None = None,
         timeout: float | None = None,
         join: bool = False,
     ) -> None:
-        num_workers = _count("num_workers", num_workers)
-        num_servers = _count("num_servers", num_servers)
-        if controller is not None and not callable(controller):
-            raise ArrayTypeError(f"controller is a function of (head, body), not {controller!r}")
         entry.check_ucx()
-        first = 1 if join else 0
-        limit = settings.timeout(timeout)
-        self._cluster = Cluster(num_workers, num_servers, first, controller, limit)
-        # Also called at the end of the interpreter, where threads and files are still usable.
-        self._kill = weakref.finalize(
-            self, Cluster.kill, self._cluster, "it was dropped without close"
-        )
-        try:
-            self._cluster.begin()
-        except BaseException:
-            self._kill()
-            raise
-
-    def submit(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> "LocalRun":
-        """Let every worker call the function, and return at once with the run.
-
-        Function, arguments and results are pickled, by cloudpickle where it is installed.
-        """
-        with self._ended_by_ctrl_c():
-            return self._cluster.submit(function, args, kwargs)
-
-    def run(self, function: Callable[..., Result], *args: Any, **kwargs: Any) -> list[Result]:
-        """Call the function in every worker, and return what it returned, by rank.
-
-        Raises
-        ------
-        Exception
-            What the function raised in the first worker in which it did; its ``__cause__`` is a
-            `WorkerTraceback`, with the rank.
-        PeerLostError
-            A process of the cluster has died.
-        """
-        with self._ended_by_ctrl_c():
-            results: list[Result] = self.submit(function, *args, **kwargs).result()
-        return results
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What ``kvstore.create`` needs to join this cluster as a worker from this process."""
-        with self._ended_by_ctrl_c():
-            return self._cluster.options()
-
-    def close(self) -> None:
-        """End all processes of the cluster. A second call does nothing."""
-        try:
-            self._cluster.close()
-        finally:
-            self._kill()
-
-    def __enter__(self) -> "LocalCluster":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None:
-            self._cluster.kill(f"{kind.__name__} has left its block")
-        self.close()
-
-    @contextlib.contextmanager
-    def _ended_by_ctrl_c(self) -> Iterator[None]:
-        """A request that was sent by half is not made good again."""
-        try:
-            yield
-        except KeyboardInterrupt:
-            self._cluster.kill(INTERRUPTED)
-            raise
-
-    def __repr__(self) -> str:
-        return f"<kvstore.LocalCluster: {self._cluster.told()}>"
+        self._begin(LocalMaker(num_workers, num_servers, controller, timeout, join))
 
 
-class _Session:
+class _Session(Session, Announced):
     """A scheduler with its servers, and what the scheduler has told."""
 
     def __init__(self) -> None:
+        Session.__init__(self)
+        Announced.__init__(self)
         self.processes: list[Process] = []
-        self.token = secrets.token_hex(32)
-        self.told = b""
-        self.over = False
-        self.host, self.port = "", 0
-
-    def take(self, data: bytes) -> None:
-        """What the scheduler writes: its address, then a line when all nodes have joined."""
-        self.told += data
-        self.over = not data
-        if not self.port and b"\n" in self.told:
-            place = json.loads(self.told.partition(b"\n")[0])
-            self.host, self.port = place["host"], place["port"]
-
-    @property
-    def complete(self) -> bool:
-        """Whether all its nodes had joined at some time."""
-        return self.told.count(b"\n") > 1
-
-    def variables(self) -> dict[str, str]:
-        return {"KVSTORE_TOKEN": self.token, **address_variables(self.host, self.port)}
 
 
-class Cluster:
-    """What a `LocalCluster` has; the daemon thread holds on to this, not to the cluster itself.
+class LocalMaker(Maker):
+    """The processes behind a `LocalCluster`."""
 
-    `lock` is a condition. Methods with the suffix `_locked` are called with it held.
-    """
+    session: _Session
 
     def __init__(
         self,
         num_workers: int,
         num_servers: int,
-        first: int,
-        controller: Callable[[int, Any], object] | None,
-        timeout: float,
+        controller: Controller | None,
+        timeout: float | None,
+        join: bool,
     ) -> None:
-        self.num_workers = num_workers
-        self.num_servers = num_servers
-        self.first = first  # the first rank that is a process
-        self.controller = controller
-        self.timeout = timeout
-        self.pid = os.getpid()
-        self.lock = threading.Condition()
-        self.why_ended: str | None = None  # no process is left then
-        self.closed = False
+        super().__init__(num_workers, num_servers, controller, timeout, join)
         self.workers: list[Process] = []
         self.ready: set[Process] = set()
         self.session = _Session()
-        self.run: LocalRun | None = None
-        self.lines: collections.deque[tuple[int, str]] = collections.deque()
-        self.waiting = 0  # threads in `wait`
-        self.printing = threading.Lock()
         self.processes = Processes(self._take_line)
+
+    @property
+    def run_in(self) -> list[Process]:
+        return self.workers
 
     # -------------------------------------------------------------------------- in users' threads
 
     def begin(self) -> None:
-        """Start everything, and return when the workers can take a function."""
         blob = self._dumps(self.controller)
         threading.Thread(target=self._loop, name="kvstore-local-cluster", daemon=True).start()
         with self.lock:
@@ -265,99 +145,15 @@ class Cluster:
             self._check_locked()
             self._request_locked(servers, SERVE, session.variables(), controller)
 
-    def _wait_or_end(self, done: Callable[[], bool]) -> None:
-        if not self.wait(done, time.monotonic() + self.timeout):
-            self.kill(f"it had not started after {self.timeout:g} s")
-            raise TimeoutError(f"the processes of the cluster did not start in {self.timeout:g} s")
-        with self.lock:
-            self._check_locked()
+    def _session_over(self) -> bool:
+        return self.session.over
 
-    def wait(self, done: Callable[[], bool], deadline: float | None) -> bool:
-        """Whether `done` came true before the deadline, or the cluster's end, which ends it too.
+    def _send_run_locked(self, blob: bytes) -> None:
+        self._request_locked(self.workers, RUN, self.session.variables(), blob)
 
-        Meanwhile this thread writes what the processes print.
-        """
+    def _close_in_order(self) -> None:
+        workers = list(self.workers)
         with self.lock:
-            self.waiting += 1
-        try:
-            while True:
-                with self.lock:
-                    over = done() or self.why_ended is not None
-                    late = deadline is not None and time.monotonic() >= deadline
-                    if not over and not late and not self.lines:
-                        self.lock.wait(TICK_S)
-                self._print()
-                if over or late:
-                    return over
-        finally:
-            with self.lock:
-                self.waiting -= 1
-
-    def submit(self, function: Callable[..., Any], args: Any, kwargs: Any) -> LocalRun:
-        if not callable(function):
-            raise ArrayTypeError(f"a run is of a function, not of {function!r}")
-        self._check_process()
-        with self.lock:
-            self._check_locked()
-        name = getattr(function, "__qualname__", None) or repr(function)
-        blob = self._dumps((function, args, kwargs))
-        self._renew()
-        with self.lock:
-            self._check_locked()
-            if self.run is not None and not self.run.done():
-                raise InvalidArgumentError(f"the workers still run {self.run.name}")
-            self.run = LocalRun(self, name)
-            self._request_locked(self.workers, RUN, self.session.variables(), blob)
-            return self.run
-
-    def _renew(self) -> None:
-        """A new session if the workers have ended the one that there was."""
-        with self.lock:
-            running = self.run is not None and not self.run.done()
-            over = self.session.over and not running
-        if over:
-            self._begin_session(self._dumps(self.controller))
-
-    def _dumps(self, value: object) -> bytes:
-        try:
-            made = dumps(value)
-        except Exception as error:
-            if sys.modules.get("cloudpickle") is not None:
-                raise ArrayTypeError(f"what is run is sent as a pickle: {error}") from error
-            raise _needs_cloudpickle(str(error)) from error
-        # Plain pickle names such a function by a module that the workers do not have.
-        function = value[0] if isinstance(value, tuple) else value
-        module = getattr(function, "__module__", None)
-        if module == "__main__" and sys.modules.get("cloudpickle") is None:
-            raise _needs_cloudpickle("the function was defined in a notebook or script")
-        return made
-
-    def options(self) -> dict[str, Any]:
-        self._check_process()
-        with self.lock:
-            self._check_locked()
-        self._renew()
-        found = {
-            "role": "worker",
-            "scheduler": f"{self.session.host}:{self.session.port}",
-            "token": self.session.token,
-            "num_workers": self.num_workers,
-            "num_servers": self.num_servers,
-            "timeout": self.timeout,
-        }
-        return {**found, "rank": 0} if self.first else found
-
-    def close(self) -> None:
-        """End what there is in order; the rest is for `kill`."""
-        if os.getpid() != self.pid:
-            return
-        with self.lock:
-            self.closed = True
-            if self.run is not None and not self.run.done():
-                self.kill("it was closed during a run")
-            if self.why_ended is not None:
-                return
-            workers = list(self.workers)
             for worker in workers:
                 self.processes.close_input(worker)
         self.wait(lambda: all(w.status is not None for w in workers), time.monotonic() + CLOSE_S)
@@ -366,37 +162,10 @@ class Cluster:
             others = session.processes
             self.wait(lambda: all(o.status is not None for o in others), time.monotonic() + CLOSE_S)
 
-    def kill(self, why: str) -> None:
-        """End all processes at once, and a run with it. The first reason stays."""
-        if os.getpid() != self.pid:
-            return
-        with self.lock:
-            self._kill_locked(why, ClosedError(f"the cluster has ended: {why}"))
-
-    def told(self) -> str:
-        """What `repr` says of it."""
-        if os.getpid() != self.pid:
-            return "of the process that this one is a fork of"
-        size = f"{_several(self.num_workers, 'worker')}, {_several(self.num_servers, 'server')}"
-        if self.closed:
-            return f"{size}, closed"
-        if self.why_ended is not None:
-            return f"{size}, ended: {self.why_ended}; make a new one"
-        running = self.run is not None and not self.run.done()
-        return f"{size}, running {self.run.name}" if running and self.run else f"{size}, ready"
+    def _end_locked(self) -> None:
+        self.processes.close()
 
     # -------------------------------------------------------------------------------- both sides
-
-    def _check_process(self) -> None:
-        # A fork may have the lock as it was held by another thread.
-        if os.getpid() != self.pid:
-            raise ClosedError("this cluster belongs to the process that this one is a fork of")
-
-    def _check_locked(self) -> None:
-        if self.closed:
-            raise ClosedError("this cluster is closed")
-        if self.why_ended is not None:
-            raise ClosedError(f"this cluster has ended: {self.why_ended}; make a new one")
 
     def _start_locked(
         self, role: str, rank: int | None, variables: dict[str, str], *pass_fds: int
@@ -431,26 +200,6 @@ class Cluster:
             header = HEADER.pack(kind, len(settings) + len(blob))
             self.processes.send(process, header, settings, blob)
 
-    def _kill_locked(self, why: str, error: KVStoreError) -> None:
-        if self.why_ended is None:
-            self.processes.close()
-            self.why_ended = why
-        if self.run is not None:
-            self.run.fail(error)
-        self.lock.notify_all()
-
-    def _print(self) -> None:
-        with self.printing:
-            touched = set()
-            while self.lines:
-                stream, text = self.lines.popleft()
-                touched.add(stream)
-                with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or none
-                    (sys.stdout if stream == 1 else sys.stderr).write(text)
-            for stream in touched:
-                with contextlib.suppress(OSError, ValueError, AttributeError):
-                    (sys.stdout if stream == 1 else sys.stderr).flush()
-
     # ------------------------------------------------------------------------ in the daemon thread
 
     def _loop(self) -> None:
@@ -474,9 +223,7 @@ class Cluster:
                     return
                 for process in self.processes.step(calls):
                     self._take_end_locked(process)
-                if self.run is not None and self.run.overdue():
-                    why = f"its run of {self.run.name} failed in one worker and went on in others"
-                    self._kill_locked(why, ClosedError(why))
+                self._check_run_locked()
                 nobody = self.waiting == 0
                 self.lock.notify_all()
             if nobody:
@@ -488,12 +235,11 @@ class Cluster:
     def _take_answer_locked(self, process: Process, answer: bytearray) -> None:
         if answer[:1] == READY:
             self.ready.add(process)
-        elif self.run is not None:
+        else:
             # What it printed comes before what it returned.
             self.processes.drain(process)
             self.processes.end_lines(process)
-            rank = self.first + self.workers.index(process)
-            self.run.take(process, rank, answer)
+            self._take_answer_of_run_locked(process, answer)
 
     def _take_end_locked(self, process: Process) -> None:
         if self.why_ended is not None:
@@ -507,26 +253,3 @@ class Cluster:
             self.lines.append((2, f"kvstore: {process.name} {process.ending()}\n"))
         if not part:  # of an earlier session
             self.processes.forget(process)
-
-
-def _count(name: str, number: Any) -> int:
-    try:
-        count = operator.index(number)
-    except TypeError:
-        count = None
-    if count is None or isinstance(number, bool):
-        raise ArrayTypeError(f"{name} is an integer, not {number!r}")
-    if not 0 < count <= MOST_PROCESSES:
-        raise InvalidArgumentError(f"{name}={count}: it is a number from 1 to {MOST_PROCESSES}")
-    return count
-
-
-def _several(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _needs_cloudpickle(why: str) -> NotBuiltError:
-    return NotBuiltError(
-        f"what is run cannot be sent to the workers by plain pickle ({why}): "
-        "pip install cloudpickle (it is among mlkvstore[dist])"
-    )

@@ -520,8 +520,8 @@ def leave_abandoned() -> None:
         member._leave_alone()
 
 
-def close_all() -> None:
-    """Leave all clusters, at the end of the process."""
+def leave_all() -> None:
+    """Leave every cluster that this process is in, as at its end."""
     for member in list(_members):
         member._at_exit()
 
@@ -533,5 +533,5 @@ def _close_sockets_in_child() -> None:
             member._socket.close()
 
 
-atexit.register(close_all)
+atexit.register(leave_all)
 os.register_at_fork(after_in_child=_close_sockets_in_child)

@@ -16,6 +16,7 @@ Nothing here blocks for longer than it is told to.
 import collections
 import contextlib
 import functools
+import json
 import os
 import selectors
 import signal
@@ -25,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import KVStoreError
 from . import watchdog
-from .settings import MAX_TIMEOUT_S
+from .settings import MAX_TIMEOUT_S, join_address
 
 GATE = ("/bin/sh", "-c", 'read -r go && exec "$@"')
 GATE_WITHOUT_INPUT = ("/bin/sh", "-c", 'read -r go && exec "$@" </dev/null')
@@ -49,8 +50,10 @@ OF_ONE_CLUSTER = (
 )
 
 
-def environment(role: str, rank: int | None, num_workers: int, num_servers: int) -> dict[str, str]:
-    """The variables of a node of a cluster on this machine, but for scheduler and token."""
+def environment(
+    role: str, rank: int | None, num_workers: int, num_servers: int, bind: str | None = "127.0.0.1"
+) -> dict[str, str]:
+    """This process's variables as a node of a cluster has them, but for scheduler and token."""
     variables = {
         name: value
         for name, value in os.environ.items()
@@ -59,7 +62,8 @@ def environment(role: str, rank: int | None, num_workers: int, num_servers: int)
     variables["KVSTORE_ROLE"] = variables["DMLC_ROLE"] = role
     variables["KVSTORE_NUM_WORKERS"] = variables["DMLC_NUM_WORKER"] = str(num_workers)
     variables["KVSTORE_NUM_SERVERS"] = variables["DMLC_NUM_SERVER"] = str(num_servers)
-    variables["KVSTORE_BIND"] = "127.0.0.1"
+    if bind is not None:
+        variables["KVSTORE_BIND"] = bind
     if role == "server":
         # Workers may join when they like: whoever has started them sees whether they are alive.
         variables["KVSTORE_TIMEOUT"] = f"{MAX_TIMEOUT_S:g}"
@@ -69,12 +73,37 @@ def environment(role: str, rank: int | None, num_workers: int, num_servers: int)
 
 
 def address_variables(host: str, port: int) -> dict[str, str]:
-    """The variables, ours and MXNet's, that say where the scheduler of this machine listens."""
+    """The variables, ours and MXNet's, that say where the scheduler listens."""
     return {
-        "KVSTORE_SCHEDULER": f"{host}:{port}",
+        "KVSTORE_SCHEDULER": join_address(host, port),
         "DMLC_PS_ROOT_URI": host,
         "DMLC_PS_ROOT_PORT": str(port),
     }
+
+
+class Announced:
+    """What a scheduler writes to its launcher: its address, then a line when all nodes have joined.
+
+    `over`: the pipe has ended, all workers have left.
+    """
+
+    def __init__(self) -> None:
+        self.host, self.port = "", 0
+        self.over = False
+        self._told = b""
+
+    def take(self, data: bytes) -> None:
+        """A part of what it writes, b"" at the end."""
+        self._told += data
+        self.over = not data
+        if not self.port and b"\n" in self._told:
+            place = json.loads(self._told.partition(b"\n")[0])
+            self.host, self.port = place["host"], place["port"]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its nodes had joined at some time."""
+        return self._told.count(b"\n") > 1
 
 
 class Process:

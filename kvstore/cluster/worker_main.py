@@ -87,6 +87,12 @@ def _serve(file: io.BytesIO) -> NoReturn:
 
 
 def _run(file: io.BytesIO, answers: int) -> None:
+    kind, parts = answer_to(file)
+    _write(answers, kind, *parts)
+
+
+def answer_to(file: io.BytesIO) -> tuple[bytes, list[bytes]]:
+    """Call the pickled function; what to answer, as kind and pickles."""
     function: Callable[..., object]
     try:
         function, args, kwargs = pickle.load(file)
@@ -99,7 +105,7 @@ def _run(file: io.BytesIO, answers: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    _write(answers, kind, *parts)
+    return kind, parts
 
 
 def _leave_abandoned() -> None:
@@ -111,7 +117,7 @@ def _leave_abandoned() -> None:
 
 
 def _described(error: BaseException) -> list[bytes]:
-    """The traceback without the frame of `_run`, and the error itself if it can travel."""
+    """The traceback without the frame of `answer_to`, and the error itself if it can travel."""
     below = error.__traceback__.tb_next if error.__traceback__ else None
     text = "".join(traceback.format_exception(type(error), error, below or error.__traceback__))
     parts = [pickle.dumps(text)]

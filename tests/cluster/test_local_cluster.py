@@ -17,7 +17,7 @@ from nbclient import NotebookClient
 
 import kvstore
 from kvstore import LocalCluster
-from kvstore.cluster import local_run
+from kvstore.cluster import run as runs
 
 HERE = Path(__file__).parent
 
@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 @pytest.fixture(autouse=True)
 def data_plane(monkeypatch):
     """One that moves nothing, in this process and in those of the clusters."""
-    monkeypatch.setattr(local_run, "FAILED_S", LONG)
+    monkeypatch.setattr(runs, "FAILED_S", LONG)
     sys.path.insert(0, str(STAND_IN))
     monkeypatch.setenv("PYTHONPATH", paths(STAND_IN))
     yield
@@ -158,7 +158,7 @@ def test_an_exception_is_raised_here_with_its_traceback_and_rank(shared):
     assert cause.rank == 1
     assert str(cause).startswith("in worker 1 (pid ")
     assert "fail_in_one" in str(cause)
-    assert "_run" not in str(cause)
+    assert "answer_to" not in str(cause)
     assert shared.run(rank) == [0, 1, 2]
 
 
@@ -379,7 +379,7 @@ def test_ctrl_c_ends_the_run_and_the_cluster_but_not_this_process():
 
 
 def test_a_run_that_fails_in_one_worker_does_not_wait_for_ever_for_the_others(monkeypatch):
-    monkeypatch.setattr(local_run, "FAILED_S", 0.1)
+    monkeypatch.setattr(runs, "FAILED_S", 0.1)
 
     def fail_or_wait():
         if rank() == 1:

@@ -1,21 +1,26 @@
-"""A run of a function in the workers of a `LocalCluster`, and their answers."""
+"""A run of a function in the workers of a cluster that this process has made, and their answers."""
 
 import contextlib
 import io
 import pickle
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import KVStoreError, TimeoutError
-from .processes import Process
 from .worker_main import ERROR, HEADER
 
 if TYPE_CHECKING:
-    from .local_cluster import Cluster
+    from .maker import Maker
 
 FAILED_S = 5.0  # for the other workers to end a run in which one has failed
 INTERRUPTED = "a run was interrupted"
+
+
+class Worker(Protocol):
+    """A process that runs functions."""
+
+    pid: int
 
 
 class WorkerTraceback(Exception):
@@ -28,16 +33,16 @@ class WorkerTraceback(Exception):
         self.traceback = text
 
 
-class LocalRun:
-    """A function that the workers of a `LocalCluster` are calling; made by ``submit``."""
+class Run:
+    """A function that the workers of a cluster are calling; made by ``submit``."""
 
-    def __init__(self, cluster: "Cluster", name: str) -> None:
+    def __init__(self, cluster: "Maker", name: str) -> None:
         self._cluster = cluster
         self.name = name
-        self._answers: dict[Process, bytearray] = {}
+        self._answers: dict[Worker, bytes | bytearray] = {}
         self._fault: BaseException | None = None
         self._failed_at: float | None = None
-        self._over = not cluster.workers
+        self._over = not cluster.run_in
         self._results: list[Any] | None = None
 
     def done(self) -> bool:
@@ -47,8 +52,8 @@ class LocalRun:
     def result(self, timeout: float | None = None) -> list[Any]:
         """Wait for the end of the run; what the function returned, by rank.
 
-        Raises what `LocalCluster.run` raises, and `kvstore.TimeoutError` after `timeout` seconds;
-        the run then goes on.
+        Raises what the cluster's ``run`` raises, and `kvstore.TimeoutError` after `timeout`
+        seconds; the run then goes on.
         """
         end = None if timeout is None else time.monotonic() + timeout
         try:
@@ -61,7 +66,7 @@ class LocalRun:
         if self._fault is not None:
             raise self._fault
         if self._results is None:
-            answers = [self._answers.pop(worker) for worker in self._cluster.workers]
+            answers = [self._answers.pop(worker) for worker in self._cluster.run_in]
             views = [memoryview(answer)[HEADER.size :] for answer in answers]
             self._results = [pickle.loads(view) for view in views]
         return self._results
@@ -72,13 +77,13 @@ class LocalRun:
 
     # What follows is called under the cluster's lock.
 
-    def take(self, worker: Process, rank: int, answer: bytearray) -> None:
+    def take(self, worker: Worker, rank: int, answer: bytes | bytearray) -> None:
         """A worker's answer is there."""
         self._answers[worker] = answer
         if answer[:1] == ERROR and self._fault is None:
             self._fault = _error_from(rank, worker.pid, answer)
             self._failed_at = time.monotonic()
-        self._over = len(self._answers) == len(self._cluster.workers)
+        self._over = len(self._answers) == len(self._cluster.run_in)
 
     def overdue(self) -> bool:
         """Whether it has failed in one worker and still runs in another."""
@@ -95,7 +100,7 @@ class LocalRun:
             self._over = True
 
 
-def _error_from(rank: int, pid: int, answer: bytearray) -> BaseException:
+def _error_from(rank: int, pid: int, answer: bytes | bytearray) -> BaseException:
     file = io.BytesIO(memoryview(answer)[HEADER.size :])
     cause = WorkerTraceback(rank, pid, pickle.load(file))
     error: object = None
