@@ -443,7 +443,7 @@ static PyMethodDef METHODS[] = {
     {"_optimizer_owner", kv_py_store_optimizer_owner, METH_NOARGS, NULL},
     {"_updater_set", kv_py_store_updater_set, METH_VARARGS, NULL},
     {"_compression_set", kv_py_store_compression_set, METH_VARARGS, NULL},
-    {"_states_export", kv_py_store_states_export, METH_NOARGS, NULL},
+    {"_states_export", kv_py_store_states_export, METH_VARARGS, NULL},
     {"_states_import", kv_py_store_states_import, METH_O, NULL},
     {"_states_put", kv_py_store_states_put, METH_VARARGS, NULL},
     {"_states_later", kv_py_store_states_later, METH_O, NULL},
