@@ -187,7 +187,8 @@ bool kv_py_store_use_updater(kv_py_store_t *self, PyObject *function, PyObject *
                    Py_TYPE(function)->tp_name);
         return false;
     }
-    if (self->member != NULL) {
+    /* `owner` is None where the optimizer is to go; set_updater has none. */
+    if (self->member != NULL && (function != Py_None || owner != Py_None)) {
         kv_py_fail(self->state, KV_INVALID,
                    "an updater runs in one process, and the values of a dist store lie on its "
                    "servers: use set_optimizer");
