@@ -6,7 +6,7 @@ The core calls these by name, with the member that `create` gave it.
 from collections.abc import Callable
 from typing import Any
 
-from . import _declared
+from . import _declared, _dist_states
 from .cluster.member import Command, Member
 from .errors import ArrayTypeError, InvalidArgumentError, PeerLostError, TimeoutError
 
@@ -16,6 +16,10 @@ ROLES = ("worker", "server", "scheduler")
 MASKS = {1: "scheduler", 2: "server", 4: "worker"}  # MXNet's groups of nodes
 LOSS_S = 1.0
 HEADS = range(-(2**63), 2**63)
+
+# The package's own commands, by the role of who runs them and their negative heads: functions of
+# (member, body) that give the answer.
+OWN = {"server": _declared.COMMANDS, "worker": _dist_states.COMMANDS}
 
 
 def barrier(member: Member, timeout_s: float) -> None:
@@ -69,11 +73,11 @@ def close(member: Member, timeout_s: float, together: bool | None = None) -> Non
 
 
 def run_command(member: Member, asked: Command, controller: Controller | None) -> None:
-    """On a server: run a command, and tell the worker how it went."""
+    """Run a command of another node's, and tell it how that went."""
     answer = ""
     try:
         if asked.head < 0:
-            own = _declared.COMMANDS.get(asked.head)
+            own = OWN[member.role].get(asked.head)
             if own is None:
                 raise InvalidArgumentError(f"there is no command {asked.head} in this version")
             answer = own(member, asked.body)

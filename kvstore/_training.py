@@ -12,19 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from . import _declared, compression, state_file
+from . import _declared, _dist_states, _saved, _states, compression, state_file
 from ._core import KVStore, RowSparse
 from ._optimizer import (
     _ALIASES,
     BuiltIn,
     Push,
-    built_in,
-    identity,
     push_under_way,
-    registered,
 )
 from .errors import ArrayTypeError, InvalidArgumentError
-from .lr_scheduler import _pack
 from .optimizer import Optimizer
 
 # ------------------------------------------------------------------- optimizers in Python
@@ -256,20 +252,15 @@ def set_gradient_compression(kv: KVStore, compression_params: Any) -> None:
 # ------------------------------------------------------------------------------------ files
 
 
-def _class_name(klass: type[Optimizer]) -> str:
-    return klass._KIND or identity(klass)
-
-
 def save_optimizer_states(kv: KVStore, fname: Any, dump_optimizer: bool = False) -> None:
+    place = kv._place()
+    if place is not None:
+        _dist_states.save(kv, *place, fname, dump_optimizer)
+        return
     optimizer, progress = _owner(kv)
     if optimizer is None:
         raise InvalidArgumentError("the store has no optimizer, so it has no states to save")
-    schedule = _pack(optimizer.lr_scheduler)
-    about = {
-        "class": _class_name(type(optimizer)),
-        "schedule": schedule and {"class": schedule["class"], "state": schedule["state"]},
-        "dump": optimizer._pack() if dump_optimizer else None,
-    }
+    about = _saved.describe(optimizer, dump_optimizer)
     states = kv._states_export()
     if progress is not None:
         states["num_update"] = progress.num_update
@@ -281,23 +272,16 @@ def save_optimizer_states(kv: KVStore, fname: Any, dump_optimizer: bool = False)
 
 
 def load_optimizer_states(kv: KVStore, fname: Any) -> None:
+    place = kv._place()
+    if place is not None:
+        _dist_states.load(kv, *place, fname)
+        return
     states, about = state_file.read(fname)
     before, progress = _owner(kv)
     with state_file.naming(fname):
-        klass = _class_of(about.get("class"), before)
-        if about.get("dump") is not None:
-            new = klass._unpack(about["dump"])
-        elif before is None:
-            raise InvalidArgumentError(
-                f"it holds no optimizer: call set_optimizer with a {klass.__name__} first"
-            )
-        elif type(before) is not klass:
-            raise InvalidArgumentError(
-                f"it is of the optimizer {klass.__name__}, the store's is a {type(before).__name__}"
-            )
-        else:
-            new = before
-        position = _position(about.get("schedule"), new)
+        new = _saved.optimizer_of(about, before)
+        klass = type(new)
+        position = _saved.position(about.get("schedule"), new)
         if issubclass(klass, BuiltIn):
             _load_built_in(kv, states, before, progress, new)
         else:
@@ -309,34 +293,6 @@ def load_optimizer_states(kv: KVStore, fname: Any) -> None:
         schedule._position = position
 
 
-def _class_of(name: Any, before: Optimizer | None) -> type[Optimizer]:
-    """The class that a file names. It is never imported because a file says so."""
-    if isinstance(name, str):
-        if name in built_in:
-            return built_in[name]
-        known = [*registered.values(), *([] if before is None else [type(before)])]
-        for klass in reversed(known):
-            if klass._KIND is None and identity(klass) == name:
-                return klass
-    raise InvalidArgumentError(
-        f"it is of the optimizer {name!r}, which is neither built in nor registered nor set"
-    )
-
-
-def _position(packed: Any, optimizer: Optimizer) -> tuple[Any, ...] | None:
-    """Where the optimizer's schedule goes on; None if the file's was another or one in Python."""
-    schedule: Any = optimizer.lr_scheduler
-    own = _pack(schedule)
-    if packed is None or own is None:
-        return None
-    if not isinstance(packed, dict):
-        raise InvalidArgumentError(f"{packed!r} describes no schedule")
-    if packed.get("class") != own["class"]:
-        return None
-    position: tuple[Any, ...] = schedule._checked(packed.get("state"))
-    return position
-
-
 def _load_built_in(
     kv: KVStore,
     states: dict[str, Any],
@@ -344,24 +300,7 @@ def _load_built_in(
     progress: _Progress | None,
     new: Optimizer,
 ) -> None:
-    # A key that the file has not had not been pushed.
-    listed = {entry[0] for entry in states["keys"]}
-    keys = kv.keys()
-    unpushed: list[Any] = [(key, -1, "default", {}) for key in keys if key not in listed]
-    states = {**states, "keys": [*states["keys"], *unpushed]}
-    if keys and listed and type(keys[0]) is not type(next(iter(listed))):
-        raise InvalidArgumentError(
-            f"its keys are {type(next(iter(listed))).__name__}, those of the store "
-            f"{type(keys[0]).__name__}"
-        )
-    for key, _, _, slots in states["keys"]:
-        shape = kv.shape(key) if slots and key in kv else None
-        for slot, array in slots.items():
-            if shape is not None and array.shape not in (shape, shape[:1]):
-                raise InvalidArgumentError(
-                    f"state {slot!r} of key {key!r} ({array.shape}) has another shape than the key "
-                    f"({shape})"
-                )
+    states = _states.with_unpushed(kv, states)
     old = kv._states_export()
     undo_compression = _take_compression(kv, states["compression"], old["compression"])
     try:

@@ -266,15 +266,28 @@ typedef struct kv_states {
     kv_key_state_t *keys;
 } kv_states_t;
 
+/* How much of it. */
+typedef enum kv_states_share {
+    KV_STATES_ALL,
+    KV_STATES_COUNTS, /* what this process counts, no state of keys: of a dist store, whose other
+                         workers see to the rest. Never waits */
+    KV_STATES_CHECK,  /* of an import: all checks, nothing is changed */
+} kv_states_share_t;
+
 /* Gives a copy of everything that training has left, each key between two of its operations. The
- * state of a row-sparse key has its full shape. Waits as a pull does. */
-KV_MUST_CHECK kv_status_t kv_store_export_states(kv_store_t *store, kv_states_t *out,
-                                                 kv_caller_t *caller);
+ * state of a row-sparse key has its full shape. Waits as a pull does. In a dist store the keys'
+ * counts and states are those of the servers, after all pushes that this worker has made before,
+ * and there are no residuals; KV_STATES_COUNTS gives no keys. */
+KV_MUST_CHECK kv_status_t kv_store_export_states(kv_store_t *store, kv_states_share_t share,
+                                                 kv_states_t *out, kv_caller_t *caller);
 /* Replaces it for the keys that are in `states`; all keys are known. Checks everything first:
  * KV_INVALID names key and slot. Counts and slots need a built-in optimizer, residuals do not.
- * `keep_whole`: states->whole is not looked at. */
+ * `keep_whole`: states->whole is not looked at. In a dist store the states go to the servers and
+ * residuals stay as they are; after an error of a server or of the wait the sentence says that a
+ * part may have arrived. */
 KV_MUST_CHECK kv_status_t kv_store_import_states(kv_store_t *store, const kv_states_t *states,
-                                                 bool keep_whole, kv_caller_t *caller);
+                                                 bool keep_whole, kv_states_share_t share,
+                                                 kv_caller_t *caller);
 void kv_states_fini(kv_states_t *states);
 
 /* ---------------------------------------------------------------------------------- keys */

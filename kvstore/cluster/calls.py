@@ -17,19 +17,20 @@ from .protocol import Frame, ProtocolError
 from .roster import Node, Roster, Stage, listed
 
 MAX_SILENCE_MS = 10**15
-MAX_REASON = 2000  # characters of a server's answer or failure that travel
+MAX_REASON = 2000  # characters of a failure that travel
+MAX_ANSWER = protocol.MAX_FRAME // 8  # of an answer; as it travels it may be six times as long
 
 
 @dataclass
 class Command:
-    """A command on its way to the servers."""
+    """A command on its way to the servers, or to workers."""
 
     origin: Node
     ident: int
     head: int
     waiting: list[Node]
     failures: list[str] = field(default_factory=list)
-    answers: dict[int, str] = field(default_factory=dict)  # by the server's rank
+    answers: dict[int, str] = field(default_factory=dict)  # by the node's rank
 
 
 class Calls:
@@ -121,10 +122,16 @@ class Calls:
         body: Frame = {
             name: protocol.field(frame, name, str) for name in ("text", "base64") if name in frame
         }
-        number, servers = next(self._numbers), self.roster.of("server")
-        self._commands[number] = Command(node, ident, head, list(servers))
-        for server in servers:
-            self._send(server, {"type": "command", "id": number, "head": head, **body})
+        ranks = protocol.field_or_none(frame, "workers", list)
+        nodes = self.roster.of("server")
+        if ranks is not None:
+            workers = self.roster.of("worker")
+            nodes = [worker for worker in workers if worker.rank in ranks and not worker.left]
+        number = next(self._numbers)
+        self._commands[number] = Command(node, ident, head, list(nodes))
+        for other in nodes:
+            self._send(other, {"type": "command", "id": number, "head": head, **body})
+        self._end_if_done(number)
 
     def _done(self, node: Node, number: int, frame: Frame) -> None:
         command = self._commands.get(number)
@@ -132,11 +139,15 @@ class Calls:
             return
         reason = protocol.field_or_none(frame, "failure", str)
         command.waiting.remove(node)
-        command.answers[node.rank or 0] = protocol.field(frame, "answer", str)[:MAX_REASON]
+        command.answers[node.rank or 0] = protocol.field(frame, "answer", str)[:MAX_ANSWER]
         if reason is not None:
             what = f"the controller of {node.name} failed on command {command.head}"
             what = node.name if command.head < 0 else what
             command.failures.append(f"{what}: {reason[:MAX_REASON]}")
+        self._end_if_done(number)
+
+    def _end_if_done(self, number: int) -> None:
+        command = self._commands[number]
         if command.waiting:
             return
         del self._commands[number]
@@ -170,6 +181,10 @@ class Calls:
     def _let_go(self, node: Node) -> None:
         """A node has left, and hears that it may close its connection."""
         node.leaving, node.left = False, True
+        for number, command in list(self._commands.items()):
+            if node in command.waiting:  # it may have heard of it or not
+                command.waiting.remove(node)
+                self._end_if_done(number)
         if all(worker.left for worker in self.roster.of("worker")):
             self._all_left()
         self._reply(node, self._leaves.pop(node))

@@ -31,7 +31,7 @@ from ..errors import (
     PeerLostError,
     TimeoutError,
 )
-from . import control, entry, protocol
+from . import calls, control, entry, protocol
 from .entry import Core, MakeCore
 from .protocol import Frame
 from .settings import Settings
@@ -43,7 +43,7 @@ ROOM = 64  # a command's number at the scheduler may have more digits than here
 
 
 class Command(NamedTuple):
-    """A command that a worker has sent to the servers."""
+    """A command that a worker has sent to the servers, or to workers."""
 
     number: int
     head: int
@@ -250,7 +250,7 @@ class Member:
                 else:
                     call.set_exception(protocol.error_from(frame))
         elif kind == "command":
-            self._commands.put(_command(frame))
+            self._on_command(_command(frame))
         elif kind == "progress":
             self._waiting_for = protocol.field(frame, "waiting_for", str)
         elif kind == "roster":
@@ -268,6 +268,20 @@ class Member:
         elif kind == "error":
             error = protocol.error_from(frame)
             self._on_broken(type(error), str(error))
+
+    def _on_command(self, command: Command) -> None:
+        if self.role == "server":
+            self._commands.put(command)
+            return
+        from .. import _dist  # which imports this module
+
+        # Not on this loop, which the command may have to wait for.
+        threading.Thread(
+            target=_dist.run_command,
+            args=(self, command, None),
+            name="kvstore-command",
+            daemon=True,
+        ).start()
 
     def _on_step(self, frame: Frame) -> None:
         step = self._steps.pop(frame["type"], None)
@@ -343,11 +357,17 @@ class Member:
         self._check()
         control.run(self._call({"type": "barrier"}, timeout, "the barrier"))
 
-    def command(self, head: int, body: str | bytes, timeout: float) -> list[str]:
+    def command(
+        self, head: int, body: str | bytes, timeout: float, workers: list[int] | None = None
+    ) -> list[str]:
         """Have every server run its controller, or a command of the package's own, and return what
-        they answer, by rank; KVStoreError says which failed and how."""
+        they answer, by rank; KVStoreError says which failed and how.
+
+        With `workers` those run it, and those that have left the cluster do not answer."""
         self._check()
         frame: Frame = {"type": "command", "head": head, "id": 0}
+        if workers is not None:
+            frame["workers"] = workers
         if isinstance(body, str):
             frame["text"] = body
         else:
@@ -404,6 +424,8 @@ class Member:
 
     def done(self, command: Command, failure: str | None = None, answer: str = "") -> None:
         """Tell the worker that a command was run, with an answer, or how it failed."""
+        if len(answer) > calls.MAX_ANSWER:
+            failure, answer = f"its answer of {len(answer)} characters is too long to send", ""
         frame = {"type": "done", "id": command.number, "failure": failure, "answer": answer}
         control.loop().call_soon_threadsafe(self._write, frame)
 

@@ -28,6 +28,13 @@ typedef struct kv_slots {
 kv_slots_t *kv_slots_new(const kv_optim_class_t *optim);
 void kv_slots_rele(kv_slots_t *slots); /* NULL is allowed */
 
+/* How one buffer is told where optimizers are known by their numbers: its place among those that
+ * the class describes, or one of these. */
+enum {
+    KV_SLOT_MASTER = KV_MAX_SLOTS,
+    KV_SLOT_NONE /* no buffer: the step alone */
+};
+
 /* Where the buffer of this name is or comes. */
 int kv_slots_place(const kv_slots_t *slots, const char *name);
 

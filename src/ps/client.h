@@ -91,6 +91,17 @@ typedef struct kv_client_step {
     kv_step_t step;
 } kv_client_step_t;
 
+/* Which buffer of a state a part is about, in the wide type of its key. A key may stand in many
+ * parts of such a call, whose order among themselves is open. */
+typedef struct kv_client_state {
+    int slot;     /* see comm/slots.h */
+    bool per_row; /* one number for each row */
+    /* Out, of KV_CLIENT_GET_STATE: the newest step of any slice, 0: none has taken one; and how
+     * many slices had such a buffer and how many had not, slices without elements left out. */
+    int64_t t;
+    uint32_t num_there, num_missing;
+} kv_client_state_t;
+
 /* One key of a call on values; each key stands once. */
 typedef struct kv_client_part {
     kv_remote_t *remote;
@@ -108,7 +119,9 @@ typedef struct kv_client_part {
     kv_buffer_t **found;
     /* Not KV_CODEC_NONE: `value` has instead what kv_remote_encode has made. */
     kv_codec_type_t codec;
-    const kv_client_step_t *step; /* of a push; NULL: none */
+    /* Of a push; NULL: none. Of a state: the optimizer whose it is, for KV_CLIENT_SET_STATE with
+     * the step that becomes the newest; there NULL: the whole state of the key goes. */
+    const kv_client_step_t *step;
 } kv_client_part_t;
 
 /* Room for a whole value once it has passed through a codec. */
@@ -127,9 +140,11 @@ KV_MUST_CHECK kv_status_t kv_remote_gather(const kv_remote_t *remote, kv_buffer_
                                            kv_rowset_t *out);
 
 typedef enum kv_client_verb {
-    KV_CLIENT_MOVE,    /* parts: push, pull, pushpull */
-    KV_CLIENT_DECLARE, /* keys: rank 0's values become the stored ones */
-    KV_CLIENT_DELETE,  /* parts, without memory: every worker does it */
+    KV_CLIENT_MOVE,      /* parts: push, pull, pushpull */
+    KV_CLIENT_DECLARE,   /* keys: rank 0's values become the stored ones */
+    KV_CLIENT_DELETE,    /* parts, without memory: every worker does it */
+    KV_CLIENT_GET_STATE, /* parts: one buffer each of what an optimizer keeps with a key … */
+    KV_CLIENT_SET_STATE, /* … `value` replaces it, NULL: it goes */
 } kv_client_verb_t;
 
 /* A call. The caller fills in the first part and keeps everything in place until `done`. */
@@ -140,7 +155,8 @@ struct kv_client_call {
     int64_t timeout_ms; /* told to the servers; 0: they wait for ever */
     const kv_client_part_t *parts;
     int64_t num_parts;
-    kv_declared_t *keys; /* DECLARE */
+    kv_client_state_t *states; /* [num_parts], of calls on states */
+    kv_declared_t *keys;       /* DECLARE */
     int64_t num_keys;
     const kv_host_t *host; /* where a part or key has rows; read by kv_client_start only */
     /* No value is read any more (also after an error). Once, before `done`. May be NULL. */

@@ -45,7 +45,8 @@ static kv_status_t find_op_locked(kv_client_t *client, int32_t peer, const kv_wi
 /* Where the value of an operation is to go, NULL when it asks for none. */
 static char *out_of(const kv_slice_op_t *op)
 {
-    if (op->action != KV_WIRE_GET && op->action != KV_WIRE_PUSHPULL)
+    if (op->action != KV_WIRE_GET && op->action != KV_WIRE_PUSHPULL &&
+        op->action != KV_WIRE_GET_STATE)
         return NULL;
     char *out = op->work->call->parts[op->part].out;
     return out != NULL ? out + op->offset : NULL;
@@ -81,6 +82,8 @@ static kv_status_t check_value(const kv_slice_op_t *op, const kv_wire_record_t *
     bool finds = kv_op_finds(op) && (record->flags & KV_WIRE_ROWS);
     if (finds)
         bytes = record->bytes; /* looked at when they are there */
+    if (op->action == KV_WIRE_GET_STATE && record->bytes == 0)
+        bytes = 0; /* there is no such buffer */
     if (finds != kv_op_finds(op) || op->action == 0 || record->key != remote->number ||
         record->slice != op->slice || record->bytes != bytes || record->codec != 0 ||
         record->dtype != remote->dtype)
@@ -89,6 +92,18 @@ static kv_status_t check_value(const kv_slice_op_t *op, const kv_wire_record_t *
                        ", where other ones are due",
                        record->bytes, record->key, record->slice);
     return KV_OK;
+}
+
+/* What an answer says besides its data. */
+static void note_state(const kv_slice_op_t *op, const kv_wire_record_t *record)
+{
+    if (op->action != KV_WIRE_GET_STATE)
+        return;
+    kv_client_state_t *state = &op->work->call->states[op->part];
+    int64_t t = record->t <= INT64_MAX ? (int64_t)record->t : 0;
+    state->t = t > state->t ? t : state->t;
+    if (op->bytes > 0)
+        (*(record->bytes > 0 ? &state->num_there : &state->num_missing))++;
 }
 
 /* ------------------------------------------------------------------------------- single values */
@@ -119,6 +134,7 @@ static kv_status_t take_value_locked(kv_client_t *client, kv_net_arrival_t *arri
     if (out == NULL || record->status != KV_OK || arrival->payload_bytes != op->bytes)
         return kv_fail(KV_INVALID, "it sends a value of %zu bytes where none of that length is due",
                        arrival->payload_bytes);
+    note_state(op, record);
     if (op->work->given_up || op->bytes == 0) {
         answered_locked(op);
         return KV_OK;
@@ -201,10 +217,11 @@ static kv_status_t take_reply_locked(kv_client_t *client, int32_t peer,
     }
     KV_TRY(check_value(op, record));
     char *out = out_of(op);
+    note_state(op, record);
     if (kv_op_finds(op))
         KV_TRY(keep_rows(op, NULL, data, (size_t)record->bytes));
-    else if (out != NULL && op->bytes > 0 && !op->work->given_up)
-        memcpy(out, data, op->bytes);
+    else if (out != NULL && record->bytes > 0 && !op->work->given_up)
+        memcpy(out, data, (size_t)record->bytes);
     answered_locked(op);
     return KV_OK;
 }

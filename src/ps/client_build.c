@@ -96,9 +96,23 @@ int64_t kv_remote_encode(const kv_remote_t *remote, const kv_host_t *host, const
 
 static int way_of(const kv_slice_op_t *op)
 {
-    if (op->action == KV_WIRE_GET || op->action == KV_WIRE_DROP)
+    if (op->action == KV_WIRE_GET || op->action == KV_WIRE_DROP || op->action == KV_WIRE_GET_STATE)
         return TRAVELS_BARE;
     return op->sent_bytes <= KV_CLIENT_SMALL_BYTES ? TRAVELS_TOGETHER : TRAVELS_ALONE;
+}
+
+/* A slice of a state: in the wide type, of each element or of each row. */
+static void lay_out_state(const kv_client_work_t *work, kv_slice_op_t *op)
+{
+    const kv_client_call_t *call = work->call;
+    const kv_remote_t *remote = work->remotes[op->part];
+    const kv_client_state_t *state = &call->states[op->part];
+    size_t wide = kv_dtype_bytes(kv_dtype_wide(remote->dtype));
+    size_t unit =
+        state->per_row && remote->row_bytes > 0 ? remote->row_bytes : kv_dtype_bytes(remote->dtype);
+    op->offset = op->sent_offset = op->offset / unit * wide;
+    op->bytes = state->slot == KV_SLOT_NONE ? 0 : (uint32_t)(op->bytes / unit * wide);
+    op->sent_bytes = call->parts[op->part].value != NULL ? op->bytes : 0;
 }
 
 static void add_op(builder_t *builder, int64_t part, uint32_t slice, uint16_t server,
@@ -127,6 +141,8 @@ static void add_op(builder_t *builder, int64_t part, uint32_t slice, uint16_t se
         .server = server,
         .action = (uint8_t)action,
     };
+    if (kv_call_on_state(work->call))
+        lay_out_state(work, &op);
     bool needed = true;
     if (builder->status == KV_OK)
         builder->status = kv_op_add_rows(&op, &needed);
@@ -170,6 +186,8 @@ static void add_part(builder_t *builder, int64_t part)
             return;
         action = !pushes ? KV_WIRE_GET : pulls ? KV_WIRE_PUSHPULL : KV_WIRE_PUSH;
     }
+    if (kv_call_on_state(call))
+        action = call->verb == KV_CLIENT_GET_STATE ? KV_WIRE_GET_STATE : KV_WIRE_SET_STATE;
     for (uint32_t slice = 0; slice < remote->num_slices; slice++)
         add_op(builder, part, slice, remote->servers[slice], action);
 }
@@ -279,8 +297,8 @@ static kv_status_t write_keys(kv_client_work_t *work, kv_outgoing_t *message)
 static kv_status_t gather(kv_client_work_t *work, kv_outgoing_t *message)
 {
     const kv_slice_op_t *op = &work->ops[message->first];
-    message->kind = op->action == KV_WIRE_GET    ? KV_WIRE_PULL
-                    : op->action == KV_WIRE_DROP ? KV_WIRE_DELETE
+    message->kind = op->action == KV_WIRE_DROP   ? KV_WIRE_DELETE
+                    : way_of(op) == TRAVELS_BARE ? KV_WIRE_PULL
                                                  : KV_WIRE_BATCH;
     size_t at = kv_wire_table_bytes(message->count);
     size_t bytes = at;
@@ -369,9 +387,17 @@ static void describe(const kv_client_work_t *work, const kv_slice_op_t *op,
     record->action = op->action;
     record->dtype = (uint8_t)remote->dtype;
     record->flags = (remote->num_slices > 1 ? KV_WIRE_PART : 0) | (op->has_rows ? KV_WIRE_ROWS : 0);
-    if (op->action != KV_WIRE_PUSH && op->action != KV_WIRE_PUSHPULL)
+    bool pushes = op->action == KV_WIRE_PUSH || op->action == KV_WIRE_PUSHPULL;
+    bool on_state = kv_call_on_state(work->call);
+    if (!pushes && !on_state)
         return;
     const kv_client_part_t *part = &work->call->parts[op->part];
+    if (on_state)
+        record->slot = (uint16_t)work->call->states[op->part].slot;
+    if (op->action == KV_WIRE_GET_STATE) {
+        record->optimizer = part->step->optimizer;
+        return;
+    }
     record->codec = (uint8_t)part->codec;
     if (part->step != NULL)
         kv_wire_put_step(record, part->step->optimizer, &part->step->step);

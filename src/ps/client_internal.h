@@ -18,6 +18,7 @@
 
 #include "base/memory.h"
 #include "base/thread.h"
+#include "comm/slots.h"
 #include "ps/client.h"
 #include "ps/wire.h"
 
@@ -56,7 +57,7 @@ typedef enum kv_op_state { KV_OP_ASKED, KV_OP_RECEIVING, KV_OP_ANSWERED } kv_op_
 /* What is asked about one slice. Its place in the work is the tag of its messages. */
 typedef struct kv_slice_op {
     kv_client_work_t *work;
-    size_t offset; /* in the value */
+    size_t offset; /* in the value, or in the buffer of a state */
     uint32_t bytes;
     uint32_t sent_bytes; /* of data that goes out … */
     size_t sent_offset;  /* … and where it lies in what the call pushes … */
@@ -130,6 +131,11 @@ void kv_work_write_locked(kv_client_work_t *work);
 /* Takes the slices of a declared key off the servers' loads. */
 void kv_client_unload_locked(kv_client_t *client, const kv_remote_t *remote)
     KV_REQUIRES(client->lock);
+
+static inline bool kv_call_on_state(const kv_client_call_t *call)
+{
+    return call->verb == KV_CLIENT_GET_STATE || call->verb == KV_CLIENT_SET_STATE;
+}
 
 static inline bool kv_part_pushes(const kv_client_call_t *call, int64_t part)
 {

@@ -98,7 +98,7 @@ static void give_up_locked(kv_server_t *server, kv_request_t *request, kv_error_
         kv_declare_end_locked(server, request, error);
         return;
     }
-    if (request->header.record.action == KV_WIRE_GET)
+    if (request->header.record.action == KV_WIRE_GET || kv_request_is_state(request))
         kv_slice_unlist_locked(server, request);
     else if (request->key != NULL)
         kv_drop_withdraw_locked(server, request);
@@ -166,9 +166,10 @@ static kv_status_t handle_locked(kv_server_t *server, kv_request_t *request)
     uint8_t kind = request->header.kind, action = request->header.record.action;
     kv_status_t status = KV_OK;
     bool pushes = action == KV_WIRE_PUSH || action == KV_WIRE_PUSHPULL;
-    bool expected = kind == KV_WIRE_PULL     ? action == KV_WIRE_GET
-                    : kind == KV_WIRE_DELETE ? action == KV_WIRE_DROP
-                                             : pushes || action == KV_WIRE_INIT;
+    bool expected = kind == KV_WIRE_PULL ? action == KV_WIRE_GET || action == KV_WIRE_GET_STATE
+                    : kind == KV_WIRE_DELETE
+                        ? action == KV_WIRE_DROP
+                        : pushes || action == KV_WIRE_INIT || action == KV_WIRE_SET_STATE;
     if (!expected)
         status = kv_fail(KV_INVALID, "a message of kind %d asks for action %d", kind, action);
     else if (server->lost != NULL)
@@ -177,7 +178,7 @@ static kv_status_t handle_locked(kv_server_t *server, kv_request_t *request)
         status = kv_slice_push_locked(server, request);
     else if (action == KV_WIRE_INIT)
         kv_slice_init_locked(server, request);
-    else if (action == KV_WIRE_GET)
+    else if (action == KV_WIRE_GET || kv_request_is_state(request))
         kv_slice_pull_locked(server, request);
     else
         kv_drop_locked(server, request);
@@ -261,7 +262,9 @@ static kv_status_t check_message(const kv_server_t *server, const kv_net_arrival
                        arrival->peer, header->record.bytes, bytes);
     bool values = header->kind == KV_WIRE_PUSH_ONE || header->kind == KV_WIRE_BATCH;
     bool rows = header->kind == KV_WIRE_PUSH_ONE && (header->record.flags & KV_WIRE_ROWS);
+    bool state = header->kind == KV_WIRE_PUSH_ONE && header->record.action == KV_WIRE_SET_STATE;
     size_t limit = rows     ? (size_t)KV_WIRE_ROWS_BYTES
+                   : state  ? (size_t)KV_WIRE_STATE_BYTES
                    : values ? (size_t)KV_WIRE_SLICE_BYTES
                             : (size_t)MESSAGE_BYTES;
     if (bytes > limit)

@@ -5,6 +5,7 @@
  *   server_slice.c   slices of values: rounds, versions, those who wait
  *   server_round.c   how the pushes of a round become the next version: sums, optimizers
  *   server_rows.c    the same with rows; row-sparse slices
+ *   server_state.c   what optimizers keep with slices, for files
  *   server_keys.c    the directory of declared keys; deletes
  *
  * One lock guards everything. It is dropped for sums; whoever works on a slice meanwhile has marked
@@ -93,7 +94,7 @@ struct kv_slice {
     kv_rowset_t rows;    /* … and nobody else has a share of it */
     int64_t num_rows;    /* row-sparse: stored or not */
     uint64_t version;
-    kv_request_t *pulls; /* that wait for a version */
+    kv_request_t *pulls; /* that wait for a version, and those on the state */
     int32_t turn;        /* async: the worker whose push is looked for first */
     kv_slots_t *slots;   /* an optimizer's state, NULL: none yet */
     kv_step_t step;      /* the newest one that was taken, if there are slots */
@@ -150,6 +151,12 @@ struct kv_server {
     kv_outbox_t out[];
 };
 
+static inline bool kv_request_is_state(const kv_request_t *request)
+{
+    uint8_t action = request->header.record.action;
+    return action == KV_WIRE_GET_STATE || action == KV_WIRE_SET_STATE;
+}
+
 /* --------------------------------------------------------------------------- server_answer.c */
 
 /* Gives a request in use for its answer; NULL without memory. */
@@ -177,7 +184,8 @@ KV_MUST_CHECK kv_status_t kv_slice_push_locked(kv_server_t *server, kv_request_t
     KV_REQUIRES(server->mutex);
 void kv_slice_init_locked(kv_server_t *server, kv_request_t *request) KV_REQUIRES(server->mutex);
 void kv_slice_pull_locked(kv_server_t *server, kv_request_t *request) KV_REQUIRES(server->mutex);
-/* Takes a pull out of the list in which it waits. */
+/* The last three for what is wanted of a state, too. Takes a pull out of the list in which it
+ * waits. */
 void kv_slice_unlist_locked(kv_server_t *server, kv_request_t *pull) KV_REQUIRES(server->mutex);
 /* For whom a push or pull waits, as a sentence of this thread; returns KV_TIMEOUT. */
 kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_request_t *request)
@@ -223,6 +231,11 @@ KV_MUST_CHECK kv_status_t kv_round_check_rows(const kv_slice_t *slice);
 KV_MUST_CHECK kv_status_t kv_round_run_rows(kv_slice_t *slice, const kv_host_t *host);
 /* What a round moves, about. */
 size_t kv_round_bytes(const kv_slice_t *slice);
+/* --------------------------------------------------------------------------- server_state.c */
+
+/* Carries out and answers a request on the state of a slice that is not busy. */
+void kv_slice_state_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *request)
+    KV_REQUIRES(server->mutex);
 
 /* ----------------------------------------------------------------------------- server_keys.c */
 

@@ -102,6 +102,8 @@ static bool reached(const kv_slice_t *slice, const kv_request_t *pull)
     bool in_place = slice->busy && slice->steps;
     bool readable =
         slice->sparse ? !in_place : slice->stored != NULL && slice->stored != slice->made;
+    if (kv_request_is_state(pull))
+        readable = kv_slice_has_value(slice) && !slice->busy;
     return readable && version >= pull->header.record.round;
 }
 
@@ -118,13 +120,22 @@ static void answer_value_locked(kv_server_t *server, kv_slice_t *slice, kv_reque
     kv_answer_locked(server, request, slice->stored, slice->bytes);
 }
 
+static void answer_pull_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *pull)
+    KV_REQUIRES(server->mutex)
+{
+    if (kv_request_is_state(pull))
+        kv_slice_state_locked(server, slice, pull);
+    else
+        answer_value_locked(server, slice, pull);
+}
+
 static void answer_pulls_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
 {
     kv_request_t **link = &slice->pulls, *pull;
     while ((pull = *link) != NULL) {
         if (reached(slice, pull)) {
             *link = pull->next;
-            answer_value_locked(server, slice, pull);
+            answer_pull_locked(server, slice, pull);
         } else {
             link = &pull->next;
         }
@@ -470,8 +481,10 @@ void kv_slice_pull_locked(kv_server_t *server, kv_request_t *pull)
     kv_slice_t *slice = slice_locked(server, &pull->header.record);
     if (slice == NULL) {
         kv_answer_status_locked(server, pull, no_memory(&pull->header.record));
+    } else if (pull->failure != NULL) {
+        kv_answer_error_locked(server, pull, pull->failure);
     } else if (reached(slice, pull)) {
-        answer_value_locked(server, slice, pull);
+        answer_pull_locked(server, slice, pull);
     } else {
         pull->slice = slice;
         pull->next = slice->pulls;

@@ -7,13 +7,14 @@
  * their data behind, in order, each at a multiple of KV_WIRE_ALIGN.
  *
  *   worker → server   PUSH     one slice: KV_WIRE_INIT, _PUSH or _PUSHPULL with its elements
- *                     BATCH    many of them
- *                     PULL     records only; each is answered when its round is complete
+ *                     BATCH    many of them. In both also KV_WIRE_SET_STATE
+ *                     PULL     records only; each is answered when its round is complete. Also
+ *                              KV_WIRE_GET_STATE
  *                     DECLARE  server 0 only: `count` keys by name (kv_wire_put_key). From rank 0
  *                              with their numbers and places; the others ask for these
  *                     DELETE   records only (slice 0 stands for the key): counted, done when every
  *                              worker has said so
- *   server → worker   VALUE    one slice, in answer to _PUSHPULL or PULL
+ *   server → worker   VALUE    one slice (or its state), in answer to _PUSHPULL or PULL
  *                     REPLIES  many answers: values, acknowledgements (no data), errors (`status`,
  *                              data: the sentence)
  *                     DECLARED the keys of a DECLARE with numbers and places
@@ -33,6 +34,13 @@
  * first values and pushes, and the answers with all rows of a row-sparse slice. In a PULL the data
  * are the ids of the rows that are wanted, and the answer is these rows' bare elements. A push of
  * rows goes to every slice of its key, also without any: rounds count all workers.
+ *
+ * States. What an optimizer keeps with a slice is read and replaced one buffer at a time, between
+ * two rounds, and after as many of the worker's pushes as `round` says: `slot` is its place among
+ * the slots of the class of `optimizer`, or KV_SLOT_MASTER, or KV_SLOT_NONE for no buffer. Data is
+ * in the wide type of `dtype`. An answer to _GET_STATE has no data where there is no such buffer,
+ * and in `t` the newest step of the slice, 0: none. _SET_STATE carries the step that becomes the
+ * newest; without data the buffer goes, without an optimizer (KV_SLOT_NONE) the whole state.
  *
  * An answer repeats `request` and `tag` of what it answers: the worker's own, opaque to the server.
  * `timeout_ms` is how long the worker will wait, 0: for ever; a server answers shortly before, with
@@ -54,7 +62,8 @@ enum {
     KV_WIRE_VERSION = 1,
     KV_WIRE_ALIGN = 64,
     KV_WIRE_SLICE_BYTES = 1 << 20, /* of a slice, and of a batch with its records, at most */
-    KV_WIRE_ROWS_BYTES = 1 << 30,  /* of the rows in one record, at most */
+    KV_WIRE_STATE_BYTES = 2 * KV_WIRE_SLICE_BYTES, /* of a slice in its wide type, at most */
+    KV_WIRE_ROWS_BYTES = 1 << 30,                  /* of the rows in one record, at most */
 };
 
 typedef enum kv_wire_kind {
@@ -75,6 +84,8 @@ typedef enum kv_wire_action {
     KV_WIRE_PUSHPULL, /* the answer is the value after this round */
     KV_WIRE_GET,      /* of PULL */
     KV_WIRE_DROP,     /* of DELETE */
+    KV_WIRE_GET_STATE,
+    KV_WIRE_SET_STATE,
     KV_WIRE_ACTIONS
 } kv_wire_action_t;
 
@@ -95,7 +106,8 @@ typedef enum kv_wire_action {
     X(64, wd)                                                                                      \
     X(64, t)                                                                                       \
     X(64, own)                                                                                     \
-    X(32, flags) /* KV_WIRE_… */
+    X(16, flags) /* KV_WIRE_… */                                                                 \
+    X(16, slot)  /* of states */
 
 #define KV_WIRE_HEADER_FIELDS(X)                                                                   \
     X(16, version)                                                                                 \

@@ -101,21 +101,22 @@ static PyObject *call_states(const char *function, PyObject *first, PyObject *a,
     return result;
 }
 
-PyObject *kv_py_store_states_export(PyObject *object, PyObject *unused)
+PyObject *kv_py_store_states_export(PyObject *object, PyObject *args)
 {
-    (void)unused;
     kv_py_store_t *self = as_store(object);
     kv_states_t states;
     kv_py_caller_t caller;
-    if (!kv_py_store_check_open(self))
+    int share = KV_STATES_ALL;
+    if (!kv_py_store_check_open(self) || !PyArg_ParseTuple(args, "|i", &share))
         return NULL;
     kv_py_caller_init(&caller, self->timeout_ns);
-    kv_status_t status = kv_store_export_states(self->store, &states, &caller.base);
+    kv_status_t status =
+        kv_store_export_states(self->store, (kv_states_share_t)share, &states, &caller.base);
     if (status != KV_OK)
         return kv_py_raise(self->state, status);
     PyObject *result = export_all(self, &states);
     kv_states_fini(&states);
-    if (result != NULL && self->pending != NULL) {
+    if (result != NULL && share == KV_STATES_ALL && self->pending != NULL) {
         PyObject *pending = Py_NewRef(self->pending);
         PyObject *done = call_states("add_pending", object, result, pending);
         if (done == NULL)
@@ -244,9 +245,10 @@ PyObject *kv_py_store_states_put(PyObject *object, PyObject *args)
 {
     kv_py_store_t *self = as_store(object);
     PyObject *whole, *list;
+    int share = KV_STATES_ALL;
     reader_t reader = {.state = self->state};
     if (!kv_py_store_check_open(self) ||
-        !PyArg_ParseTuple(args, "OO!", &whole, &PyList_Type, &list))
+        !PyArg_ParseTuple(args, "OO!|i", &whole, &PyList_Type, &list, &share))
         return NULL;
     bool good = count_parts(&reader, list);
     for (Py_ssize_t i = 0; good && i < PyList_GET_SIZE(list); i++)
@@ -258,7 +260,8 @@ PyObject *kv_py_store_states_put(PyObject *object, PyObject *args)
     if (good) {
         kv_py_caller_t caller;
         kv_py_caller_init(&caller, self->timeout_ns);
-        status = kv_store_import_states(self->store, &reader.states, keep, &caller.base);
+        status = kv_store_import_states(self->store, &reader.states, keep, (kv_states_share_t)share,
+                                        &caller.base);
     }
     kv_states_fini(&reader.states);
     kv_free(reader.shapes);

@@ -187,7 +187,8 @@ bool kv_py_store_use_updater(kv_py_store_t *self, PyObject *function, PyObject *
                    Py_TYPE(function)->tp_name);
         return false;
     }
-    if (self->member != NULL) {
+    /* `owner` is None where the optimizer is to go; set_updater has none. */
+    if (self->member != NULL && (function != Py_None || owner != Py_None)) {
         kv_py_fail(self->state, KV_INVALID,
                    "an updater runs in one process, and the values of a dist store lie on its "
                    "servers: use set_optimizer");
@@ -443,7 +444,7 @@ static PyMethodDef METHODS[] = {
     {"_optimizer_owner", kv_py_store_optimizer_owner, METH_NOARGS, NULL},
     {"_updater_set", kv_py_store_updater_set, METH_VARARGS, NULL},
     {"_compression_set", kv_py_store_compression_set, METH_VARARGS, NULL},
-    {"_states_export", kv_py_store_states_export, METH_NOARGS, NULL},
+    {"_states_export", kv_py_store_states_export, METH_VARARGS, NULL},
     {"_states_import", kv_py_store_states_import, METH_O, NULL},
     {"_states_put", kv_py_store_states_put, METH_VARARGS, NULL},
     {"_states_later", kv_py_store_states_later, METH_O, NULL},

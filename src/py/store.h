@@ -79,7 +79,7 @@ PyObject *kv_py_store_optimizer_set(PyObject *self, PyObject *args);
 PyObject *kv_py_store_optimizer_owner(PyObject *self, PyObject *unused);
 PyObject *kv_py_store_updater_set(PyObject *self, PyObject *args);
 PyObject *kv_py_store_compression_set(PyObject *self, PyObject *args);
-PyObject *kv_py_store_states_export(PyObject *self, PyObject *unused);
+PyObject *kv_py_store_states_export(PyObject *self, PyObject *args);
 PyObject *kv_py_store_states_import(PyObject *self, PyObject *states);
 PyObject *kv_py_store_states_put(PyObject *self, PyObject *args);
 PyObject *kv_py_store_states_later(PyObject *self, PyObject *entries);

@@ -3,24 +3,14 @@
  * Rank 0's values are sent, the others' are only looked at; each call is one exchange with the
  * servers and returns when the keys are known to this worker. Entries have no value of their own,
  * only what the client knows of the key.
- *
- * A call is a task without variables while it is on its way, so wait_all and the interpreter's exit
- * know of it; a thread that gives up waiting leaves it behind.
  */
 #include "base/memory.h"
-#include "ps/client.h"
-#include "store/internal.h"
+#include "store/exchange.h"
 
 #include <string.h>
 
-enum { NAME_BYTES = 96 };
-
 typedef struct agreement {
-    kv_client_call_t call;
-    kv_op_t op;
-    _Atomic int32_t refs;  /* the task, and the thread that waits */
-    _Atomic bool given_up; /* that thread has been told why it waits no more */
-    kv_engine_t *engine;
+    kv_exchange_t exchange; /* first */
     int64_t num_keys;
     kv_entry_t **entries; /* pinned */
     kv_declared_t *keys;  /* of an init */
@@ -29,10 +19,9 @@ typedef struct agreement {
     kv_client_part_t *parts;
 } agreement_t;
 
-static void agreement_rele(agreement_t *agreement)
+static void agreement_free(kv_exchange_t *exchange)
 {
-    if (atomic_fetch_sub(&agreement->refs, 1) > 1)
-        return;
+    agreement_t *agreement = (agreement_t *)exchange;
     for (int64_t i = 0; i < agreement->num_keys; i++) {
         kv_remote_free(agreement->keys[i].remote);
         kv_buffer_rele(agreement->staged[i]);
@@ -42,23 +31,8 @@ static void agreement_rele(agreement_t *agreement)
     kv_free(agreement);
 }
 
-static void agreement_finish(kv_op_t *op)
-{
-    kv_handle_rele(op->handle);
-    agreement_rele((agreement_t *)((char *)op - offsetof(agreement_t, op)));
-}
-
-static void agreement_done(kv_client_call_t *call, kv_status_t status)
-{
-    agreement_t *agreement = (agreement_t *)((char *)call - offsetof(agreement_t, call));
-    if (atomic_load(&agreement->given_up))
-        status = KV_OK;
-    kv_engine_end(agreement->engine, &agreement->op, status, NULL, 0);
-}
-
 static kv_status_t agreement_new(kv_store_t *store, const kv_group_t *groups, int64_t num_groups,
-                                 kv_client_verb_t verb, const kv_caller_t *caller,
-                                 agreement_t **out)
+                                 kv_client_verb_t verb, agreement_t **out)
 {
     size_t each = sizeof(kv_declared_t) + sizeof(kv_client_part_t) + sizeof(kv_row_sum_t) +
                   2 * sizeof(void *);
@@ -83,60 +57,17 @@ static kv_status_t agreement_new(kv_store_t *store, const kv_group_t *groups, in
                                              .bytes = entry->bytes,
                                              .row_bytes = entry->row_bytes};
     }
-    int64_t ms = caller->timeout_ns / 1000000;
-    atomic_init(&agreement->refs, 1);
-    agreement->engine = store->runtime->engine;
-    agreement->call = (kv_client_call_t){.verb = verb,
-                                         .timeout_ms = ms > 0 ? ms : 1,
-                                         .parts = agreement->parts,
-                                         .num_parts = verb == KV_CLIENT_DELETE ? num_groups : 0,
-                                         .keys = agreement->keys,
-                                         .num_keys = verb == KV_CLIENT_DECLARE ? num_groups : 0,
-                                         .host = &store->host,
-                                         .done = agreement_done};
+    kv_exchange_init(&agreement->exchange, store, verb, agreement_free);
+    if (num_groups > 0)
+        agreement->exchange.name = agreement->entries[0]->name;
+    kv_client_call_t *call = &agreement->exchange.call;
+    call->parts = agreement->parts;
+    call->num_parts = verb == KV_CLIENT_DELETE ? num_groups : 0;
+    call->keys = agreement->keys;
+    call->num_keys = verb == KV_CLIENT_DECLARE ? num_groups : 0;
+    call->host = &store->host;
     *out = agreement;
     return KV_OK;
-}
-
-/* Starts the call and waits for its end. */
-static kv_status_t agree(kv_store_t *store, agreement_t *agreement, kv_caller_t *caller)
-{
-    kv_handle_t *handle;
-    KV_TRY(kv_handle_new(agreement->engine, 1, &handle));
-    kv_op_init(&agreement->op, NULL, 0, 0);
-    agreement->op.finish = agreement_finish;
-    agreement->op.handle = kv_handle_hold(handle);
-    kv_status_t status = kv_engine_begin(agreement->engine, &agreement->op);
-    if (status != KV_OK) {
-        kv_handle_rele(agreement->op.handle);
-        kv_handle_rele(handle);
-        return status;
-    }
-    atomic_fetch_add(&agreement->refs, 1);
-    status = kv_client_start(store->client, &agreement->call);
-    if (status != KV_OK)
-        kv_engine_end(agreement->engine, &agreement->op, status, NULL, 0);
-    status = kv_handle_wait(handle, caller);
-    kv_caller_detach(caller);
-    if (status == KV_OK) {
-        kv_error_t *error = kv_handle_error(handle);
-        if (error != NULL)
-            status = kv_error_raise(error);
-    } else {
-        char missing[128], name[NAME_BYTES];
-        atomic_store(&agreement->given_up, true);
-        kv_client_cancel(store->client, &agreement->call, missing, sizeof missing);
-        kv_name_format(&agreement->entries[0]->name, name, sizeof name);
-        if (status == KV_TIMEOUT)
-            status =
-                kv_fail(KV_TIMEOUT, "key %s: %s %s not answered within the deadline of %.3g s",
-                        name, missing[0] != '\0' ? missing : "the servers",
-                        missing[0] != '\0' ? "has" : "have", (double)caller->timeout_ns * 1e-9);
-        if (kv_handle_done(handle))
-            (void)kv_handle_error(handle); /* too late to be told */
-    }
-    kv_handle_rele(handle);
-    return status;
 }
 
 /* -------------------------------------------------------------------------- init, broadcast */
@@ -177,14 +108,14 @@ static kv_status_t declare(kv_store_t *store, agreement_t *agreement, const kv_g
     }
     kv_op_t op;
     kv_op_init(&op, deps, num_deps, 0);
-    KV_TRY(kv_engine_enter(agreement->engine, &op, caller));
+    KV_TRY(kv_engine_enter(store->runtime->engine, &op, caller));
     bool was_detached = caller->detached;
     kv_caller_detach(caller);
     kv_status_t status =
         kv_client_rank(store->client) == 0 ? stage(&store->host, agreement, groups) : KV_OK;
     if (status == KV_OK)
-        status = agree(store, agreement, caller);
-    kv_engine_leave(agreement->engine, &op);
+        status = kv_exchange_run(&agreement->exchange, caller);
+    kv_engine_leave(store->runtime->engine, &op);
     if (!was_detached)
         kv_caller_attach(caller);
     return status;
@@ -194,7 +125,7 @@ kv_status_t kv_dist_declare(kv_store_t *store, const kv_group_t *groups, int64_t
                             kv_caller_t *caller)
 {
     agreement_t *agreement;
-    KV_TRY(agreement_new(store, groups, num_groups, KV_CLIENT_DECLARE, caller, &agreement));
+    KV_TRY(agreement_new(store, groups, num_groups, KV_CLIENT_DECLARE, &agreement));
     kv_dep_t *deps = kv_alloc((size_t)num_groups * sizeof *deps);
     kv_status_t status = deps != NULL ? declare(store, agreement, groups, deps, caller)
                                       : kv_fail(KV_NO_MEMORY, "no memory for the keys of a call");
@@ -203,7 +134,7 @@ kv_status_t kv_dist_declare(kv_store_t *store, const kv_group_t *groups, int64_t
         agreement->keys[i].remote = NULL;
     }
     kv_free(deps);
-    agreement_rele(agreement);
+    kv_exchange_rele(&agreement->exchange);
     return status;
 }
 
@@ -214,8 +145,7 @@ kv_status_t kv_dist_declare(kv_store_t *store, const kv_group_t *groups, int64_t
 kv_status_t kv_dist_delete(kv_store_t *store, const kv_plan_t *plan, kv_caller_t *caller)
 {
     agreement_t *agreement;
-    KV_TRY(
-        agreement_new(store, plan->groups, plan->num_groups, KV_CLIENT_DELETE, caller, &agreement));
+    KV_TRY(agreement_new(store, plan->groups, plan->num_groups, KV_CLIENT_DELETE, &agreement));
     kv_dep_t *deps = kv_alloc((size_t)plan->num_groups * sizeof *deps);
     kv_status_t status =
         deps != NULL ? KV_OK : kv_fail(KV_NO_MEMORY, "no memory for the keys of a call");
@@ -224,16 +154,16 @@ kv_status_t kv_dist_delete(kv_store_t *store, const kv_plan_t *plan, kv_caller_t
             deps[i] = (kv_dep_t){.var = &plan->groups[i].entry->var, .access = KV_WRITE};
         kv_op_t op;
         kv_op_init(&op, deps, (int32_t)plan->num_groups, 0);
-        status = kv_engine_enter(agreement->engine, &op, caller);
+        status = kv_engine_enter(store->runtime->engine, &op, caller);
         if (status == KV_OK) {
-            status = agree(store, agreement, caller);
+            status = kv_exchange_run(&agreement->exchange, caller);
             for (int64_t i = 0; i < plan->num_groups && status == KV_OK; i++)
                 plan->groups[i].entry->deleted = true;
-            kv_engine_leave(agreement->engine, &op);
+            kv_engine_leave(store->runtime->engine, &op);
             kv_caller_attach(caller);
         }
     }
     kv_free(deps);
-    agreement_rele(agreement);
+    kv_exchange_rele(&agreement->exchange);
     return status;
 }

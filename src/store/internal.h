@@ -181,6 +181,11 @@ bool kv_entry_can_count_locked(const kv_store_t *store, const kv_entry_t *entry)
 void kv_entry_count_locked(kv_store_t *store, kv_entry_t *entry, kv_step_t *step)
     KV_REQUIRES(&store->lock);
 
+/* The step of a push of the key that would come after count `t`, as far as it can be known without
+ * the schedule. */
+void kv_optimizer_resume(const kv_optimizer_t *optimizer, const kv_entry_t *entry,
+                         const kv_optim_state_t *state, int64_t t, kv_step_t *step);
+
 /* Forgets counts and slots of all keys. */
 void kv_store_forget_training_locked(kv_store_t *store) KV_REQUIRES(&store->lock);
 
@@ -296,8 +301,42 @@ size_t kv_dist_rows_bytes(const kv_dist_rows_t *rows, const kv_entry_t *entry, i
                           const kv_view_t *outs); /* that delivering moves, about */
 void kv_dist_rows_fini(kv_dist_rows_t *rows, const kv_entry_t *entry, int32_t num_outs);
 
-/* KV_NOT_BUILT for a dist store: `call` works in one process only. */
-KV_MUST_CHECK kv_status_t kv_store_check_local(const kv_store_t *store, const char *call);
+/* -------------------------------------------------------- states.c, dist_states.c: files */
+
+/* A part as it lies in memory: how large one of its rows is, and its dimensions in a file. */
+typedef struct kv_state_layout {
+    size_t row_bytes;
+    int ndim;
+} kv_state_layout_t;
+
+static inline kv_state_layout_t kv_state_layout(const kv_entry_t *entry, bool per_row)
+{
+    size_t wide = kv_dtype_bytes(kv_dtype_wide(entry->dtype));
+    return per_row ? (kv_state_layout_t){wide, 1}
+                   : (kv_state_layout_t){wide * (size_t)entry->row_count, entry->ndim};
+}
+
+/* KV_NOT_BUILT for a row-sparse key, KV_NO_KEY for one that is deleted by now. */
+KV_MUST_CHECK kv_status_t kv_dist_check_key(const kv_entry_t *entry);
+
+/* With the key held: its count and its parts as servers have them, -1 and none if it was not pushed
+ * with this optimizer. state->parts has room for all parts. */
+KV_MUST_CHECK kv_status_t kv_dist_get_state(kv_store_t *store, kv_entry_t *entry,
+                                            const kv_optimizer_t *optimizer, kv_key_state_t *state,
+                                            kv_caller_t *caller);
+
+/* What one key will get. */
+typedef struct kv_arrival {
+    kv_entry_t *entry;
+    int64_t count;     /* -1: its state goes */
+    kv_slots_t *slots; /* in a dist store of the whole value, on its way to servers */
+    kv_residuals_t residuals;
+} kv_arrival_t;
+
+/* With the keys held: gives servers what the keys get. */
+KV_MUST_CHECK kv_status_t kv_dist_set_states(kv_store_t *store, const kv_arrival_t *arrivals,
+                                             int64_t num_arrivals, const kv_optimizer_t *optimizer,
+                                             const kv_optim_state_t *whole, kv_caller_t *caller);
 
 /* -------------------------------------------------------------------------------- work.c */
 

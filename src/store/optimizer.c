@@ -200,6 +200,17 @@ static void count_locked(kv_store_t *store, const kv_optimizer_t *optimizer, kv_
                  own != NULL ? own->lr : 1.0, own != NULL ? own->wd : 1.0, entry->plain_rate);
 }
 
+void kv_optimizer_resume(const kv_optimizer_t *optimizer, const kv_entry_t *entry,
+                         const kv_optim_state_t *state, int64_t t, kv_step_t *step)
+{
+    kv_optim_state_t after = *state;
+    const kv_multiplier_t *own = find_multiplier(optimizer, entry);
+    kv_step_init(step, optimizer->optim, &optimizer->numbers, &after, t,
+                 optimizer->numbers.learning_rate, own != NULL ? own->lr : 1.0,
+                 own != NULL ? own->wd : 1.0,
+                 own != NULL ? own->plain_rate : names_plain_rate(&entry->name));
+}
+
 bool kv_entry_can_count_locked(const kv_store_t *store, const kv_entry_t *entry)
 {
     /* Slots have been given by the general way, so the optimizer can update the key. */

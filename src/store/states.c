@@ -52,23 +52,11 @@ static void unpin_entries(kv_entry_t **entries, int64_t count)
 
 /* ---------------------------------------------------------------------------------- export */
 
-/* A part as it lies in memory: how large one of its rows is, and its shape in a file. */
-typedef struct layout {
-    size_t row_bytes;
-    int ndim;
-} layout_t;
-
-static layout_t layout_of(const kv_entry_t *entry, bool per_row)
-{
-    size_t wide = kv_dtype_bytes(kv_dtype_wide(entry->dtype));
-    return per_row ? (layout_t){wide, 1} : (layout_t){wide * (size_t)entry->row_count, entry->ndim};
-}
-
 /* A copy of one buffer, with its full shape if the key is row-sparse. */
 static kv_status_t copy_part(const kv_entry_t *entry, const kv_slots_t *slots,
                              const kv_buffer_t *buffer, bool per_row, kv_state_part_t *part)
 {
-    layout_t layout = layout_of(entry, per_row);
+    kv_state_layout_t layout = kv_state_layout(entry, per_row);
     int64_t full = entry->ndim > 0 ? entry->shape[0] : 1;
     part->dtype = kv_dtype_wide(entry->dtype);
     part->ndim = layout.ndim;
@@ -99,16 +87,22 @@ static kv_status_t add_part(const kv_entry_t *entry, const kv_slots_t *slots,
     return KV_OK;
 }
 
-/* With the key held. */
+static kv_status_t make_parts(kv_key_state_t *state, int32_t num_residuals)
+{
+    size_t most = (size_t)KV_MAX_SLOTS + 1 + (size_t)num_residuals;
+    state->parts = kv_calloc(most, sizeof *state->parts);
+    KV_TRY_ALLOC(state->parts, "the state of a key");
+    return KV_OK;
+}
+
+/* With the key held, in one process. */
 static kv_status_t export_key(const kv_entry_t *entry, const kv_slots_t *slots,
                               const kv_optim_numbers_t *numbers, uint64_t epoch,
                               kv_key_state_t *state)
 {
     const kv_residuals_t *residuals = &entry->residuals;
     int32_t num_residuals = residuals->epoch == epoch ? residuals->count : 0;
-    state->parts =
-        kv_calloc((size_t)KV_MAX_SLOTS + 1 + (size_t)num_residuals, sizeof *state->parts);
-    KV_TRY_ALLOC(state->parts, "the state of a key");
+    KV_TRY(make_parts(state, num_residuals));
     if (slots != NULL) {
         kv_slot_t described[KV_MAX_SLOTS];
         int num_slots = slots->optim->slots(numbers, described);
@@ -142,8 +136,15 @@ static kv_status_t export_one(kv_store_t *store, kv_entry_t *entry, uint64_t epo
     state->name = entry->name;
     state->count = optimizer != NULL ? entry->updates : -1;
     kv_mutex_unlock(&store->lock);
-    kv_status_t status =
-        export_key(entry, slots, optimizer != NULL ? &optimizer->numbers : NULL, epoch, state);
+    kv_status_t status;
+    if (store->client == NULL) {
+        status =
+            export_key(entry, slots, optimizer != NULL ? &optimizer->numbers : NULL, epoch, state);
+    } else {
+        status = make_parts(state, 0);
+        if (status == KV_OK && optimizer != NULL)
+            status = kv_dist_get_state(store, entry, optimizer, state, caller);
+    }
     kv_engine_leave(store->runtime->engine, &op);
     kv_slots_rele(slots);
     kv_optimizer_rele(optimizer);
@@ -186,19 +187,21 @@ static void own_names(kv_entry_t **entries, kv_states_t *states)
     }
 }
 
-kv_status_t kv_store_export_states(kv_store_t *store, kv_states_t *out, kv_caller_t *caller)
+kv_status_t kv_store_export_states(kv_store_t *store, kv_states_share_t share, kv_states_t *out,
+                                   kv_caller_t *caller)
 {
     kv_entry_t **entries = NULL;
     int64_t count = 0;
     KV_TRY(kv_store_check_open(store));
-    KV_TRY(kv_store_check_local(store, "saving and loading of optimizer states"));
-    KV_TRY(pin_entries(store, &entries, &count));
+    if (share != KV_STATES_COUNTS)
+        KV_TRY(pin_entries(store, &entries, &count));
     kv_states_t states = {0};
     kv_status_t status = make_keys(entries, count, &states);
     /* The codec may be changed meanwhile: the residuals shall be those of the codec that is told.
      */
     kv_mutex_lock(&store->lock);
-    states.codec = store->codec;
+    if (store->client == NULL)
+        states.codec = store->codec;
     uint64_t epoch = store->codec.type != KV_CODEC_NONE ? store->codec_epoch : UINT64_MAX;
     kv_mutex_unlock(&store->lock);
     kv_caller_detach(caller);
@@ -220,13 +223,6 @@ kv_status_t kv_store_export_states(kv_store_t *store, kv_states_t *out, kv_calle
 
 /* ---------------------------------------------------------------------------------- import */
 
-/* What one key will get. */
-typedef struct arrival {
-    kv_entry_t *entry;
-    kv_slots_t *slots;
-    kv_residuals_t residuals;
-} arrival_t;
-
 static kv_status_t refuse(const kv_entry_t *entry, const kv_state_part_t *part, const char *why)
 {
     char name[NAME_BYTES], shape[SHAPE_BYTES];
@@ -238,7 +234,7 @@ static kv_status_t refuse(const kv_entry_t *entry, const kv_state_part_t *part, 
 
 static kv_status_t check_part(const kv_entry_t *entry, const kv_state_part_t *part, bool per_row)
 {
-    layout_t layout = layout_of(entry, per_row);
+    kv_state_layout_t layout = kv_state_layout(entry, per_row);
     if (part->dtype != kv_dtype_wide(entry->dtype))
         return refuse(entry, part, "has another element type than the optimizer keeps");
     bool same = part->ndim == layout.ndim;
@@ -302,7 +298,7 @@ static kv_status_t take_rows(const kv_entry_t *entry, const kv_state_part_t *par
 
 /* With the key held. */
 static kv_status_t prepare_part(const kv_optimizer_t *optimizer, const kv_state_part_t *part,
-                                arrival_t *arrival)
+                                kv_arrival_t *arrival)
 {
     const kv_entry_t *entry = arrival->entry;
     kv_slot_t what;
@@ -322,7 +318,7 @@ static kv_status_t prepare_part(const kv_optimizer_t *optimizer, const kv_state_
         return refuse(entry, part, "stands there twice");
     if (entry->sparse) {
         kv_status_t status =
-            take_rows(entry, part, layout_of(entry, what.per_row).row_bytes, &buffer);
+            take_rows(entry, part, kv_state_layout(entry, what.per_row).row_bytes, &buffer);
         if (status != KV_OK) {
             kv_buffer_rele(buffer);
             return status;
@@ -337,9 +333,11 @@ static kv_status_t prepare_part(const kv_optimizer_t *optimizer, const kv_state_
     return KV_OK;
 }
 
-static kv_status_t prepare(const kv_optimizer_t *optimizer, const kv_key_state_t *state,
-                           arrival_t *arrival)
+/* The state of a key as yet without buffers. */
+static kv_status_t prepare_slots(const kv_optimizer_t *optimizer, const kv_key_state_t *state,
+                                 kv_arrival_t *arrival)
 {
+    arrival->count = state->count;
     arrival->slots = kv_calloc(1, sizeof *arrival->slots);
     KV_TRY_ALLOC(arrival->slots, "the state of a key");
     arrival->slots->refs = 1;
@@ -347,6 +345,13 @@ static kv_status_t prepare(const kv_optimizer_t *optimizer, const kv_key_state_t
     const kv_rowset_t *rows = &arrival->entry->rows;
     arrival->slots->num_rows = rows->num_rows;
     arrival->slots->indices = rows->indices != NULL ? kv_buffer_hold(rows->indices) : NULL;
+    return KV_OK;
+}
+
+static kv_status_t prepare(const kv_optimizer_t *optimizer, const kv_key_state_t *state,
+                           kv_arrival_t *arrival)
+{
+    KV_TRY(prepare_slots(optimizer, state, arrival));
     for (int i = 0; i < state->num_parts; i++)
         KV_TRY(prepare_part(optimizer, &state->parts[i], arrival));
     return KV_OK;
@@ -354,7 +359,7 @@ static kv_status_t prepare(const kv_optimizer_t *optimizer, const kv_key_state_t
 
 /* Everything is there: the keys get it. */
 static void arrive_locked(kv_store_t *store, const kv_states_t *states, bool keep_whole,
-                          arrival_t *arrivals) KV_REQUIRES(&store->lock)
+                          kv_arrival_t *arrivals) KV_REQUIRES(&store->lock)
 {
     for (int64_t k = 0; k < states->num_keys; k++) {
         kv_entry_t *entry = arrivals[k].entry;
@@ -365,6 +370,8 @@ static void arrive_locked(kv_store_t *store, const kv_states_t *states, bool kee
         arrivals[k].slots = entry->slots != NULL ? slots : arrivals[k].slots;
         if (entry->slots == NULL)
             kv_slots_rele(slots);
+        if (store->client != NULL)
+            continue; /* residuals belong to the worker */
         arrivals[k].residuals.epoch = store->codec_epoch;
         entry->residuals = arrivals[k].residuals;
         arrivals[k].residuals = residuals;
@@ -374,11 +381,39 @@ static void arrive_locked(kv_store_t *store, const kv_states_t *states, bool kee
     store->counted++;
 }
 
-static kv_status_t import_held(kv_store_t *store, const kv_optimizer_t *optimizer,
-                               const kv_states_t *states, bool keep_whole, arrival_t *arrivals)
+/* The servers have the buffers of the states: they are not kept here. */
+static kv_status_t give_servers(kv_store_t *store, const kv_optimizer_t *optimizer,
+                                const kv_states_t *states, bool keep_whole, kv_arrival_t *arrivals,
+                                kv_caller_t *caller)
 {
+    kv_optim_state_t whole = states->whole;
+    if (keep_whole) {
+        kv_mutex_lock(&store->lock);
+        whole = store->state;
+        kv_mutex_unlock(&store->lock);
+    }
+    KV_TRY(kv_dist_set_states(store, arrivals, states->num_keys, optimizer, &whole, caller));
+    for (int64_t k = 0; k < states->num_keys; k++) {
+        kv_slots_rele(arrivals[k].slots);
+        arrivals[k].slots = NULL;
+        KV_TRY(prepare_slots(optimizer, &states->keys[k], &arrivals[k]));
+    }
+    return KV_OK;
+}
+
+static kv_status_t import_held(kv_store_t *store, const kv_optimizer_t *optimizer,
+                               const kv_states_t *states, bool keep_whole, kv_states_share_t share,
+                               kv_arrival_t *arrivals, kv_caller_t *caller)
+{
+    for (int64_t k = 0; k < states->num_keys && store->client != NULL; k++)
+        KV_TRY(kv_dist_check_key(arrivals[k].entry));
     for (int64_t k = 0; k < states->num_keys; k++)
-        KV_TRY(prepare(optimizer, &states->keys[k], &arrivals[k]));
+        KV_TRY(share == KV_STATES_COUNTS ? prepare_slots(optimizer, &states->keys[k], &arrivals[k])
+                                         : prepare(optimizer, &states->keys[k], &arrivals[k]));
+    if (share == KV_STATES_CHECK)
+        return KV_OK;
+    if (store->client != NULL && share == KV_STATES_ALL && states->num_keys > 0)
+        KV_TRY(give_servers(store, optimizer, states, keep_whole, arrivals, caller));
     kv_mutex_lock(&store->lock);
     bool same = store->optimizer == optimizer;
     if (same)
@@ -389,8 +424,8 @@ static kv_status_t import_held(kv_store_t *store, const kv_optimizer_t *optimize
 }
 
 /* Finds and pins the entries. */
-static kv_status_t find_entries(kv_store_t *store, const kv_states_t *states, arrival_t *arrivals,
-                                kv_optimizer_t **optimizer)
+static kv_status_t find_entries(kv_store_t *store, const kv_states_t *states,
+                                kv_arrival_t *arrivals, kv_optimizer_t **optimizer)
 {
     kv_status_t status = KV_OK;
     kv_mutex_lock(&store->lock);
@@ -419,13 +454,12 @@ static kv_status_t find_entries(kv_store_t *store, const kv_states_t *states, ar
 }
 
 kv_status_t kv_store_import_states(kv_store_t *store, const kv_states_t *states, bool keep_whole,
-                                   kv_caller_t *caller)
+                                   kv_states_share_t share, kv_caller_t *caller)
 {
     KV_TRY(kv_store_check_open(store));
-    KV_TRY(kv_store_check_local(store, "saving and loading of optimizer states"));
     kv_optimizer_t *optimizer = NULL;
     size_t count = (size_t)states->num_keys;
-    arrival_t *arrivals = kv_calloc(count, sizeof *arrivals + sizeof(kv_dep_t));
+    kv_arrival_t *arrivals = kv_calloc(count, sizeof *arrivals + sizeof(kv_dep_t));
     KV_TRY_ALLOC(arrivals, "the states of all keys");
     kv_dep_t *deps = (kv_dep_t *)(arrivals + count);
     kv_status_t status = find_entries(store, states, arrivals, &optimizer);
@@ -435,11 +469,12 @@ kv_status_t kv_store_import_states(kv_store_t *store, const kv_states_t *states,
             deps[k] = (kv_dep_t){.var = &arrivals[k].entry->var, .access = KV_WRITE};
         kv_op_init(&op, deps, (int32_t)count, 0);
         kv_caller_detach(caller);
-        if (count > 0)
+        bool enters = count > 0 && share != KV_STATES_COUNTS;
+        if (enters)
             status = kv_engine_enter(store->runtime->engine, &op, caller);
         if (status == KV_OK) {
-            status = import_held(store, optimizer, states, keep_whole, arrivals);
-            if (count > 0)
+            status = import_held(store, optimizer, states, keep_whole, share, arrivals, caller);
+            if (enters)
                 kv_engine_leave(store->runtime->engine, &op);
         }
         kv_caller_attach(caller);

@@ -96,13 +96,6 @@ kv_status_t kv_store_check_open(const kv_store_t *store)
     return kv_client_check(store->client);
 }
 
-kv_status_t kv_store_check_local(const kv_store_t *store, const char *call)
-{
-    if (KV_LIKELY(store->kind.family != KV_KIND_DIST))
-        return KV_OK;
-    return kv_fail(KV_NOT_BUILT, "%s is not built for dist stores yet; use a local store", call);
-}
-
 int32_t kv_store_rank(const kv_store_t *store)
 {
     return store->client != NULL ? kv_client_rank(store->client) : 0;

@@ -22,7 +22,8 @@ static kv_wire_record_t some_record(uint64_t *seed)
                               .wd = test_random(seed),
                               .t = test_random(seed),
                               .own = test_random(seed),
-                              .flags = (uint32_t)test_between(seed, 0, KV_WIRE_FLAGS - 1)};
+                              .flags = (uint16_t)test_between(seed, 0, KV_WIRE_FLAGS - 1),
+                              .slot = (uint16_t)test_between(seed, 0, UINT16_MAX)};
 }
 
 static kv_wire_header_t some_header(uint64_t *seed)

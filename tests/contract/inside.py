@@ -4,7 +4,9 @@ The data plane is the real one, from the store's calls down to messages; no sock
 and no control plane, so these run under every sanitizer.
 """
 
+import itertools
 import threading
+import weakref
 
 import kvstore
 from kvstore import _core, _dist
@@ -14,27 +16,36 @@ from kvstore.cluster.member import Command
 SESSION = bytes(range(16))
 
 
-class Server:
-    """A server's place in the cluster: it runs the package's own commands."""
+class Place:
+    """A node's place in the cluster: it runs the package's own commands."""
+
+    role = "server"
 
     def __init__(self, core):
         self.core, self.declared = core, Declared()
+        self.results = {}
 
     def done(self, command, failure=None, answer=""):
-        self.failure, self.answer = failure, answer
+        self.results[command.number] = failure, answer
 
 
-class Member:
+class Member(Place):
     """A worker's place in the cluster, as far as one process needs it."""
 
-    def __init__(self, cluster, rank):
-        self.cluster, self.rank = cluster, rank
-        self.core = cluster.node("worker", rank)
-        self.closed = False
-        self.declared = Declared()
+    role = "worker"
 
-    def command(self, head, body, timeout_s):
-        return self.cluster.command(Command(0, head, body))
+    def __init__(self, cluster, rank):
+        super().__init__(cluster.node("worker", rank))
+        self.cluster, self.rank = cluster, rank
+        self.num_workers = cluster.num_workers
+        self.closed = False
+        self.store = None
+
+    def command(self, head, body, timeout_s, workers=None):
+        if workers is None:
+            return self.cluster.command(head, body)
+        members = [self.cluster.members[rank] for rank in workers]
+        return self.cluster.run_command([m for m in members if not m.closed], head, body)
 
     def barrier(self, timeout_s):
         self.cluster.barrier.wait(timeout_s)
@@ -78,11 +89,11 @@ class Cluster:
         self.kind, self.num_workers, self.num_servers = kind, num_workers, num_servers
         self.options = {"transport": transport, "session": SESSION, **options}
         self.barrier = threading.Barrier(num_workers)
-        self.commands = threading.Lock()
+        self.commands, self.numbers = threading.Lock(), itertools.count(1)
         self.members, self.servers, self.stores = [], [], []
         try:
             self.servers = [self.node("server", i) for i in range(num_servers)]
-            self.serving = [Server(node) for node in self.servers]
+            self.serving = [Place(node) for node in self.servers]
             self.members = [Member(self, i) for i in range(num_workers)]
             self._connect()
         except BaseException:
@@ -115,15 +126,21 @@ class Cluster:
         for node in self.nodes():
             node.wait_ready(10)
 
-    def command(self, command):
+    def command(self, head, body):
         """What all servers answer to it."""
         with self.commands:
-            for server in self.serving:
-                _dist.run_command(server, command, None)
-            failures = [s.failure for s in self.serving if s.failure is not None]
-            if failures:
-                raise kvstore.KVStoreError("; ".join(failures))
-            return [server.answer for server in self.serving]
+            return self.run_command(self.serving, head, body)
+
+    def run_command(self, places, head, body):
+        """What these nodes answer to it, which may ask others meanwhile."""
+        command = Command(next(self.numbers), head, body)
+        for place in places:
+            _dist.run_command(place, command, None)
+        results = [place.results.pop(command.number) for place in places]
+        failures = [failure for failure, _ in results if failure is not None]
+        if failures:
+            raise kvstore.KVStoreError("; ".join(failures))
+        return [answer for _, answer in results]
 
     def nodes(self):
         return [*self.servers, *(member.core for member in self.members)]
@@ -131,6 +148,7 @@ class Cluster:
     def store(self, rank=0, **options):
         store = kvstore.KVStore(self.kind, _member=self.members[rank], **{"timeout": 20, **options})
         self.stores.append(store)
+        self.members[rank].store = weakref.ref(store)
         return store
 
     def all_stores(self, **options):
