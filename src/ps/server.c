@@ -15,6 +15,10 @@ enum { MESSAGE_BYTES = 1 << 30 }; /* of names and records, at most */
 #define LEAST_EARLY_NS (150 * INT64_C(1000000))
 #define MOST_EARLY_NS (500 * INT64_C(1000000))
 
+/* The session with another server has ended: who is lost is for the control plane to say. When it
+ * has said nothing for so long, they have lost each other. */
+#define PARTED_NS (2000 * INT64_C(1000000))
+
 /* ------------------------------------------------------------------------------------ tables */
 
 static kv_index_node_t **chain_of(const kv_index_t *index, uint64_t number, uint32_t part)
@@ -132,6 +136,10 @@ static void tick(void *context)
     kv_server_t *server = context;
     int64_t now = kv_clock_ns();
     kv_mutex_lock(&server->mutex);
+    if (server->parted != NULL && now >= server->parted_ns && server->lost == NULL) {
+        kv_server_lose_locked(server, server->parted->message);
+        kv_flush_locked(server);
+    }
     if (now >= server->next_deadline_ns) {
         server->next_deadline_ns = INT64_MAX;
         kv_request_t *next;
@@ -385,9 +393,15 @@ static kv_status_t arrive(void *context, kv_net_arrival_t *arrival)
 static void lost(void *context, int32_t peer, const char *why)
 {
     kv_server_t *server = context;
+    bool worker = peer < server->num_workers;
+    kv_error_t *error = kv_error_capture(kv_fail(KV_PEER_LOST, "%s %" PRId32 " is gone: %s",
+                                                 worker ? "worker" : "server",
+                                                 worker ? peer : peer - server->num_workers, why));
     kv_mutex_lock(&server->mutex);
-    kv_error_t *error =
-        kv_error_capture(kv_fail(KV_PEER_LOST, "worker %" PRId32 " is gone: %s", peer, why));
+    if (!worker && server->parted == NULL) {
+        server->parted = kv_error_hold(error);
+        server->parted_ns = kv_clock_ns() + PARTED_NS;
+    }
     kv_request_t *next;
     for (kv_request_t *request = server->waiting; request != NULL; request = next) {
         next = request->wait_next;
@@ -476,6 +490,7 @@ void kv_server_free(kv_server_t *server)
         kv_free(known);
     }
     kv_error_rele(server->lost);
+    kv_error_rele(server->parted);
     kv_index_fini(&server->slices);
     kv_index_fini(&server->keys);
     kv_index_fini(&server->names);

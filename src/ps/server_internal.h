@@ -155,7 +155,9 @@ struct kv_server {
     bool async, has_threads;
     kv_pool_t *pool;
     kv_net_t *net;
-    kv_error_t *lost; /* why no request can be served any more */
+    kv_error_t *lost;   /* why no request can be served any more */
+    kv_error_t *parted; /* the session with a server has ended, … */
+    int64_t parted_ns;  /* … and when that is a loss */
     kv_index_t slices, keys, names;
     kv_known_optimizer_t *optimizers; /* newest first */
     kv_request_t *waiting;            /* not yet answered, youngest first */

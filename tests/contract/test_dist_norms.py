@@ -1,5 +1,6 @@
 """Layer-wise optimizers on servers: norms of the whole value, however its slices lie apart."""
 
+import contextlib
 import functools
 
 import numpy as np
@@ -8,7 +9,7 @@ from helpers import pulled
 from inside import Cluster, each
 
 import kvstore
-from kvstore import optimizer
+from kvstore import _core, optimizer
 
 SIZES = [(1, 1), (2, 2), (3, 3)]
 MANY = 800_003  # elements: several slices, and not whole blocks of squares
@@ -212,3 +213,40 @@ def test_integers_are_refused_on_every_slice():
             kv.push("w", np.ones(MANY, np.int32))
             pulled(kv, "w")
             kvstore.wait_all()
+
+
+def forget():
+    """Takes the errors away that nobody has been told of."""
+    while True:
+        try:
+            return kvstore.wait_all()
+        except (MemoryError, kvstore.PeerLostError):
+            pass
+
+
+SHARED = 70_000  # elements of float32: enough for a slice on each of two servers
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_without_memory_a_round_is_taken_by_all_slices_or_by_none(seed):
+    steps, failed = set(), 0
+    for nth in range(seed, 60, 4):
+        with Cluster(1, 2) as cluster:
+            kv = cluster.store(0, timeout=10)
+            kv.set_optimizer(CASES["lamb"]())
+            kv.init("w", np.ones(SHARED, np.float32))
+            _core.fault_set("alloc", nth + 1)
+            try:
+                kv.push("w", np.ones(SHARED, np.float32))
+                pulled(kv, "w")
+            except (MemoryError, kvstore.PeerLostError):
+                failed += 1
+            finally:
+                _core.fault_set("alloc", 0)
+            forget()
+            with contextlib.suppress(kvstore.PeerLostError):
+                value = pulled(kv, "w")
+                assert (value == value[0]).all()
+                steps.add(float(value[0]))
+    assert failed > 0
+    assert len(steps - {1.0}) == 1
