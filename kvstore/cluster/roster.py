@@ -222,10 +222,12 @@ class Roster:
         return all(node.inet6 for node in self.nodes)
 
     def peers_of(self, node: Node) -> list[tuple[int, str, str]]:
-        """(number, name, address) of those that a node talks to: the other role."""
-        others = self.of("server" if node.role == "worker" else "worker")
-        first = self.sizes["worker"] if node.role == "worker" else 0
-        return [(first + (other.rank or 0), other.name, other.address or "") for other in others]
+        """(number, name, address) of those that a node talks to: servers to all others."""
+        return [
+            (number, other.name, other.address or "")
+            for number, other in enumerate([*self.of("worker"), *self.of("server")])
+            if other is not node and "server" in (node.role, other.role)
+        ]
 
     # ----------------------------------------------------------------------------- who is missing
 

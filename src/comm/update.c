@@ -8,33 +8,16 @@
 #include <stdatomic.h>
 #include <string.h>
 
-/* As for sums (host.c): traffic that one thread does alone, traffic from which destinations are
- * written past the caches, and chunks. */
-#define ALONE_BYTES (INT64_C(2) << 20)
+/* As for sums (host.c): traffic from which destinations are written past the caches, and chunks. */
 #define STREAM_BYTES (INT64_C(32) << 20)
-#define CHUNK_BYTES_MIN (INT64_C(256) << 10)
 #define CHUNK_BYTES_MAX (INT64_C(4) << 20)
 #define CHUNKS_PER_THREAD 4
-#define CHUNK_UNIT 4096
-
-/* The most chunks of a pass that makes norms: each leaves its sums on the caller's stack. */
-#define NORM_PARTS 256
 
 #define ALIGN 64
 
 static int64_t smaller(int64_t a, int64_t b)
 {
     return a < b ? a : b;
-}
-
-static int64_t wide_bytes(bool is_double)
-{
-    return is_double ? 8 : 4;
-}
-
-static char *at_element(void *array, int64_t i, int64_t bytes)
-{
-    return (char *)array + i * bytes;
 }
 
 /* ------------------------------------------------------------------------ dense gradients */
@@ -73,10 +56,10 @@ static const void *read_compressed(const kv_source_t *source, int64_t begin, int
 {
     const dense_source_t *dense = (const dense_source_t *)source;
     const kv_gradients_t *gradients = dense->gradients;
-    int64_t wide = wide_bytes(dense->dtype == KV_FLOAT64);
+    int64_t wide = kv_wide_bytes(dense->dtype == KV_FLOAT64);
     _Alignas(ALIGN) char copy[KV_UPDATE_BLOCK * 8];
     for (int i = 0; i < gradients->num_src; i++) {
-        char *residual = at_element(gradients->residuals[i], begin, wide);
+        char *residual = kv_at_element(gradients->residuals[i], begin, wide);
         if (!last)
             residual = memcpy(copy, residual, (size_t)((end - begin) * wide));
         int64_t bad = kv_codec_apply(
@@ -107,9 +90,9 @@ static const void *read_coded(const kv_source_t *source, int64_t begin, int64_t 
     const kv_gradients_t *gradients = dense->gradients;
     const kv_kernels_t *kernels = dense->host->kernels;
     bool is_double = dense->dtype == KV_FLOAT64;
-    int64_t wide = wide_bytes(is_double), skip = begin % KV_CODEC_UNIT;
+    int64_t wide = kv_wide_bytes(is_double), skip = begin % KV_CODEC_UNIT;
     _Alignas(ALIGN) char room[(KV_CODEC_UNIT + KV_UPDATE_BLOCK) * 8];
-    char *from = at_element(room, skip, wide);
+    char *from = kv_at_element(room, skip, wide);
     for (int i = 0; i < gradients->num_src; i++) {
         const kv_codec_t *codec = &gradients->coded[i];
         const void *src = gradients->src[i];
@@ -147,7 +130,7 @@ static void dense_init(dense_source_t *dense, const kv_host_t *host, kv_dtype_t 
         dense->base.read = read_coded;
     } else if (gradients->codec.type != KV_CODEC_NONE) {
         dense->base.read = read_compressed;
-        dense->base.bytes += 2 * gradients->num_src * wide_bytes(dtype == KV_FLOAT64);
+        dense->base.bytes += 2 * gradients->num_src * kv_wide_bytes(dtype == KV_FLOAT64);
     } else if (gradients->num_src == 1 && is_wide &&
                (uintptr_t)gradients->src[0] % (uintptr_t)bytes == 0) {
         dense->base.read = read_plain;
@@ -163,40 +146,19 @@ static int64_t weight_bytes(const kv_update_t *update)
     return update->is_double ? 8 : kv_dtype_is_narrow(update->weight->dtype) ? 2 : 4;
 }
 
-/* The weight of [begin, end) in the wide type: where it lies, or widened into `block`. */
-static void *read_weight(const kv_update_t *update, int64_t begin, int64_t end, void *block)
-{
-    const kv_weight_t *weight = update->weight;
-    if (!kv_dtype_is_narrow(weight->dtype))
-        return at_element(weight->data, begin, wide_bytes(update->is_double));
-    if (weight->master != NULL)
-        return weight->master + begin;
-    update->host->kernels->float32_from[weight->dtype](end - begin,
-                                                       at_element(weight->data, begin, 2), block);
-    return block;
-}
-
 /* The changed weight back into the array of 16 bits, and into every destination. */
 static void write_weight(const kv_update_t *update, int64_t begin, int64_t end, const void *wide)
 {
     const kv_weight_t *weight = update->weight;
     const kv_kernels_t *kernels = update->host->kernels;
     if (kv_dtype_is_narrow(weight->dtype))
-        kernels->float32_to[weight->dtype](end - begin, wide, at_element(weight->data, begin, 2));
+        kernels->float32_to[weight->dtype](end - begin, wide,
+                                           kv_at_element(weight->data, begin, 2));
     if (update->num_dst > 0) {
         const void *from = weight->data;
         kernels->sum[weight->dtype](begin, end, 1, &from, update->num_dst, update->dst,
                                     update->stream);
     }
-}
-
-static inline void slots_at(const kv_update_t *update, int64_t begin, void **slots)
-{
-    int64_t bytes = wide_bytes(update->is_double);
-    for (int i = 0; i < KV_MAX_SLOTS; i++)
-        slots[i] = update->weight->slots[i] == NULL
-                       ? NULL
-                       : at_element(update->weight->slots[i], begin, bytes);
 }
 
 /* One row of GroupAdaGrad, any length. */
@@ -224,7 +186,7 @@ static inline void slots_at(const kv_update_t *update, int64_t begin, void **slo
         for (int64_t at = begin; at < end; at += KV_UPDATE_BLOCK) {                                \
             int64_t to = at + smaller(end - at, KV_UPDATE_BLOCK);                                  \
             const void *g = update->source->read(update->source, at, to, true, block, unfinite);   \
-            void *w = read_weight(update, at, to, room);                                           \
+            void *w = kv_update_read_weight(update, at, to, room);                                 \
             update->kernel(at, to - at, &factors, g, w, NULL);                                     \
             write_weight(update, at, to, w);                                                       \
         }                                                                                          \
@@ -244,134 +206,29 @@ void kv_update_part(const kv_update_t *update, int64_t begin, int64_t end, int64
                 group_row_float(update, row, unfinite);
         return;
     }
-    _Alignas(ALIGN) char gradient[KV_UPDATE_BLOCK * 8];
+    _Alignas(ALIGN) char gradient[KV_UPDATE_BLOCK * 8], direction[KV_UPDATE_BLOCK * 8];
     _Alignas(ALIGN) float wide[KV_UPDATE_BLOCK];
-    /* LAMB has used up its gradient in the first pass. */
-    bool reads = update->pass.norms != KV_NORMS_DIRECTION;
+    /* LAMB has used up its gradient in the first pass, if it has had one. */
+    bool reads = update->pass.norms != KV_NORMS_DIRECTION || update->before != NULL;
     /* Nothing comes by way of the cache: the loop over memory runs through. */
-    bool whole = update->source->read == read_plain && update->num_dst == 0;
+    bool whole =
+        update->source->read == read_plain && update->num_dst == 0 && update->before == NULL;
     int64_t most = whole ? end - begin : KV_UPDATE_BLOCK;
     while (begin < end) {
         int64_t to = begin + smaller(end - begin, most);
         void *slots[KV_MAX_SLOTS];
-        slots_at(update, begin, slots);
-        void *w = read_weight(update, begin, to, wide);
+        kv_update_slots_at(update, begin, slots);
+        void *w = kv_update_read_weight(update, begin, to, wide);
         const void *g =
             reads ? update->source->read(update->source, begin, to, true, gradient, unfinite) : w;
+        if (update->before != NULL) {
+            slots[2] = direction;
+            update->before(begin, to - begin, update->factors, g, w, slots);
+        }
         update->kernel(begin, to - begin, update->factors, g, w, slots);
         write_weight(update, begin, to, w);
         begin = to;
     }
-}
-
-/* ---------------------------------------------------------------------------- the norms */
-
-typedef struct norm_job {
-    const kv_update_t *update;
-    int64_t chunk;     /* elements */
-    kv_dtype_t narrow; /* of the weight's squares, and of the gradient's */
-    double weight[NORM_PARTS], other[NORM_PARTS];
-    atomic_llong unfinite;
-} norm_job_t;
-
-/* The mean that LBSGD will step with. */
-static void mean_of(const kv_update_t *update, int64_t begin, int64_t count, double batch,
-                    const void *gradient, void *mean)
-{
-    const kv_weight_t *weight = update->weight;
-    void *sum = weight->slots[0];
-    for (int64_t i = 0; i < count; i++)
-        if (update->is_double)
-            ((double *)mean)[i] =
-                (((double *)sum)[begin + i] + ((const double *)gradient)[i]) / batch;
-        else
-            ((float *)mean)[i] =
-                (((float *)sum)[begin + i] + ((const float *)gradient)[i]) / (float)batch;
-}
-
-static void norm_chunk(void *context, int64_t chunk)
-{
-    norm_job_t *job = context;
-    const kv_update_t *update = job->update;
-    const kv_weight_t *weight = update->weight;
-    const kv_kernels_t *kernels = update->host->kernels;
-    bool is_double = update->is_double, is_first = update->pass.norms == KV_NORMS_DIRECTION;
-    double batch = kv_pass_batch(update->step);
-    _Alignas(ALIGN) char gradient[KV_UPDATE_BLOCK * 8], room[KV_UPDATE_BLOCK * 8];
-    _Alignas(ALIGN) float wide[KV_UPDATE_BLOCK];
-    kv_squares_t of_weight, of_other;
-    kv_squares_start(&of_weight);
-    kv_squares_start(&of_other);
-    int64_t unfinite = 0;
-    int64_t end = smaller(weight->count, (chunk + 1) * job->chunk);
-    for (int64_t at = chunk * job->chunk; at < end; at += KV_UPDATE_BLOCK) {
-        int64_t count = smaller(end - at, KV_UPDATE_BLOCK);
-        void *w = read_weight(update, at, at + count, wide);
-        const void *g =
-            update->source->read(update->source, at, at + count, is_first, gradient, &unfinite);
-        const void *other = g;
-        if (is_first) {
-            void *slots[KV_MAX_SLOTS];
-            slots_at(update, at, slots);
-            slots[2] = room;
-            update->kernel(at, count, update->factors, g, w, slots);
-            other = room;
-        } else if (batch > 1) {
-            mean_of(update, at, count, batch, g, room);
-            other = room;
-        }
-        kv_squares_add(&of_other, kernels, is_double, is_first ? KV_FLOAT32 : job->narrow, count,
-                       other);
-        if (weight->master != NULL) {
-            kernels->float32_from[weight->dtype](count, at_element(weight->data, at, 2), wide);
-            w = wide;
-        }
-        kv_squares_add(&of_weight, kernels, is_double, job->narrow, count, w);
-    }
-    job->weight[chunk] = kv_squares_sum(&of_weight);
-    job->other[chunk] = kv_squares_sum(&of_other);
-    if (unfinite != 0)
-        atomic_fetch_add(&job->unfinite, unfinite);
-}
-
-/* A function of its own, so that small steps do not carry its stack. */
-static __attribute__((noinline)) void take_norms(kv_update_t *update, int64_t *unfinite)
-{
-    const kv_weight_t *weight = update->weight;
-    const kv_host_t *host = update->host;
-    norm_job_t job;
-    job.update = update;
-    job.narrow = KV_FLOAT32;
-    /* What the reference does with the 16-bit weight itself. */
-    if (weight->master != NULL && !update->pass.rows && update->step->optim->id != KV_OPTIM_LBSGD)
-        job.narrow = weight->dtype;
-    atomic_init(&job.unfinite, 0);
-    job.chunk = CHUNK_UNIT; /* times a power of two: see kv_squares_t */
-    int64_t traffic = update->traffic;
-    while (job.chunk * traffic < CHUNK_BYTES_MIN || weight->count > job.chunk * NORM_PARTS)
-        job.chunk *= 2;
-    int64_t chunks = (weight->count + job.chunk - 1) / job.chunk;
-    int threads = weight->count * traffic < ALONE_BYTES ? 1 : host->num_threads;
-    double weight_sum, other_sum;
-    for (;;) {
-        kv_team_run(host->team, threads, chunks, norm_chunk, &job);
-        kv_squares_t of_weight, of_other;
-        kv_squares_start(&of_weight);
-        kv_squares_start(&of_other);
-        for (int64_t i = 0; i < chunks; i++) {
-            kv_squares_leaf(&of_weight, job.weight[i]);
-            kv_squares_leaf(&of_other, job.other[i]);
-        }
-        weight_sum = kv_squares_sum(&of_weight);
-        other_sum = kv_squares_sum(&of_other);
-        /* A scaled loss makes gradients whose squares have no place in 16 bits. */
-        if (isfinite(weight_sum + other_sum) || job.narrow == KV_FLOAT32 ||
-            update->pass.norms == KV_NORMS_DIRECTION)
-            break;
-        job.narrow = KV_FLOAT32;
-    }
-    *unfinite += atomic_load(&job.unfinite);
-    kv_pass_set_norms(&update->pass, update->step, update->is_double, weight_sum, other_sum);
 }
 
 /* ------------------------------------------------------------------------- the whole value */
@@ -386,7 +243,7 @@ static kv_step_kernel_t *kernel_of(const kv_update_t *update)
 static int64_t traffic_of(const kv_update_t *update)
 {
     const kv_weight_t *weight = update->weight;
-    int64_t wide = wide_bytes(update->is_double);
+    int64_t wide = kv_wide_bytes(update->is_double);
     int64_t traffic = update->source->bytes + 2 * weight_bytes(update);
     if (weight->master != NULL)
         traffic += 2 * wide;
@@ -396,9 +253,9 @@ static int64_t traffic_of(const kv_update_t *update)
     return traffic;
 }
 
-bool kv_update_begin(kv_update_t *update, const kv_host_t *host, const kv_step_t *step,
-                     const kv_weight_t *weight, const kv_source_t *source, unsigned how,
-                     int64_t *unfinite)
+/* All but the norms. */
+static void prepare(kv_update_t *update, const kv_host_t *host, const kv_step_t *step,
+                    const kv_weight_t *weight, const kv_source_t *source, unsigned how)
 {
     update->host = host;
     update->step = step;
@@ -408,15 +265,26 @@ bool kv_update_begin(kv_update_t *update, const kv_host_t *host, const kv_step_t
     update->num_dst = 0;
     update->dst = NULL;
     update->stream = false;
+    update->before = NULL;
     update->factors = &update->pass.factors;
     update->traffic = traffic_of(update);
-    *unfinite = 0;
     kv_pass_init(&update->pass, step, update->is_double, how);
-    if (update->pass.norms == KV_NORMS_DIRECTION)
+    /* The kernel of some is chosen by the norms. */
+    update->kernel = update->pass.norms != KV_NORMS_GRADIENT ? kernel_of(update) : NULL;
+}
+
+bool kv_update_begin(kv_update_t *update, const kv_host_t *host, const kv_step_t *step,
+                     const kv_weight_t *weight, const kv_source_t *source, unsigned how,
+                     int64_t *unfinite)
+{
+    *unfinite = 0;
+    prepare(update, host, step, weight, source, how);
+    if (update->pass.norms != KV_NORMS_NONE) {
+        kv_norm_sums_t sums;
+        kv_update_measure(update, false, &sums, unfinite);
+        kv_update_set_sums(update, &sums);
         update->kernel = kernel_of(update);
-    if (update->pass.norms != KV_NORMS_NONE)
-        take_norms(update, unfinite);
-    update->kernel = kernel_of(update);
+    }
     return !update->pass.idle;
 }
 
@@ -444,15 +312,16 @@ static void update_chunk(void *context, int64_t chunk)
 static int64_t chunk_of(const kv_host_t *host, int64_t count, int64_t traffic)
 {
     int64_t bytes = count * traffic / ((int64_t)host->num_threads * CHUNKS_PER_THREAD);
-    bytes = bytes < CHUNK_BYTES_MIN ? CHUNK_BYTES_MIN : smaller(bytes, CHUNK_BYTES_MAX);
-    return (bytes / traffic / CHUNK_UNIT + 1) * CHUNK_UNIT;
+    bytes = bytes < KV_UPDATE_CHUNK_BYTES_MIN ? KV_UPDATE_CHUNK_BYTES_MIN
+                                              : smaller(bytes, CHUNK_BYTES_MAX);
+    return (bytes / traffic / KV_UPDATE_CHUNK_UNIT + 1) * KV_UPDATE_CHUNK_UNIT;
 }
 
 void kv_update_all(const kv_update_t *update, int64_t *unfinite)
 {
     const kv_weight_t *weight = update->weight;
     int64_t traffic = kv_update_traffic(update);
-    if (weight->count * traffic < ALONE_BYTES) {
+    if (weight->count * traffic < KV_UPDATE_ALONE_BYTES) {
         kv_update_part(update, 0, weight->count, unfinite);
         return;
     }
@@ -477,6 +346,23 @@ bool kv_update_is_due(const kv_update_t *update, int64_t begin, int64_t end)
     return false;
 }
 
+/* The step of an update that has begun. */
+static int64_t end_dense(kv_update_t *update, int num_dst, void *const *dst, int64_t unfinite)
+{
+    const kv_weight_t *weight = update->weight;
+    if (update->pass.idle) {
+        const void *from = weight->data;
+        if (num_dst > 0)
+            kv_host_sum(update->host, weight->dtype, weight->count, 1, &from, num_dst, dst);
+        return unfinite;
+    }
+    update->num_dst = num_dst;
+    update->dst = dst;
+    update->stream = num_dst > 0 && weight->count * update->traffic >= STREAM_BYTES;
+    kv_update_all(update, &unfinite);
+    return unfinite;
+}
+
 int64_t kv_host_update(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
                        const kv_gradients_t *gradients, int num_dst, void *const *dst)
 {
@@ -486,18 +372,41 @@ int64_t kv_host_update(const kv_host_t *host, const kv_step_t *step, const kv_we
     dense_init(&source, host, weight->dtype, gradients);
     kv_update_t update;
     int64_t unfinite;
-    bool moves = kv_update_begin(&update, host, step, weight, &source.base, 0, &unfinite);
-    if (!moves) {
-        const void *from = weight->data;
-        if (num_dst > 0)
-            kv_host_sum(host, weight->dtype, weight->count, 1, &from, num_dst, dst);
-        return unfinite;
+    (void)kv_update_begin(&update, host, step, weight, &source.base, 0, &unfinite);
+    return end_dense(&update, num_dst, dst, unfinite);
+}
+
+void kv_host_measure(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
+                     const kv_gradients_t *gradients, kv_norm_sums_t *out)
+{
+    *out = (kv_norm_sums_t){.weight = 0};
+    if (weight->count == 0)
+        return;
+    dense_source_t source;
+    dense_init(&source, host, weight->dtype, gradients);
+    kv_update_t update;
+    int64_t unfinite = 0;
+    prepare(&update, host, step, weight, &source.base, 0);
+    if (update.pass.norms != KV_NORMS_NONE)
+        kv_update_measure(&update, true, out, &unfinite);
+}
+
+int64_t kv_host_update_part(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
+                            const kv_gradients_t *gradients, const kv_norm_sums_t *sums)
+{
+    if (weight->count == 0)
+        return 0;
+    dense_source_t source;
+    dense_init(&source, host, weight->dtype, gradients);
+    kv_update_t update;
+    prepare(&update, host, step, weight, &source.base, 0);
+    if (update.pass.norms != KV_NORMS_NONE) {
+        if (update.pass.norms == KV_NORMS_DIRECTION)
+            update.before = update.kernel;
+        kv_update_set_sums(&update, sums);
+        update.kernel = kernel_of(&update);
     }
-    update.num_dst = num_dst;
-    update.dst = dst;
-    update.stream = num_dst > 0 && weight->count * update.traffic >= STREAM_BYTES;
-    kv_update_all(&update, &unfinite);
-    return unfinite;
+    return end_dense(&update, 0, NULL, 0);
 }
 
 /* --------------------------------------------------------------------- without an optimizer */
@@ -528,7 +437,7 @@ static void plain_chunk(void *context, int64_t chunk)
             from = narrow;
         }
         for (int i = 0; i < job->num_dst; i++)
-            memmove(at_element(job->dst[i], at, bytes), from, (size_t)(count * bytes));
+            memmove(kv_at_element(job->dst[i], at, bytes), from, (size_t)(count * bytes));
     }
     if (unfinite != 0)
         atomic_fetch_add(&job->unfinite, unfinite);
@@ -542,7 +451,7 @@ int64_t kv_host_sum_gradients(const kv_host_t *host, kv_dtype_t dtype, int64_t c
     int64_t traffic = source.base.bytes + num_dst * (int64_t)kv_dtype_bytes(dtype);
     plain_job_t job = {
         .source = &source, .count = count, .chunk = count, .num_dst = num_dst, .dst = dst};
-    if (count * traffic < ALONE_BYTES) {
+    if (count * traffic < KV_UPDATE_ALONE_BYTES) {
         plain_chunk(&job, 0);
         return atomic_load(&job.unfinite);
     }
@@ -575,7 +484,7 @@ void kv_host_widen(const kv_host_t *host, kv_dtype_t dtype, int64_t count, const
     const int64_t traffic = 2 + 4;
     widen_job_t job = {
         .host = host, .dtype = dtype, .count = count, .chunk = count, .from = from, .to = to};
-    if (count * traffic < ALONE_BYTES) {
+    if (count * traffic < KV_UPDATE_ALONE_BYTES) {
         widen_chunk(&job, 0);
         return;
     }

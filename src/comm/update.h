@@ -40,10 +40,27 @@ typedef struct kv_gradients {
 int64_t kv_host_update(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
                        const kv_gradients_t *gradients, int num_dst, void *const *dst);
 
-/* The same with a row-sparse sum of gradients. Lazy: the rows of the sum only, row i of it being
- * row where[i] of the weight (`where` NULL: row ids[i]). Not lazy: all rows of the weight, with
- * gradient 0 for those that the sum has not. `where` increases; it is NULL for a dense weight and
- * never for a row-sparse one, since some formulas tell them apart. */
+/* The sums of squares whose roots are the norms that layer-wise optimizers take: of the weight, and
+ * of the gradient or, LAMB, the direction. Those of a 16-bit weight with a master add up squares
+ * rounded to 16 bits; `exact_…`, not rounded, count where those are not finite. */
+typedef struct kv_norm_sums {
+    double weight, other;
+    double exact_weight, exact_other;
+} kv_norm_sums_t;
+
+/* kv_host_update for a value that lies in slices, when kv_step_needs_norms: first the sums of each
+ * slice; weight, state and residuals stay as they are. Then, with the sums of all slices added up,
+ * the step on each. */
+void kv_host_measure(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
+                     const kv_gradients_t *gradients, kv_norm_sums_t *out);
+void kv_norm_sums_add(kv_norm_sums_t *to, const kv_norm_sums_t *more);
+int64_t kv_host_update_part(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
+                            const kv_gradients_t *gradients, const kv_norm_sums_t *sums);
+
+/* kv_host_update with a row-sparse sum of gradients. Lazy: the rows of the sum only, row i of it
+ * being row where[i] of the weight (`where` NULL: row ids[i]). Not lazy: all rows of the weight,
+ * with gradient 0 for those that the sum has not. `where` increases; it is NULL for a dense weight
+ * and never for a row-sparse one, since some formulas tell them apart. */
 void kv_host_update_rows(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
                          const kv_row_sum_t *sum, const int64_t *where, bool lazy);
 

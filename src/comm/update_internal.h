@@ -11,6 +11,11 @@
  * of KV_CODEC_UNIT and of KV_SQUARES_BLOCK. */
 enum { KV_UPDATE_BLOCK = 1024 };
 
+/* Traffic that one thread does alone, and the smallest chunks for a team. */
+#define KV_UPDATE_ALONE_BYTES (INT64_C(2) << 20)
+#define KV_UPDATE_CHUNK_BYTES_MIN (INT64_C(256) << 10)
+#define KV_UPDATE_CHUNK_UNIT 4096
+
 /* The sum of the gradients, by position in the weight. Embedded in what its function needs. */
 typedef struct kv_source kv_source_t;
 struct kv_source {
@@ -29,9 +34,10 @@ typedef struct kv_update {
     const kv_weight_t *weight;
     const kv_source_t *source;
     kv_step_kernel_t *kernel;
-    const void *factors; /* in `pass` */
-    bool is_double;      /* the wide type is float64 */
-    int64_t traffic;     /* bytes that one element moves, the destinations' not counted */
+    kv_step_kernel_t *before; /* LAMB whose norms were given: makes the moments first, else NULL */
+    const void *factors;      /* in `pass` */
+    bool is_double;           /* the wide type is float64 */
+    int64_t traffic;          /* bytes that one element moves, the destinations' not counted */
     int num_dst;
     void *const *dst;
     bool stream; /* destinations are written past the caches */
@@ -46,6 +52,12 @@ bool kv_update_begin(kv_update_t *update, const kv_host_t *host, const kv_step_t
                      const kv_weight_t *weight, const kv_source_t *source, unsigned how,
                      int64_t *unfinite);
 
+/* The sums for the norms of this weight and of its gradient, or LAMB's direction, for which it
+ * makes the moments; `apart`: not for good. `kernel` is the one that kv_pass_init has chosen. */
+void kv_update_measure(kv_update_t *update, bool apart, kv_norm_sums_t *out, int64_t *unfinite);
+/* Takes the norms. `kernel` is chosen anew then. */
+void kv_update_set_sums(kv_update_t *update, const kv_norm_sums_t *sums);
+
 /* The step on elements [begin, end): reads the gradient, changes weight and state, writes the
  * destinations. Any elements; GroupAdaGrad: whole rows (weight->row_count). */
 void kv_update_part(const kv_update_t *update, int64_t begin, int64_t end, int64_t *unfinite);
@@ -59,6 +71,39 @@ bool kv_update_is_due(const kv_update_t *update, int64_t begin, int64_t end);
 
 /* Memory traffic of the step for one element, source and destinations included. */
 int64_t kv_update_traffic(const kv_update_t *update);
+
+static inline int64_t kv_wide_bytes(bool is_double)
+{
+    return is_double ? 8 : 4;
+}
+
+static inline char *kv_at_element(void *array, int64_t i, int64_t bytes)
+{
+    return (char *)array + i * bytes;
+}
+
+/* The weight of [begin, end) in the wide type: where it lies, or widened into `block`. */
+static inline void *kv_update_read_weight(const kv_update_t *update, int64_t begin, int64_t end,
+                                          void *block)
+{
+    const kv_weight_t *weight = update->weight;
+    if (!kv_dtype_is_narrow(weight->dtype))
+        return kv_at_element(weight->data, begin, kv_wide_bytes(update->is_double));
+    if (weight->master != NULL)
+        return weight->master + begin;
+    update->host->kernels->float32_from[weight->dtype](
+        end - begin, kv_at_element(weight->data, begin, 2), block);
+    return block;
+}
+
+static inline void kv_update_slots_at(const kv_update_t *update, int64_t begin, void **slots)
+{
+    int64_t bytes = kv_wide_bytes(update->is_double);
+    for (int i = 0; i < KV_MAX_SLOTS; i++)
+        slots[i] = update->weight->slots[i] == NULL
+                       ? NULL
+                       : kv_at_element(update->weight->slots[i], begin, bytes);
+}
 
 /* Sums of squares: the squares of 64 elements, which begin at a multiple of 64 in their array, are
  * added one after the other in the wide type, and the sums of such blocks pairwise in double, as

@@ -237,22 +237,22 @@ kv_status_t kv_net_wait_ready(kv_net_t *net, kv_caller_t *caller)
     return status;
 }
 
-static bool is_alone_locked(const kv_net_t *net) KV_REQUIRES(net->lock)
+static bool is_alone_locked(const kv_net_t *net, int32_t below) KV_REQUIRES(net->lock)
 {
     bool alone = true;
-    for (int32_t i = 0; i < net->num_peers && !net->closing; i++)
+    for (int32_t i = 0; i < net->num_peers && i < below && !net->closing; i++)
         alone = alone && (!kv_net_is_ready(&net->peers[i]) || net->peers[i].gone != KV_OK);
     return alone;
 }
 
-kv_status_t kv_net_wait_alone(kv_net_t *net, kv_caller_t *caller)
+kv_status_t kv_net_wait_alone(kv_net_t *net, int32_t below, kv_caller_t *caller)
 {
     kv_caller_detach(caller);
     kv_mutex_lock(&net->lock);
     int64_t deadline = kv_caller_deadline(caller);
     int64_t poll_at = kv_clock_ns() + KV_POLL_NS;
     kv_status_t status = KV_OK;
-    while (status == KV_OK && !is_alone_locked(net) && kv_clock_ns() < deadline)
+    while (status == KV_OK && !is_alone_locked(net, below) && kv_clock_ns() < deadline)
         status = await_change_locked(net, caller, deadline, &poll_at);
     kv_mutex_unlock(&net->lock);
     kv_caller_attach(caller);

@@ -114,9 +114,9 @@ KV_MUST_CHECK kv_status_t kv_net_connect(kv_net_t *net, int32_t peer, const char
  * those that have not, KV_PEER_LOST one that is gone. Detaches the caller meanwhile. */
 KV_MUST_CHECK kv_status_t kv_net_wait_ready(kv_net_t *net, kv_caller_t *caller);
 
-/* Waits until every session that was ready has ended, or the caller's time is over: both are KV_OK.
- * Detaches the caller meanwhile. */
-KV_MUST_CHECK kv_status_t kv_net_wait_alone(kv_net_t *net, kv_caller_t *caller);
+/* Waits until every session with a peer of a number below `below` that was ready has ended, or the
+ * caller's time is over: both are KV_OK. Detaches the caller meanwhile. */
+KV_MUST_CHECK kv_status_t kv_net_wait_alone(kv_net_t *net, int32_t below, kv_caller_t *caller);
 
 /* Queues a message for its peer. Of those to one peer a bounded number of bytes is under way at a
  * time, so that a later one of higher priority is not far behind. It may be sent before the peer

@@ -129,7 +129,8 @@ void kv_step_restore(kv_step_t *step, const kv_optim_class_t *optim,
                      bool plain_rate);
 double kv_step_own(const kv_step_t *step);
 
-/* Whether the step needs norms of the whole value and gradient. */
+/* Whether the step takes norms of the whole value and gradient; or another one of its key might
+ * (LBSGD between its means). */
 bool kv_step_needs_norms(const kv_step_t *step);
 
 #endif

@@ -151,9 +151,16 @@ void kv_pass_set_norms(kv_pass_t *pass, const kv_step_t *step, bool is_double,
 
 bool kv_step_needs_norms(const kv_step_t *step)
 {
-    kv_pass_t pass;
-    kv_pass_init(&pass, step, true, 0);
-    return pass.norms != KV_NORMS_NONE;
+    switch ((kv_optim_id_t)step->optim->id) {
+    case KV_OPTIM_LAMB:
+        return true;
+    case KV_OPTIM_LARS:
+        return !step->plain_rate;
+    case KV_OPTIM_LBSGD:
+        return step->numbers.params[KV_LBSGD_STRATEGY] == KV_WARMUP_LARS;
+    default:
+        return false;
+    }
 }
 
 double kv_pass_batch(const kv_step_t *step)

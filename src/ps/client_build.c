@@ -386,7 +386,8 @@ static void describe(const kv_client_work_t *work, const kv_slice_op_t *op,
     record->slice = op->slice;
     record->action = op->action;
     record->dtype = (uint8_t)remote->dtype;
-    record->flags = (remote->num_slices > 1 ? KV_WIRE_PART : 0) | (op->has_rows ? KV_WIRE_ROWS : 0);
+    record->flags = op->has_rows ? KV_WIRE_ROWS : 0;
+    record->t = inits ? remote->num_slices : 0;
     bool pushes = op->action == KV_WIRE_PUSH || op->action == KV_WIRE_PUSHPULL;
     bool on_state = kv_call_on_state(work->call);
     if (!pushes && !on_state)
@@ -399,8 +400,11 @@ static void describe(const kv_client_work_t *work, const kv_slice_op_t *op,
         return;
     }
     record->codec = (uint8_t)part->codec;
-    if (part->step != NULL)
-        kv_wire_put_step(record, part->step->optimizer, &part->step->step);
+    if (part->step == NULL)
+        return;
+    kv_wire_put_step(record, part->step->optimizer, &part->step->step);
+    if (remote->num_slices > 1 && kv_step_needs_norms(&part->step->step))
+        record->flags |= KV_WIRE_SHARES_NORMS;
 }
 
 void kv_work_write_locked(kv_client_work_t *work)

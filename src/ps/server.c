@@ -15,6 +15,10 @@ enum { MESSAGE_BYTES = 1 << 30 }; /* of names and records, at most */
 #define LEAST_EARLY_NS (150 * INT64_C(1000000))
 #define MOST_EARLY_NS (500 * INT64_C(1000000))
 
+/* The session with another server has ended: who is lost is for the control plane to say. When it
+ * has said nothing for so long, they have lost each other. */
+#define PARTED_NS (2000 * INT64_C(1000000))
+
 /* ------------------------------------------------------------------------------------ tables */
 
 static kv_index_node_t **chain_of(const kv_index_t *index, uint64_t number, uint32_t part)
@@ -111,13 +115,20 @@ static void give_up_all_locked(kv_server_t *server, kv_error_t *error) KV_REQUIR
         give_up_locked(server, server->waiting, error);
 }
 
+void kv_server_lose_locked(kv_server_t *server, const char *why)
+{
+    if (server->lost == NULL)
+        server->lost = kv_error_capture(kv_fail(KV_PEER_LOST, "%s", why));
+    give_up_all_locked(server, server->lost);
+}
+
 static kv_status_t missing_locked(kv_server_t *server, const kv_request_t *request)
     KV_REQUIRES(server->mutex)
 {
     if (request->declare != NULL)
         return kv_fail(KV_TIMEOUT, "worker 0 has not initialised the key");
     return request->key != NULL ? kv_drop_missing_locked(server, request)
-                                : kv_slice_missing_locked(server, request);
+                                : kv_slice_missing_locked(server, request->slice);
 }
 
 static void tick(void *context)
@@ -125,6 +136,10 @@ static void tick(void *context)
     kv_server_t *server = context;
     int64_t now = kv_clock_ns();
     kv_mutex_lock(&server->mutex);
+    if (server->parted != NULL && now >= server->parted_ns && server->lost == NULL) {
+        kv_server_lose_locked(server, server->parted->message);
+        kv_flush_locked(server);
+    }
     if (now >= server->next_deadline_ns) {
         server->next_deadline_ns = INT64_MAX;
         kv_request_t *next;
@@ -213,6 +228,26 @@ static kv_status_t handle_records_locked(kv_server_t *server, const kv_request_t
     return KV_OK;
 }
 
+/* What another server tells; the error is taken. One that makes no sense cannot be worked with. */
+static kv_status_t handle_norms_locked(kv_server_t *server, int32_t peer,
+                                       const kv_wire_header_t *header, kv_error_t *error)
+    KV_REQUIRES(server->mutex)
+{
+    kv_status_t status = kv_norms_told_locked(server, peer - server->num_workers, header, error);
+    if (status != KV_OK)
+        kv_server_lose_locked(server, kv_status_message(status));
+    else
+        kv_slices_go_on_locked(server);
+    return status;
+}
+
+static kv_error_t *error_of(const kv_request_t *message)
+{
+    const kv_wire_record_t *record = &message->header.record;
+    return kv_error_capture(kv_fail((kv_status_t)record->status, "%.*s", (int)record->bytes,
+                                    (const char *)message->data));
+}
+
 static kv_status_t handle_message_locked(kv_server_t *server, kv_request_t *message)
     KV_REQUIRES(server->mutex)
 {
@@ -223,6 +258,8 @@ static kv_status_t handle_message_locked(kv_server_t *server, kv_request_t *mess
         status = kv_declare_locked(server, message);
         if (status == KV_OK)
             return KV_OK;
+    } else if (message->header.kind == KV_WIRE_NORMS) {
+        status = handle_norms_locked(server, message->worker, &message->header, error_of(message));
     } else {
         status = handle_records_locked(server, message);
     }
@@ -247,10 +284,26 @@ static void received(void *context, kv_status_t status)
     kv_mutex_unlock(&server->mutex);
 }
 
+static kv_status_t check_norms(const kv_server_t *server, const kv_net_arrival_t *arrival,
+                               const kv_wire_record_t *record)
+{
+    int32_t from = arrival->peer - server->num_workers;
+    if (from < 0 || from >= server->num_servers || from == server->index)
+        return kv_fail(KV_INVALID, "node %" PRId32 " is not another server", arrival->peer);
+    if (record->action != KV_WIRE_SQUARES || record->bytes != arrival->payload_bytes ||
+        record->bytes >= KV_MESSAGE_BYTES || (record->status == KV_OK) != (record->bytes == 0))
+        return kv_fail(KV_INVALID,
+                       "server %" PRId32 " has told of norms in a form that there is none of",
+                       from);
+    return KV_OK;
+}
+
 static kv_status_t check_message(const kv_server_t *server, const kv_net_arrival_t *arrival,
                                  const kv_wire_header_t *header)
 {
     size_t bytes = arrival->payload_bytes;
+    if (header->kind == KV_WIRE_NORMS)
+        return check_norms(server, arrival, &header->record);
     if (arrival->peer < 0 || arrival->peer >= server->num_workers)
         return kv_fail(KV_INVALID, "node %" PRId32 " is not a worker", arrival->peer);
     if (header->kind == 0 || header->kind > KV_WIRE_DELETE)
@@ -275,11 +328,27 @@ static kv_status_t check_message(const kv_server_t *server, const kv_net_arrival
     return KV_OK;
 }
 
+/* Sums have no payload, so they need no memory. */
+static kv_status_t arrive_norms(kv_server_t *server, kv_net_arrival_t *arrival,
+                                const kv_wire_header_t *header)
+{
+    arrival->target = NULL;
+    arrival->done = NULL;
+    kv_mutex_lock(&server->mutex);
+    kv_status_t status = handle_norms_locked(server, arrival->peer, header, NULL);
+    kv_flush_locked(server);
+    kv_mutex_unlock(&server->mutex);
+    return status;
+}
+
 /* A payload for which there is no memory is thrown away. What was wanted of the slice is known from
  * its header, so the slice can go on; of other messages nothing is known. */
 static kv_status_t throw_away_locked(kv_server_t *server, kv_request_t *message, kv_status_t status)
     KV_REQUIRES(server->mutex)
 {
+    if (message->header.kind == KV_WIRE_NORMS)
+        status = handle_norms_locked(server, message->worker, &message->header,
+                                     kv_error_capture(status));
     if (message->header.kind != KV_WIRE_PUSH_ONE) {
         kv_request_rele_locked(server, message);
         return status;
@@ -296,6 +365,8 @@ static kv_status_t arrive(void *context, kv_net_arrival_t *arrival)
     kv_wire_header_t header;
     KV_TRY(kv_wire_get_header(arrival->header, arrival->header_bytes, &header));
     KV_TRY(check_message(server, arrival, &header));
+    if (header.kind == KV_WIRE_NORMS && header.record.status == KV_OK)
+        return arrive_norms(server, arrival, &header);
     kv_mutex_lock(&server->mutex);
     kv_request_t *message = kv_request_new_locked(server);
     kv_status_t status = KV_OK;
@@ -325,9 +396,15 @@ static kv_status_t arrive(void *context, kv_net_arrival_t *arrival)
 static void lost(void *context, int32_t peer, const char *why)
 {
     kv_server_t *server = context;
+    bool worker = peer < server->num_workers;
+    kv_error_t *error = kv_error_capture(kv_fail(KV_PEER_LOST, "%s %" PRId32 " is gone: %s",
+                                                 worker ? "worker" : "server",
+                                                 worker ? peer : peer - server->num_workers, why));
     kv_mutex_lock(&server->mutex);
-    kv_error_t *error =
-        kv_error_capture(kv_fail(KV_PEER_LOST, "worker %" PRId32 " is gone: %s", peer, why));
+    if (!worker && server->parted == NULL) {
+        server->parted = kv_error_hold(error);
+        server->parted_ns = kv_clock_ns() + PARTED_NS;
+    }
     kv_request_t *next;
     for (kv_request_t *request = server->waiting; request != NULL; request = next) {
         next = request->wait_next;
@@ -383,9 +460,7 @@ void kv_server_attach(kv_server_t *server, kv_net_t *net)
 void kv_server_lose(kv_server_t *server, const char *why)
 {
     kv_mutex_lock(&server->mutex);
-    if (server->lost == NULL)
-        server->lost = kv_error_capture(kv_fail(KV_PEER_LOST, "%s", why));
-    give_up_all_locked(server, server->lost);
+    kv_server_lose_locked(server, why);
     kv_flush_locked(server);
     kv_mutex_unlock(&server->mutex);
 }
@@ -418,6 +493,7 @@ void kv_server_free(kv_server_t *server)
         kv_free(known);
     }
     kv_error_rele(server->lost);
+    kv_error_rele(server->parted);
     kv_index_fini(&server->slices);
     kv_index_fini(&server->keys);
     kv_index_fini(&server->names);

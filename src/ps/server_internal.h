@@ -6,6 +6,7 @@
  *   server_round.c   how the pushes of a round become the next version: sums, optimizers
  *   server_rows.c    the same with rows; row-sparse slices
  *   server_state.c   what optimizers keep with slices, for files
+ *   server_norms.c   steps that take norms of all slices of a value, also of other servers' ones
  *   server_keys.c    the directory of declared keys; deletes
  *
  * One lock guards everything. It is dropped for sums; whoever works on a slice meanwhile has marked
@@ -28,6 +29,7 @@ typedef struct kv_slice kv_slice_t;
 typedef struct kv_server_key kv_server_key_t;
 typedef struct kv_declared_key kv_declared_key_t;
 typedef struct kv_declare kv_declare_t;
+typedef struct kv_key_norms kv_key_norms_t;
 
 /* A table of objects by two numbers; a node stands first in its object. Never fails: a table that
  * cannot grow gets slower. */
@@ -81,6 +83,14 @@ typedef struct kv_slice_worker {
     uint64_t applied;      /* async: how many of its pushes */
 } kv_slice_worker_t;
 
+/* What a slice that is busy is about. */
+typedef enum kv_phase {
+    KV_PHASE_WHOLE,    /* the round */
+    KV_PHASE_MEASURES, /* the sums for the norms of the whole value; then it waits for the others'
+                        */
+    KV_PHASE_ENDS,     /* the step with these */
+} kv_phase_t;
+
 struct kv_slice {
     kv_index_node_t node; /* first; key number, slice number */
     kv_server_t *server;
@@ -100,14 +110,19 @@ struct kv_slice {
     kv_step_t step;      /* the newest one that was taken, if there are slots */
     /* A round that is being completed: */
     bool busy;
-    bool steps;            /* by `step` */
-    bool by_rows;          /* its pushes are rows */
+    bool steps;   /* by `step` */
+    bool by_rows; /* its pushes are rows */
+    kv_phase_t phase;
+    kv_norm_sums_t sums;   /* of its own; KV_PHASE_ENDS: of all slices */
     kv_buffer_t *made;     /* the next version; may be `stored`, which nobody may read then */
     kv_rowset_t made_rows; /* the same of a row-sparse slice, unless a step changes `rows` */
-    kv_error_t *failure;   /* what became of it in the engine */
+    bool ran;              /* the engine has run what it was given */
+    kv_error_t *failure;   /* what became of it in the engine, or on another slice */
     const void **sources;  /* [num_workers] */
     kv_codec_t *codecs;    /* [num_workers] */
     kv_op_t op;            /* for the engine */
+    kv_slice_t *next_waiting, *next_listed; /* see server_norms.c */
+    bool listed;
     kv_slice_worker_t workers[];
 };
 
@@ -118,6 +133,7 @@ struct kv_server_key {
     int32_t num_votes;
     kv_request_t *votes; /* one a worker at most */
     kv_declared_key_t *declared;
+    kv_key_norms_t *norms; /* of a value with several slices */
 };
 
 typedef struct kv_known_optimizer {
@@ -140,13 +156,16 @@ struct kv_server {
     bool async, has_threads;
     kv_pool_t *pool;
     kv_net_t *net;
-    kv_error_t *lost; /* why no request can be served any more */
+    kv_error_t *lost;   /* why no request can be served any more */
+    kv_error_t *parted; /* the session with a server has ended, … */
+    int64_t parted_ns;  /* … and when that is a loss */
     kv_index_t slices, keys, names;
     kv_known_optimizer_t *optimizers; /* newest first */
     kv_request_t *waiting;            /* not yet answered, youngest first */
     int64_t next_deadline_ns;
     kv_request_t *free_requests;
     int64_t num_running; /* sums in the engine */
+    kv_slice_t *listed;  /* those that may go on (kv_norms_next_locked) */
     kv_server_counters_t counters;
     kv_outbox_t out[];
 };
@@ -156,6 +175,11 @@ static inline bool kv_request_is_state(const kv_request_t *request)
     uint8_t action = request->header.record.action;
     return action == KV_WIRE_GET_STATE || action == KV_WIRE_SET_STATE;
 }
+
+/* --------------------------------------------------------------------------------- server.c */
+
+/* kv_server_lose. */
+void kv_server_lose_locked(kv_server_t *server, const char *why) KV_REQUIRES(server->mutex);
 
 /* --------------------------------------------------------------------------- server_answer.c */
 
@@ -187,10 +211,12 @@ void kv_slice_pull_locked(kv_server_t *server, kv_request_t *request) KV_REQUIRE
 /* The last three for what is wanted of a state, too. Takes a pull out of the list in which it
  * waits. */
 void kv_slice_unlist_locked(kv_server_t *server, kv_request_t *pull) KV_REQUIRES(server->mutex);
-/* For whom a push or pull waits, as a sentence of this thread; returns KV_TIMEOUT. */
-kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_request_t *request)
+/* For whom pushes and pulls of it wait, as a sentence of this thread; returns KV_TIMEOUT. */
+kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_slice_t *slice)
     KV_REQUIRES(server->mutex);
-/* Answers whatever waits for it with the error. It is not busy. */
+/* Goes on with the slices that are listed. */
+void kv_slices_go_on_locked(kv_server_t *server) KV_REQUIRES(server->mutex);
+/* Answers whatever waits for it with the error. Nobody works on it. */
 void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
     KV_REQUIRES(server->mutex);
 
@@ -205,7 +231,8 @@ const kv_request_t *kv_round_first(const kv_slice_t *slice);
  * `made`. Or why the round fails. */
 kv_error_t *kv_round_prepare_locked(kv_server_t *server, kv_slice_t *slice)
     KV_REQUIRES(server->mutex);
-/* Fills `made`, no lock held. On an error the value is as it was. */
+/* Fills `made`, or in the first phase `sums`; no lock held. On an error the value is as it was; the
+ * last of two phases cannot fail. */
 KV_MUST_CHECK kv_status_t kv_round_run(kv_slice_t *slice);
 
 /* ----------------------------------------------------------------------------- server_rows.c */
@@ -235,6 +262,32 @@ size_t kv_round_bytes(const kv_slice_t *slice);
 
 /* Carries out and answers a request on the state of a slice that is not busy. */
 void kv_slice_state_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *request)
+    KV_REQUIRES(server->mutex);
+
+/* ---------------------------------------------------------------------------- server_norms.c */
+
+/* A slice of a value of so many has come. */
+KV_MUST_CHECK kv_status_t kv_norms_init_locked(kv_server_t *server, kv_server_key_t *key,
+                                               uint64_t num_slices, uint32_t slice)
+    KV_REQUIRES(server->mutex);
+void kv_norms_free(kv_key_norms_t *norms); /* NULL is allowed */
+/* The slice has its sums, or has failed (taken): tells all others. It waits then, or is listed. */
+void kv_norms_tell_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
+    KV_REQUIRES(server->mutex);
+/* Another server has told; the error is taken. A failure means that it makes no sense, or that
+ * there is no memory. */
+KV_MUST_CHECK kv_status_t kv_norms_told_locked(kv_server_t *server, int32_t from,
+                                               const kv_wire_header_t *header, kv_error_t *error)
+    KV_REQUIRES(server->mutex);
+/* Takes a slice off the list of those that have something to do: KV_PHASE_ENDS has come, or it may
+ * begin a round. NULL: the list is empty. */
+kv_slice_t *kv_norms_next_locked(kv_server_t *server) KV_REQUIRES(server->mutex);
+void kv_norms_unlist_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex);
+/* Asynchronous: whether it is this push's turn; and the count that slice 0 has given its step. */
+bool kv_norms_may_begin(const kv_slice_t *slice, const kv_request_t *push);
+void kv_norms_take_turn(const kv_slice_t *slice, kv_step_t *step);
+/* Whom the round waits for, as a sentence of this thread; returns KV_TIMEOUT. */
+kv_status_t kv_norms_missing_locked(kv_server_t *server, const kv_slice_t *slice)
     KV_REQUIRES(server->mutex);
 
 /* ----------------------------------------------------------------------------- server_keys.c */

@@ -55,7 +55,7 @@ kv_server_key_t *kv_server_key_locked(kv_server_t *server, uint64_t number)
 
 void kv_server_key_tidy_locked(kv_server_t *server, kv_server_key_t *key)
 {
-    if (key->slices != NULL || key->votes != NULL || key->declared != NULL)
+    if (key->slices != NULL || key->votes != NULL || key->declared != NULL || key->norms != NULL)
         return;
     kv_index_remove(&server->keys, &key->node);
     kv_free(key);
@@ -95,6 +95,8 @@ void kv_server_key_free_locked(kv_server_t *server, kv_server_key_t *key, kv_err
         entry_rele(key->declared);
         key->declared = NULL;
     }
+    kv_norms_free(key->norms);
+    key->norms = NULL;
     kv_server_key_tidy_locked(server, key);
 }
 

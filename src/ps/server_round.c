@@ -82,7 +82,8 @@ static int64_t row_count_of(const kv_slice_t *slice, int64_t count, bool *cut)
     return *cut ? count : row_count;
 }
 
-static kv_status_t check_step(const kv_slice_t *slice, const kv_step_t *step, bool is_part)
+static kv_status_t check_step(const kv_slice_t *slice, const kv_step_t *step,
+                              const kv_request_t *push)
 {
     const char *title = step->optim->title;
     kv_slot_t slots[KV_MAX_SLOTS];
@@ -94,10 +95,15 @@ static kv_status_t check_step(const kv_slice_t *slice, const kv_step_t *step, bo
                        kv_dtype_name(slice->dtype), title);
     if (step->t < 1)
         return kv_fail(KV_INVALID, "a push says that it is number %" PRId64 " of its key", step->t);
-    if (is_part && kv_step_needs_norms(step))
+    if (slice->phase == KV_PHASE_WHOLE && slice->key->norms != NULL && kv_step_needs_norms(step))
+        return kv_fail(KV_INVALID,
+                       "the optimizer %s needs norms of the whole value, and worker %" PRId32
+                       " pushed without it; call set_optimizer there, too",
+                       title, push->worker);
+    if (slice->phase == KV_PHASE_MEASURES && slice->by_rows && kv_step_needs_norms(step))
         return kv_fail(KV_NOT_BUILT,
                        "the optimizer %s needs norms of the whole value, and the value is cut into "
-                       "slices: not in servers of this version",
+                       "slices: not of row-sparse gradients in servers of this version",
                        title);
     if (num_slots > 0 && slots[0].per_row && slice->bytes > 0 && cut && !slice->sparse)
         return kv_fail(KV_NOT_BUILT,
@@ -148,7 +154,8 @@ static kv_buffer_t *room_locked(kv_server_t *server, const kv_slice_t *slice)
 
 static kv_status_t prepare_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
 {
-    const kv_wire_record_t *record = &kv_round_first(slice)->header.record;
+    const kv_request_t *first = kv_round_first(slice);
+    const kv_wire_record_t *record = &first->header.record;
     const kv_known_optimizer_t *known = record->optimizer != 0
                                             ? kv_known_optimizer_locked(server, record->optimizer)
                                         : server->async ? server->optimizers
@@ -158,7 +165,9 @@ static kv_status_t prepare_locked(kv_server_t *server, kv_slice_t *slice) KV_REQ
     slice->steps = known != NULL;
     if (slice->steps) {
         kv_step_t step = step_of(slice, known, record);
-        KV_TRY(check_step(slice, &step, (record->flags & KV_WIRE_PART) != 0));
+        if (slice->phase == KV_PHASE_MEASURES)
+            kv_norms_take_turn(slice, &step);
+        KV_TRY(check_step(slice, &step, first));
         KV_TRY(take_step(slice, &step));
     }
     slice->made = slice->sparse ? NULL : room_locked(server, slice);
@@ -169,6 +178,10 @@ static kv_status_t prepare_locked(kv_server_t *server, kv_slice_t *slice) KV_REQ
 
 kv_error_t *kv_round_prepare_locked(kv_server_t *server, kv_slice_t *slice)
 {
+    bool shares = (kv_round_first(slice)->header.record.flags & KV_WIRE_SHARES_NORMS) != 0;
+    slice->phase = shares && slice->key->norms != NULL ? KV_PHASE_MEASURES : KV_PHASE_WHOLE;
+    slice->steps = false;
+    slice->sums = (kv_norm_sums_t){.weight = 0};
     for (int32_t i = 0; i < server->num_workers; i++) {
         const kv_request_t *push = slice->workers[i].summing;
         if (push != NULL && push->failure != NULL)
@@ -199,26 +212,41 @@ static kv_gradients_t gradients_of(kv_slice_t *slice)
     return gradients;
 }
 
+/* The value at `data` as a weight for the step. */
+static kv_status_t weight_of(kv_slice_t *slice, const kv_host_t *host, int64_t count, void *data,
+                             kv_weight_t *out)
+{
+    bool cut;
+    int64_t row_count = row_count_of(slice, count, &cut);
+    return kv_slots_weight(slice->slots, host, &slice->step, slice->dtype, count / row_count,
+                           row_count, data, out);
+}
+
 kv_status_t kv_round_run(kv_slice_t *slice)
 {
     kv_host_t alone = slice->server->host;
     alone.num_threads = 1; /* slices run side by side */
+    if (slice->phase == KV_PHASE_MEASURES && !slice->steps)
+        return KV_OK;
     if (slice->by_rows)
         return kv_round_run_rows(slice, &alone);
     int64_t count = (int64_t)(slice->bytes / kv_dtype_bytes(slice->dtype));
     kv_gradients_t gradients = gradients_of(slice);
     void *made = slice->made->data;
+    kv_weight_t weight;
     if (count == 0)
         return KV_OK;
-    if (slice->steps) {
-        bool cut;
-        int64_t row_count = row_count_of(slice, count, &cut);
-        kv_weight_t weight;
+    if (slice->phase == KV_PHASE_MEASURES) {
+        KV_TRY(weight_of(slice, &alone, count, slice->stored->data, &weight));
+        kv_host_measure(&alone, &slice->step, &weight, &gradients, &slice->sums);
+    } else if (slice->steps) {
         if (slice->made != slice->stored)
             memcpy(made, slice->stored->data, slice->bytes);
-        KV_TRY(kv_slots_weight(slice->slots, &alone, &slice->step, slice->dtype, count / row_count,
-                               row_count, made, &weight));
-        (void)kv_host_update(&alone, &slice->step, &weight, &gradients, 0, NULL);
+        KV_TRY(weight_of(slice, &alone, count, made, &weight));
+        if (slice->phase == KV_PHASE_ENDS)
+            (void)kv_host_update_part(&alone, &slice->step, &weight, &gradients, &slice->sums);
+        else
+            (void)kv_host_update(&alone, &slice->step, &weight, &gradients, 0, NULL);
     } else if (gradients.coded != NULL) {
         (void)kv_host_sum_gradients(&alone, slice->dtype, count, &gradients, 1, &made);
     } else {

@@ -52,7 +52,13 @@ static kv_slice_t *slice_locked(kv_server_t *server, const kv_wire_record_t *rec
 void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
 {
     kv_request_t *request;
+    kv_norms_unlist_locked(server, slice);
     for (int32_t i = 0; i < server->num_workers; i++) {
+        /* A round that waits for norms still has its pushes. */
+        if ((request = slice->workers[i].summing) != NULL) {
+            request->next = slice->workers[i].pushes;
+            slice->workers[i].pushes = request;
+        }
         while ((request = slice->workers[i].pushes) != NULL) {
             slice->workers[i].pushes = request->next;
             if (request->waiting)
@@ -70,6 +76,8 @@ void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *er
         kv_buffer_rele(slice->stored);
         kv_rowset_fini(&slice->rows);
     }
+    kv_buffer_rele(slice->made);
+    kv_error_rele(slice->failure);
     kv_slots_rele(slice->slots);
     kv_index_remove(&server->slices, &slice->node);
     kv_free(slice);
@@ -210,7 +218,8 @@ static uint64_t next_round(const kv_slice_t *slice, int32_t worker)
 static bool is_next(const kv_slice_t *slice, int32_t worker)
 {
     const kv_request_t *push = slice->workers[worker].pushes;
-    return push != NULL && push->header.record.round == next_round(slice, worker);
+    return push != NULL && push->header.record.round == next_round(slice, worker) &&
+           kv_norms_may_begin(slice, push);
 }
 
 static void take_push(kv_slice_worker_t *worker)
@@ -271,6 +280,7 @@ static void publish_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *e
         kv_buffer_rele(slice->made);
     }
     slice->made = NULL;
+    slice->phase = KV_PHASE_WHOLE;
     slice->version++;
     slice->busy = false;
     slice->key->num_busy--;
@@ -295,7 +305,18 @@ static void publish_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *e
     answer_pulls_locked(server, slice);
 }
 
-static void advance_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex);
+static void begin_rounds_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex);
+
+/* What was to be done is done. False: the round goes on when the other slices are as far. */
+static bool end_phase_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
+    KV_REQUIRES(server->mutex)
+{
+    if (slice->phase == KV_PHASE_MEASURES)
+        kv_norms_tell_locked(server, slice, error);
+    else
+        publish_locked(server, slice, error);
+    return !slice->busy;
+}
 
 static kv_error_t *run_round(kv_slice_t *slice)
 {
@@ -308,6 +329,7 @@ static kv_status_t run(kv_op_t *op)
     kv_slice_t *slice = (kv_slice_t *)((char *)op - offsetof(kv_slice_t, op));
     kv_error_rele(slice->failure);
     slice->failure = run_round(slice);
+    slice->ran = true;
     return KV_OK;
 }
 
@@ -315,33 +337,36 @@ static void finish(kv_op_t *op)
 {
     kv_slice_t *slice = (kv_slice_t *)((char *)op - offsetof(kv_slice_t, op));
     kv_server_t *server = slice->server;
+    if (slice->phase == KV_PHASE_ENDS && !slice->ran)
+        (void)run(op); /* other slices have taken their step */
     kv_error_t *error = slice->failure;
     slice->failure = NULL;
     kv_mutex_lock(&server->mutex);
-    publish_locked(server, slice, error);
-    advance_locked(server, slice);
+    if (end_phase_locked(server, slice, error))
+        begin_rounds_locked(server, slice);
+    kv_slices_go_on_locked(server);
     kv_flush_locked(server);
     if (--server->num_running == 0)
         kv_cond_broadcast(&server->ended);
     kv_mutex_unlock(&server->mutex);
 }
 
-/* The first push of the round is the next version as it is. */
-static bool is_made(const kv_slice_t *slice, const kv_request_t *push)
+/* Nothing is to be worked out: the first push of the round is the next version as it is. */
+static bool is_made(const kv_slice_t *slice)
 {
     return slice->server->num_workers == 1 && !slice->steps && slice->made != NULL &&
-           slice->made == push->buffer;
+           slice->made == kv_round_first(slice)->buffer;
 }
 
 /* Hands the round to the engine. False: it does not take it. */
-static bool submit_locked(kv_server_t *server, kv_slice_t *slice, const kv_request_t *push)
-    KV_REQUIRES(server->mutex)
+static bool submit_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
 {
     if (kv_round_bytes(slice) <= INLINE_BYTES || !server->has_threads)
         return false;
-    kv_op_init(&slice->op, NULL, 0, (int32_t)push->header.priority);
+    kv_op_init(&slice->op, NULL, 0, (int32_t)kv_round_first(slice)->header.priority);
     slice->op.run = run;
     slice->op.finish = finish;
+    slice->ran = false;
     /* What stands if the engine cannot run it. */
     slice->failure = kv_error_capture(kv_fail(KV_NO_MEMORY, "the engine could not run a round"));
     if (kv_engine_submit(server->engine, &slice->op) != KV_OK) {
@@ -353,23 +378,50 @@ static bool submit_locked(kv_server_t *server, kv_slice_t *slice, const kv_reque
     return true;
 }
 
+/* Does what the round needs, or has it done: false. */
+static bool work_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
+    KV_REQUIRES(server->mutex)
+{
+    if (error == NULL && !is_made(slice)) {
+        if (submit_locked(server, slice))
+            return false;
+        kv_mutex_unlock(&server->mutex);
+        error = run_round(slice);
+        kv_mutex_lock(&server->mutex);
+    }
+    return end_phase_locked(server, slice, error);
+}
+
 /* Completes the rounds whose pushes are there. The slice may be gone afterwards; the lock may have
  * been dropped meanwhile. */
-static void advance_locked(kv_server_t *server, kv_slice_t *slice)
+static void begin_rounds_locked(kv_server_t *server, kv_slice_t *slice)
 {
     while (begin_round_locked(server, slice)) {
         kv_error_t *error = kv_round_prepare_locked(server, slice);
-        const kv_request_t *push = kv_round_first(slice);
-        if (error == NULL && !is_made(slice, push)) {
-            if (submit_locked(server, slice, push))
-                return;
-            kv_mutex_unlock(&server->mutex);
-            error = run_round(slice);
-            kv_mutex_lock(&server->mutex);
-        }
-        publish_locked(server, slice, error);
+        if (!work_locked(server, slice, error))
+            return;
     }
     kv_drop_if_due_locked(server, slice->key);
+}
+
+void kv_slices_go_on_locked(kv_server_t *server)
+{
+    kv_slice_t *slice;
+    while ((slice = kv_norms_next_locked(server)) != NULL) {
+        if (slice->phase == KV_PHASE_ENDS) {
+            kv_error_t *error = slice->failure;
+            slice->failure = NULL;
+            if (!work_locked(server, slice, error))
+                continue;
+        }
+        begin_rounds_locked(server, slice);
+    }
+}
+
+static void advance_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
+{
+    begin_rounds_locked(server, slice);
+    kv_slices_go_on_locked(server);
 }
 
 /* --------------------------------------------------------------------------------- requests */
@@ -427,6 +479,7 @@ static kv_status_t init_locked(kv_server_t *server, kv_slice_t *slice, const kv_
     if ((record->flags & KV_WIRE_ROWS) == 0 && record->bytes % item != 0)
         return kv_fail(KV_INVALID, "slice %" PRIu32 " has %" PRIu64 " bytes, not whole elements",
                        record->slice, record->bytes);
+    KV_TRY(kv_norms_init_locked(server, slice->key, record->t, record->slice));
     if (record->flags & KV_WIRE_ROWS) {
         KV_TRY(kv_slice_init_rows_locked(slice, request));
     } else {
@@ -502,11 +555,23 @@ void kv_slice_unlist_locked(kv_server_t *server, kv_request_t *pull)
     *link = pull->next;
 }
 
-kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_request_t *request)
+/* Asynchronous: some push waits until slice 0 has chosen it. */
+static bool waits_for_turn(const kv_slice_t *slice)
 {
-    const kv_slice_t *slice = request->slice;
+    for (int32_t i = 0; i < slice->server->num_workers && !slice->busy; i++) {
+        const kv_request_t *push = slice->workers[i].pushes;
+        if (push != NULL && !kv_norms_may_begin(slice, push))
+            return true;
+    }
+    return false;
+}
+
+kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_slice_t *slice)
+{
     if (!kv_slice_has_value(slice))
         return kv_fail(KV_TIMEOUT, "worker 0 has not initialised the key");
+    if (slice->phase == KV_PHASE_MEASURES || waits_for_turn(slice))
+        return kv_norms_missing_locked(server, slice);
     for (int32_t i = 0; i < server->num_workers && !slice->busy && !server->async; i++) {
         const kv_request_t *push = slice->workers[i].pushes;
         if (push == NULL || push->header.record.round != slice->version)

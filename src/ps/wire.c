@@ -99,7 +99,8 @@ kv_status_t kv_wire_get_header(const void *data_, size_t bytes, kv_wire_header_t
     if (header.kind == 0 || header.kind >= KV_WIRE_KINDS)
         return kv_fail(KV_INVALID, "a message is of kind %u, which there is none of",
                        (unsigned)header.kind);
-    if (header.kind == KV_WIRE_PUSH_ONE || header.kind == KV_WIRE_VALUE)
+    if (header.kind == KV_WIRE_PUSH_ONE || header.kind == KV_WIRE_VALUE ||
+        header.kind == KV_WIRE_NORMS)
         KV_TRY(check_record(&header.record));
     *out = header;
     return KV_OK;
@@ -137,6 +138,22 @@ void kv_wire_get_step(const kv_wire_record_t *record, const kv_optim_class_t *op
     kv_step_restore(out, optim, numbers, number_of(record->lr), number_of(record->wd),
                     (int64_t)record->t, number_of(record->own),
                     (record->flags & KV_WIRE_PLAIN_RATE) != 0);
+}
+
+void kv_wire_put_sums(kv_wire_record_t *record, const kv_norm_sums_t *sums)
+{
+    record->lr = bits_of(sums->weight);
+    record->wd = bits_of(sums->other);
+    record->t = bits_of(sums->exact_weight);
+    record->own = bits_of(sums->exact_other);
+}
+
+void kv_wire_get_sums(const kv_wire_record_t *record, kv_norm_sums_t *out)
+{
+    *out = (kv_norm_sums_t){.weight = number_of(record->lr),
+                            .other = number_of(record->wd),
+                            .exact_weight = number_of(record->t),
+                            .exact_other = number_of(record->own)};
 }
 
 size_t kv_wire_coded_bytes(kv_codec_type_t codec, kv_dtype_t dtype, size_t bytes)

@@ -14,6 +14,9 @@
  *                              with their numbers and places; the others ask for these
  *                     DELETE   records only (slice 0 stands for the key): counted, done when every
  *                              worker has said so
+ *   server → server   NORMS    one slice, in a round whose step takes norms of the whole value: its
+ *                              sums of squares (kv_wire_put_sums), or `status` and the sentence why
+ *                              the round has failed there
  *   server → worker   VALUE    one slice (or its state), in answer to _PUSHPULL or PULL
  *                     REPLIES  many answers: values, acknowledgements (no data), errors (`status`,
  *                              data: the sentence)
@@ -28,7 +31,8 @@
  * Steps. A push whose worker has an optimizer names it by its number (kv_server_add_optimizer) and
  * carries what else the step takes: rates, count, … A synchronous server takes the step of worker
  * 0's push; without one the sum of the round becomes the value. An asynchronous one takes each
- * push's own. `round` of KV_WIRE_INIT is how many elements a row has.
+ * push's own. `round` of KV_WIRE_INIT is how many elements a row has, `t` how many slices the
+ * value.
  *
  * Rows. A record with KV_WIRE_ROWS has as data no elements but rows of its slice (kv_wire_rows_t):
  * first values and pushes, and the answers with all rows of a row-sparse slice. In a PULL the data
@@ -52,6 +56,7 @@
 #include "array/array.h"
 #include "base/name.h"
 #include "base/status.h"
+#include "comm/update.h"
 #include "compress/codec.h"
 #include "optim/optim.h"
 #include <stdbool.h>
@@ -75,6 +80,7 @@ typedef enum kv_wire_kind {
     KV_WIRE_VALUE,
     KV_WIRE_REPLIES,
     KV_WIRE_DECLARED,
+    KV_WIRE_NORMS,
     KV_WIRE_KINDS
 } kv_wire_kind_t;
 
@@ -86,6 +92,7 @@ typedef enum kv_wire_action {
     KV_WIRE_DROP,     /* of DELETE */
     KV_WIRE_GET_STATE,
     KV_WIRE_SET_STATE,
+    KV_WIRE_SQUARES, /* of NORMS */
     KV_WIRE_ACTIONS
 } kv_wire_action_t;
 
@@ -129,9 +136,9 @@ typedef struct kv_wire_header {
 enum { KV_WIRE_RECORD_BYTES = 88, KV_WIRE_HEADER_BYTES = 16 + KV_WIRE_RECORD_BYTES };
 
 enum {
-    KV_WIRE_PLAIN_RATE = 1, /* kv_step_t.plain_rate */
-    KV_WIRE_PART = 2,       /* the value has other slices, too */
-    KV_WIRE_ROWS = 4,       /* the data is rows, or ids of rows */
+    KV_WIRE_PLAIN_RATE = 1,   /* kv_step_t.plain_rate */
+    KV_WIRE_SHARES_NORMS = 2, /* the step takes norms over several slices */
+    KV_WIRE_ROWS = 4,         /* the data is rows, or ids of rows */
     KV_WIRE_FLAGS = 8
 };
 
@@ -140,6 +147,9 @@ enum {
 void kv_wire_put_step(kv_wire_record_t *record, uint64_t optimizer, const kv_step_t *step);
 void kv_wire_get_step(const kv_wire_record_t *record, const kv_optim_class_t *optim,
                       const kv_optim_numbers_t *numbers, kv_step_t *out);
+
+void kv_wire_put_sums(kv_wire_record_t *record, const kv_norm_sums_t *sums);
+void kv_wire_get_sums(const kv_wire_record_t *record, kv_norm_sums_t *out);
 
 /* A value that has passed through a codec: the codec's threshold as a float64, then the codes. */
 enum { KV_WIRE_THRESHOLD_BYTES = 8 };

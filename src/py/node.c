@@ -225,7 +225,7 @@ static PyObject *node_connect(PyObject *object, PyObject *peers)
 
 /* Runs a wait of the endpoint within a timeout from Python. */
 static PyObject *wait_for(PyObject *object, PyObject *timeout,
-                          kv_status_t (*wait)(kv_net_t *net, kv_caller_t *caller))
+                          kv_status_t (*wait)(kv_py_node_t *self, kv_caller_t *caller))
 {
     kv_py_node_t *self = as_node(object);
     kv_py_caller_t caller;
@@ -234,19 +234,29 @@ static PyObject *wait_for(PyObject *object, PyObject *timeout,
         !kv_py_timeout(self->state, timeout, KV_PY_DEFAULT_TIMEOUT_NS, &timeout_ns))
         return NULL;
     kv_py_caller_init(&caller, timeout_ns);
-    kv_status_t status = wait(self->net, &caller.base);
+    kv_status_t status = wait(self, &caller.base);
     kv_caller_attach(&caller.base);
     return status == KV_OK ? Py_NewRef(Py_None) : kv_py_raise(self->state, status);
 }
 
+static kv_status_t wait_ready(kv_py_node_t *self, kv_caller_t *caller)
+{
+    return kv_net_wait_ready(self->net, caller);
+}
+
 static PyObject *node_wait_ready(PyObject *self, PyObject *timeout)
 {
-    return wait_for(self, timeout, kv_net_wait_ready);
+    return wait_for(self, timeout, wait_ready);
+}
+
+static kv_status_t wait_alone(kv_py_node_t *self, kv_caller_t *caller)
+{
+    return kv_net_wait_alone(self->net, self->num_workers, caller);
 }
 
 static PyObject *node_wait_alone(PyObject *self, PyObject *timeout)
 {
-    return wait_for(self, timeout, kv_net_wait_alone);
+    return wait_for(self, timeout, wait_alone);
 }
 
 static PyObject *node_lose(PyObject *object, PyObject *why)
@@ -357,7 +367,7 @@ static PyMethodDef METHODS[] = {
      "wait_ready($self, timeout, /)\n--\n\nWait until all connected peers have greeted."},
     {"wait_alone", node_wait_alone, METH_O,
      "wait_alone($self, timeout, /)\n--\n\n"
-     "Wait until all sessions have ended, or the time is over."},
+     "Wait until all sessions with workers have ended, or the time is over."},
     {"lose", node_lose, METH_O,
      "lose($self, why, /)\n--\n\nFail every call from now on with PeerLostError(why)."},
     {"drain", node_drain, METH_O,

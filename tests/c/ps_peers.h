@@ -34,6 +34,7 @@ typedef struct cluster {
     kv_server_t *server;
     kv_net_t *net;
     int32_t num_workers;
+    int32_t num_peers;   /* with other servers, which come behind the workers */
     uint32_t timeout_ms; /* of all messages */
     bool tells;          /* the server that a worker is gone, as the control plane does */
     peer_t peers[MAX_WORKERS];
@@ -85,8 +86,9 @@ static inline void coming_done(void *context, kv_status_t status)
             while (cursor.left > 0 && CHECK_STATUS(kv_wire_next(&cursor, &record, &value), KV_OK))
                 keep_answer(peer, header, &record, value, (size_t)record.bytes);
         }
-    } else if (CHECK(header->kind == KV_WIRE_VALUE || header->kind == KV_WIRE_DECLARED)) {
-        if (header->kind == KV_WIRE_VALUE)
+    } else if (CHECK(header->kind == KV_WIRE_VALUE || header->kind == KV_WIRE_DECLARED ||
+                     header->kind == KV_WIRE_NORMS)) {
+        if (header->kind != KV_WIRE_DECLARED)
             CHECK_EQ(header->record.bytes, coming->bytes);
         keep_answer(peer, header, &header->record, coming->data, coming->bytes);
     }
@@ -235,6 +237,7 @@ static inline void send_keys(cluster_t *cluster, int32_t worker, uint64_t reques
 
 typedef struct plan {
     int32_t num_workers, index; /* of the server */
+    int32_t num_others;         /* servers beside it, 1 and so on */
     bool async;
     const char *transport, *faults;
     uint64_t seed;
@@ -253,8 +256,9 @@ static inline cluster_t *cluster_start(plan_t plan)
 {
     cluster_t *cluster = calloc(1, sizeof *cluster);
     cluster->num_workers = plan.num_workers;
+    cluster->num_peers = plan.num_workers + plan.num_others;
     kv_net_config_t config = {.transport = plan.transport != NULL ? plan.transport : "inproc",
-                              .num_peers = plan.num_workers + 1,
+                              .num_peers = cluster->num_peers + 1,
                               .session = {3, 1, 4},
                               .faults = plan.faults};
     CHECK_STATUS(
@@ -267,7 +271,7 @@ static inline cluster_t *cluster_start(plan_t plan)
                                  .host = cluster->host,
                                  .index = plan.index,
                                  .num_workers = plan.num_workers,
-                                 .num_servers = plan.index + 2,
+                                 .num_servers = plan.index + 2 + plan.num_others,
                                  .async = plan.async};
     CHECK_STATUS(kv_server_new(&server, &cluster->server), KV_OK);
     kv_net_handlers_t handlers = kv_server_handlers(cluster->server);
@@ -275,20 +279,21 @@ static inline cluster_t *cluster_start(plan_t plan)
     config.seed = plan.seed;
     CHECK_STATUS(kv_net_open(&config, &handlers, &cluster->net), KV_OK);
     kv_server_attach(cluster->server, cluster->net);
-    for (int32_t i = 0; i < plan.num_workers; i++) {
+    for (int32_t i = 0; i < cluster->num_peers; i++) {
+        int32_t node = i < plan.num_workers ? i : i + 1;
         peer_t *peer = &cluster->peers[i];
         peer->rank = i;
         kv_mutex_init(&peer->mutex, KV_RANK_LEAF);
         handlers = (kv_net_handlers_t){.context = peer, .arrive = peer_arrive, .lost = peer_lost};
-        config.self = i;
+        config.self = node;
         config.seed = plan.seed + 1 + (uint64_t)i;
         CHECK_STATUS(kv_net_open(&config, &handlers, &peer->net), KV_OK);
         CHECK_STATUS(peers_connect(peer->net, plan.num_workers, cluster->net), KV_OK);
-        CHECK_STATUS(peers_connect(cluster->net, i, peer->net), KV_OK);
+        CHECK_STATUS(peers_connect(cluster->net, node, peer->net), KV_OK);
     }
     test_caller_t caller = make_caller(30 * SECOND_NS);
     CHECK_STATUS(kv_net_wait_ready(cluster->net, &caller.base), KV_OK);
-    for (int32_t i = 0; i < plan.num_workers; i++)
+    for (int32_t i = 0; i < cluster->num_peers; i++)
         CHECK_STATUS(kv_net_wait_ready(cluster->peers[i].net, &caller.base), KV_OK);
     return cluster;
 }
@@ -310,7 +315,7 @@ static inline void cluster_end(cluster_t *cluster)
 {
     kv_net_close(cluster->net);
     kv_server_stop(cluster->server);
-    for (int32_t i = 0; i < cluster->num_workers; i++) {
+    for (int32_t i = 0; i < cluster->num_peers; i++) {
         if (cluster->peers[i].net != NULL)
             peer_end(&cluster->peers[i]);
     }

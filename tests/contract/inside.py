@@ -119,8 +119,8 @@ class Cluster:
             (self.num_workers + i, f"server {i}", node.address())
             for i, node in enumerate(self.servers)
         ]
-        for node in self.servers:
-            node.connect(workers)
+        for i, node in enumerate(self.servers):
+            node.connect(workers + servers[:i] + servers[i + 1 :])
         for member in self.members:
             member.core.connect(servers)
         for node in self.nodes():
