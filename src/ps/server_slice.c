@@ -124,9 +124,7 @@ static void answer_pulls_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUI
 
 /* ----------------------------------------------------------------------------------- pushes */
 
-/* The push takes its place in its round and makes it fail. Takes the error. */
-static void spoil_locked(kv_server_t *server, kv_request_t *push, kv_error_t *error)
-    KV_REQUIRES(server->mutex)
+void kv_slice_spoil_locked(kv_server_t *server, kv_request_t *push, kv_error_t *error)
 {
     push->failure = error;
     kv_buffer_rele(push->buffer);
@@ -356,6 +354,11 @@ kv_status_t kv_slice_push_locked(kv_server_t *server, kv_request_t *push)
     kv_slice_t *slice = slice_locked(server, record);
     if (slice == NULL)
         return no_memory(record);
+    kv_status_t status = kv_slice_check_left_locked(server, slice, push);
+    if (status != KV_OK) {
+        kv_answer_status_locked(server, push, status);
+        return KV_OK;
+    }
     if (!enlist_locked(server, slice, push)) {
         kv_answer_status_locked(server, push,
                                 kv_fail(KV_INVALID,
@@ -364,11 +367,11 @@ kv_status_t kv_slice_push_locked(kv_server_t *server, kv_request_t *push)
         return KV_OK;
     }
     kv_request_wait_locked(server, push);
-    kv_status_t status = check_push(slice, push);
+    status = check_push(slice, push);
     if (push->failure != NULL)
         kv_answer_error_locked(server, push, push->failure);
     else if (status != KV_OK)
-        spoil_locked(server, push, kv_error_capture(status));
+        kv_slice_spoil_locked(server, push, kv_error_capture(status));
     advance_locked(server, slice);
     return KV_OK;
 }
@@ -423,7 +426,7 @@ void kv_slice_init_locked(kv_server_t *server, kv_request_t *request)
         for (kv_request_t *push = slice->workers[i].pushes; push != NULL; push = push->next) {
             status = push->failure == NULL ? check_push(slice, push) : KV_OK;
             if (status != KV_OK)
-                spoil_locked(server, push, kv_error_capture(status));
+                kv_slice_spoil_locked(server, push, kv_error_capture(status));
         }
     }
     answer_pulls_locked(server, slice);
@@ -433,10 +436,13 @@ void kv_slice_init_locked(kv_server_t *server, kv_request_t *request)
 void kv_slice_pull_locked(kv_server_t *server, kv_request_t *pull)
 {
     kv_slice_t *slice = slice_locked(server, &pull->header.record);
+    kv_status_t status;
     if (slice == NULL) {
         kv_answer_status_locked(server, pull, no_memory(&pull->header.record));
     } else if (reached(slice, pull)) {
         answer_value_locked(server, slice, pull);
+    } else if ((status = kv_slice_check_left_locked(server, slice, pull)) != KV_OK) {
+        kv_answer_status_locked(server, pull, status);
     } else {
         pull->slice = slice;
         pull->next = slice->pulls;
@@ -452,6 +458,28 @@ void kv_slice_unlist_locked(kv_server_t *server, kv_request_t *pull)
     while (*link != pull)
         link = &(*link)->next;
     *link = pull->next;
+}
+
+kv_status_t kv_slice_check_left_locked(kv_server_t *server, const kv_slice_t *slice,
+                                       const kv_request_t *request)
+{
+    const kv_wire_record_t *record = &request->header.record;
+    uint64_t begin = slice->version + slice->busy; /* the first round that is not under way */
+    uint64_t end = record->round + (record->action != KV_WIRE_GET); /* behind the last one needed */
+    if (slice->stored == NULL && server->presence[0] == KV_ABSENT)
+        return kv_fail(KV_LEFT, "worker 0 has left the cluster without initialising it");
+    for (int32_t i = 0; i < server->num_workers && !server->async; i++) {
+        uint64_t round = begin;
+        const kv_request_t *push = slice->workers[i].pushes;
+        for (; push != NULL && push->header.record.round == round; push = push->next)
+            round++;
+        if (round < end && server->presence[i] == KV_ABSENT)
+            return kv_fail(KV_LEFT,
+                           "worker %" PRId32 " has left the cluster after %" PRIu64 " pushes, and "
+                           "round %" PRIu64 " takes one of every worker",
+                           i, round, round);
+    }
+    return KV_OK;
 }
 
 kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_request_t *request)
