@@ -3,6 +3,7 @@
  *   server.c         its life; messages in; deadlines
  *   server_answer.c  requests, and answers on their way out
  *   server_slice.c   slices of values: rounds, versions, those who wait
+ *   server_missing.c whom those wait for
  *   server_round.c   how the pushes of a round become the next version: sums, optimizers
  *   server_rows.c    the same with rows; row-sparse slices
  *   server_state.c   what optimizers keep with slices, for files
@@ -143,6 +144,13 @@ typedef struct kv_known_optimizer {
     struct kv_known_optimizer *next;
 } kv_known_optimizer_t;
 
+typedef enum kv_presence {
+    KV_PRESENT,
+    KV_LEAVING, /* it has said so; its session has not ended */
+    KV_ENDED,   /* its session has ended, and nobody has said that it left */
+    KV_ABSENT,  /* it has left, and nothing comes from it any more */
+} kv_presence_t;
+
 typedef struct kv_outbox {
     kv_request_t *first, *last;
 } kv_outbox_t;
@@ -167,6 +175,7 @@ struct kv_server {
     int64_t num_running; /* sums in the engine */
     kv_slice_t *listed;  /* those that may go on (kv_norms_next_locked) */
     kv_server_counters_t counters;
+    kv_presence_t *presence; /* [num_workers] */
     kv_outbox_t out[];
 };
 
@@ -211,13 +220,24 @@ void kv_slice_pull_locked(kv_server_t *server, kv_request_t *request) KV_REQUIRE
 /* The last three for what is wanted of a state, too. Takes a pull out of the list in which it
  * waits. */
 void kv_slice_unlist_locked(kv_server_t *server, kv_request_t *pull) KV_REQUIRES(server->mutex);
-/* For whom pushes and pulls of it wait, as a sentence of this thread; returns KV_TIMEOUT. */
-kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_slice_t *slice)
+/* The push takes its place in its round and makes it fail. Takes the error. */
+void kv_slice_spoil_locked(kv_server_t *server, kv_request_t *push, kv_error_t *error)
     KV_REQUIRES(server->mutex);
 /* Goes on with the slices that are listed. */
 void kv_slices_go_on_locked(kv_server_t *server) KV_REQUIRES(server->mutex);
 /* Answers whatever waits for it with the error. Nobody works on it. */
 void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
+    KV_REQUIRES(server->mutex);
+
+/* -------------------------------------------------------------------------- server_missing.c */
+
+/* KV_LEFT with a sentence when this push or pull of the slice needs what a worker that has left
+ * will not send. */
+KV_MUST_CHECK kv_status_t kv_slice_check_left_locked(kv_server_t *server, const kv_slice_t *slice,
+                                                     const kv_request_t *request)
+    KV_REQUIRES(server->mutex);
+/* For whom pushes and pulls of it wait, as a sentence of this thread; returns KV_TIMEOUT. */
+kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_slice_t *slice)
     KV_REQUIRES(server->mutex);
 
 /* ---------------------------------------------------------------------------- server_round.c */
@@ -247,8 +267,7 @@ KV_MUST_CHECK kv_status_t kv_slice_check_rows(const kv_slice_t *slice,
                                               const kv_wire_record_t *record, const void *data,
                                               bool ids_only, kv_wire_rows_t *out);
 /* The first value of a row-sparse slice, whose type and extents are set here. */
-KV_MUST_CHECK kv_status_t kv_slice_init_rows_locked(kv_slice_t *slice, const kv_request_t *request)
-    KV_REQUIRES(slice->server->mutex);
+KV_MUST_CHECK kv_status_t kv_slice_init_rows(kv_slice_t *slice, const kv_request_t *request);
 /* Answers with the rows that are asked for, or all of a row-sparse slice. */
 void kv_slice_answer_rows_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *request)
     KV_REQUIRES(server->mutex);
@@ -307,12 +326,16 @@ void kv_drop_locked(kv_server_t *server, kv_request_t *request) KV_REQUIRES(serv
 void kv_drop_withdraw_locked(kv_server_t *server, kv_request_t *vote) KV_REQUIRES(server->mutex);
 /* Deletes the key if all workers have said so and nothing of it is under way: true, it is gone. */
 bool kv_drop_if_due_locked(kv_server_t *server, kv_server_key_t *key) KV_REQUIRES(server->mutex);
+KV_MUST_CHECK kv_status_t kv_drop_check_left_locked(kv_server_t *server) KV_REQUIRES(server->mutex);
 kv_status_t kv_drop_missing_locked(kv_server_t *server, const kv_request_t *request)
     KV_REQUIRES(server->mutex);
 
 /* Takes a DECLARE whose payload is there. On an error, which ends the session, the request is still
  * the caller's. */
 KV_MUST_CHECK kv_status_t kv_declare_locked(kv_server_t *server, kv_request_t *request)
+    KV_REQUIRES(server->mutex);
+/* KV_LEFT when rank 0, which declares keys, has left. */
+KV_MUST_CHECK kv_status_t kv_declare_check_left_locked(kv_server_t *server)
     KV_REQUIRES(server->mutex);
 /* Answers a DECLARE that waits; the keys that are not there get the error. */
 void kv_declare_end_locked(kv_server_t *server, kv_request_t *request, kv_error_t *error)

@@ -44,7 +44,7 @@ kv_status_t kv_slice_check_rows(const kv_slice_t *slice, const kv_wire_record_t 
     return KV_OK;
 }
 
-kv_status_t kv_slice_init_rows_locked(kv_slice_t *slice, const kv_request_t *request)
+kv_status_t kv_slice_init_rows(kv_slice_t *slice, const kv_request_t *request)
 {
     const kv_wire_record_t *record = &request->header.record;
     kv_wire_rows_t rows;

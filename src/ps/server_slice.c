@@ -152,9 +152,7 @@ static void answer_pulls_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUI
 
 /* ----------------------------------------------------------------------------------- pushes */
 
-/* The push takes its place in its round and makes it fail. Takes the error. */
-static void spoil_locked(kv_server_t *server, kv_request_t *push, kv_error_t *error)
-    KV_REQUIRES(server->mutex)
+void kv_slice_spoil_locked(kv_server_t *server, kv_request_t *push, kv_error_t *error)
 {
     push->failure = error;
     kv_buffer_rele(push->buffer);
@@ -450,6 +448,11 @@ kv_status_t kv_slice_push_locked(kv_server_t *server, kv_request_t *push)
     kv_slice_t *slice = slice_locked(server, record);
     if (slice == NULL)
         return no_memory(record);
+    kv_status_t status = kv_slice_check_left_locked(server, slice, push);
+    if (status != KV_OK) {
+        kv_answer_status_locked(server, push, status);
+        return KV_OK;
+    }
     if (!enlist_locked(server, slice, push)) {
         kv_answer_status_locked(server, push,
                                 kv_fail(KV_INVALID,
@@ -458,11 +461,11 @@ kv_status_t kv_slice_push_locked(kv_server_t *server, kv_request_t *push)
         return KV_OK;
     }
     kv_request_wait_locked(server, push);
-    kv_status_t status = check_push_locked(server, slice, push);
+    status = check_push_locked(server, slice, push);
     if (push->failure != NULL)
         kv_answer_error_locked(server, push, push->failure);
     else if (status != KV_OK)
-        spoil_locked(server, push, kv_error_capture(status));
+        kv_slice_spoil_locked(server, push, kv_error_capture(status));
     advance_locked(server, slice);
     return KV_OK;
 }
@@ -481,7 +484,7 @@ static kv_status_t init_locked(kv_server_t *server, kv_slice_t *slice, const kv_
                        record->slice, record->bytes);
     KV_TRY(kv_norms_init_locked(server, slice->key, record->t, record->slice));
     if (record->flags & KV_WIRE_ROWS) {
-        KV_TRY(kv_slice_init_rows_locked(slice, request));
+        KV_TRY(kv_slice_init_rows(slice, request));
     } else {
         kv_buffer_t *value = own_data_locked(server, request);
         if (value == NULL)
@@ -522,7 +525,7 @@ void kv_slice_init_locked(kv_server_t *server, kv_request_t *request)
         for (kv_request_t *push = slice->workers[i].pushes; push != NULL; push = push->next) {
             status = push->failure == NULL ? check_push_locked(server, slice, push) : KV_OK;
             if (status != KV_OK)
-                spoil_locked(server, push, kv_error_capture(status));
+                kv_slice_spoil_locked(server, push, kv_error_capture(status));
         }
     }
     answer_pulls_locked(server, slice);
@@ -532,12 +535,15 @@ void kv_slice_init_locked(kv_server_t *server, kv_request_t *request)
 void kv_slice_pull_locked(kv_server_t *server, kv_request_t *pull)
 {
     kv_slice_t *slice = slice_locked(server, &pull->header.record);
+    kv_status_t status;
     if (slice == NULL) {
         kv_answer_status_locked(server, pull, no_memory(&pull->header.record));
     } else if (pull->failure != NULL) {
         kv_answer_error_locked(server, pull, pull->failure);
     } else if (reached(slice, pull)) {
         answer_pull_locked(server, slice, pull);
+    } else if ((status = kv_slice_check_left_locked(server, slice, pull)) != KV_OK) {
+        kv_answer_status_locked(server, pull, status);
     } else {
         pull->slice = slice;
         pull->next = slice->pulls;
@@ -553,30 +559,4 @@ void kv_slice_unlist_locked(kv_server_t *server, kv_request_t *pull)
     while (*link != pull)
         link = &(*link)->next;
     *link = pull->next;
-}
-
-/* Asynchronous: some push waits until slice 0 has chosen it. */
-static bool waits_for_turn(const kv_slice_t *slice)
-{
-    for (int32_t i = 0; i < slice->server->num_workers && !slice->busy; i++) {
-        const kv_request_t *push = slice->workers[i].pushes;
-        if (push != NULL && !kv_norms_may_begin(slice, push))
-            return true;
-    }
-    return false;
-}
-
-kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_slice_t *slice)
-{
-    if (!kv_slice_has_value(slice))
-        return kv_fail(KV_TIMEOUT, "worker 0 has not initialised the key");
-    if (slice->phase == KV_PHASE_MEASURES || waits_for_turn(slice))
-        return kv_norms_missing_locked(server, slice);
-    for (int32_t i = 0; i < server->num_workers && !slice->busy && !server->async; i++) {
-        const kv_request_t *push = slice->workers[i].pushes;
-        if (push == NULL || push->header.record.round != slice->version)
-            return kv_fail(KV_TIMEOUT, "worker %" PRId32 " has not pushed round %" PRIu64, i,
-                           slice->version);
-    }
-    return kv_fail(KV_TIMEOUT, "round %" PRIu64 " is not finished", slice->version);
 }

@@ -75,8 +75,7 @@ static kv_status_t read_locked(kv_server_t *server, const kv_slice_t *slice, kv_
 }
 
 /* State of another class goes, and buffers that the optimizer does not keep with its numbers. */
-static kv_status_t adopt_locked(kv_slice_t *slice, const kv_known_optimizer_t *known)
-    KV_REQUIRES(slice->server->mutex)
+static kv_status_t adopt(kv_slice_t *slice, const kv_known_optimizer_t *known)
 {
     kv_slot_t described[KV_MAX_SLOTS];
     int num_slots = known->optim->slots(&known->numbers, described);
@@ -136,7 +135,7 @@ static kv_status_t replace_locked(kv_server_t *server, kv_slice_t *slice,
         KV_TRY(kv_buffer_new(bytes, &fresh));
         memcpy(fresh->data, request->data, bytes);
     }
-    kv_status_t status = adopt_locked(slice, known);
+    kv_status_t status = adopt(slice, known);
     if (status != KV_OK) {
         kv_buffer_rele(fresh);
         return status;
