@@ -16,6 +16,7 @@ class Family(NamedTuple):
     limit: str  # LIMIT.c
     subjects: dict  # name -> environment ("": this Python), script and its arguments
     jobs: dict
+    asked_only: bool = False  # it takes minutes, or root: measured by --only
 
 
 LOCAL = {
@@ -139,6 +140,20 @@ DIST_TRAINING = {
     ),
 }
 
+DIST_MANY = {
+    "resnet50": Job(
+        "push + pull of ResNet-50's keys, 8 workers and 4 servers, the work of 2 workers",
+        None,
+        {"few": 0.8},
+    ),
+}
+
+DIST_SLOW = {
+    "push_resnet50": Job(
+        "push of ResNet-50's keys, 2-bit, over 200 Mbit/s", None, {"uncompressed": 8}
+    ),
+}
+
 FAMILIES = {
     "local": Family(
         "limit",
@@ -180,5 +195,22 @@ FAMILIES = {
             "mxnet": ("mxnet", "mxnet_dist.py", "--optimizer"),
         },
         DIST_TRAINING,
+    ),
+    "dist_many": Family(
+        "limit_dist",
+        {
+            "kvstore": ("", "kvstore_dist.py", "--workers", "8", "--servers", "4"),
+            "few": ("", "kvstore_dist.py"),
+        },
+        DIST_MANY,
+    ),
+    "dist_slow": Family(
+        "limit_dist",
+        {
+            "kvstore": ("", "kvstore_dist.py", "--slow", "--compress"),
+            "uncompressed": ("", "kvstore_dist.py", "--slow"),
+        },
+        DIST_SLOW,
+        asked_only=True,
     ),
 }

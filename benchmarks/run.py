@@ -1,9 +1,9 @@
 """Measures the store against what the machine can do and against its peers, in one run.
 
-    python benchmarks/run.py                all jobs: a table, and of each family (local, training,
-                                            dist, dist_training) a plot and a record in
-                                            benchmarks/results/
-    python benchmarks/run.py --only FAMILY  one family
+    python benchmarks/run.py                all jobs: a table, and of each family of jobs.py a plot
+                                            and a record in benchmarks/results/
+    python benchmarks/run.py --only FAMILY  one family; dist_slow, which takes minutes, root, ip and
+                                            tc, only so
     python benchmarks/run.py --quick        short, table only
     python benchmarks/run.py --make-peers   first installs PyTorch, FBGEMM and MXNet 1.9.1 into
                                             build/peers/
@@ -46,6 +46,8 @@ TITLES = {
     "gloo": "gloo",
     "views": "gloo, no copies",
     "sums": "no optimizer",
+    "few": "2 workers, 2 servers",
+    "uncompressed": "uncompressed",
     "mxnet": "MXNet",
     "1 thread": "1 thread",
 }
@@ -59,6 +61,8 @@ MARKS = {
     "gloo": ("o", "#ee4c2c"),
     "views": ("D", "#8c2d19"),
     "sums": ("s", "#7f7f7f"),
+    "few": ("s", "#7f7f7f"),
+    "uncompressed": ("s", "#7f7f7f"),
     "mxnet": ("^", "#1f77b4"),
 }
 
@@ -265,7 +269,8 @@ def main():
     if options.make_peers:
         make_peers()
     rounds, budget = (2, 0.05) if options.quick else (options.rounds, 0.3)
-    names = [options.only] if options.only else list(FAMILIES)
+    every = [name for name, family in FAMILIES.items() if not family.asked_only]
+    names = [options.only] if options.only else every
     results = {name: run(FAMILIES[name], rounds, budget) for name in names}
     print(table(results))
     if options.quick:

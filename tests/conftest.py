@@ -17,7 +17,7 @@ if os.environ.get("KVSTORE_TESTS_WITHOUT_TORCH"):
 
 KINDS = ("local", "device", "dist_sync")
 # Where a store of a dist kind joins, but for tests marked `one_process`. The other files are about
-# what servers do not do: updaters, and as yet optimizers, compression and row-sparse values.
+# what servers do not do: updaters, and as yet optimizers and compression.
 EVERYWHERE = {
     "test_arrays_in",
     "test_create",
@@ -28,6 +28,9 @@ EVERYWHERE = {
     "test_layouts",
     "test_lists",
     "test_order",
+    "test_row_sparse",
+    "test_row_sparse_async",
+    "test_row_sparse_bad",
     "test_threads",
 }
 QUIET_S = 5.0  # how long a worker thread may take to drop the last reference of finished work

@@ -30,6 +30,7 @@ DEADLINE = 120  # seconds, for the start of the workers and for each batch of ca
 UNITS = {
     "push_pull_64MiB": 1,
     "resnet50": 1,
+    "push_resnet50": 1,
     "pushpull_4KiB": 1,
     "list_1000x4KiB": 1000,
     "processor_64MiB": 2 * 64 * MIB,  # bytes that the workers push, each of which they pull too
@@ -89,10 +90,13 @@ class Cluster:
     ----------
     commands : list
         Of each process to start: its arguments and what its environment has beside this one's.
+    num_workers : int
+        How many workers will connect.
     """
 
-    def __init__(self, commands):
-        self.commands, self.processes, self.workers = commands, [], {}
+    def __init__(self, commands, num_workers):
+        self.commands, self.num_workers = commands, num_workers
+        self.processes, self.workers = [], {}
 
     def __enter__(self):
         try:
@@ -108,7 +112,7 @@ class Cluster:
     def _start(self):
         with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
             listener.bind(f"{folder}/leader")
-            listener.listen(WORKERS)
+            listener.listen(self.num_workers)
             listener.settimeout(0.5)
             for arguments, more in self.commands:
                 self.processes.append(
@@ -121,7 +125,7 @@ class Cluster:
                     )
                 )
             end = time.monotonic() + DEADLINE
-            while len(self.workers) < WORKERS:
+            while len(self.workers) < self.num_workers:
                 try:
                     connection = listener.accept()[0]
                 except TimeoutError:
@@ -181,7 +185,8 @@ def measure(run, budget):
     run(1)
     start = time.perf_counter()
     run(1)
-    batch = max(3, math.ceil(0.05 / (time.perf_counter() - start)))
+    once = time.perf_counter() - start
+    batch = max(3, math.ceil(0.05 / once)) if once < 1 else 1
     costs = []
     end = time.perf_counter() + budget
     while time.perf_counter() < end or len(costs) < 3:
@@ -189,16 +194,16 @@ def measure(run, budget):
     return statistics.median(costs)
 
 
-def lead(commands):
+def lead(commands, num_workers=WORKERS):
     """Be the subject: start the processes and answer the driver.
 
     Parameters
     ----------
-    commands : list
-        As of `Cluster`; two of the processes, or two that they start, call `work`.
+    commands, num_workers
+        As of `Cluster`; so many of the processes, or that they start, call `work`.
     """
 
-    with Cluster(commands) as cluster:
+    with Cluster(commands, num_workers) as cluster:
 
         def job(name):
             if name == "processor_64MiB":

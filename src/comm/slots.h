@@ -51,4 +51,15 @@ KV_MUST_CHECK kv_status_t kv_slots_weight(kv_slots_t *slots, const kv_host_t *ho
                                           const kv_step_t *step, kv_dtype_t dtype, int64_t num_rows,
                                           int64_t row_count, void *data, kv_weight_t *out);
 
+/* Gives the state of a row-sparse value the rows that the value has: those that are in it keep what
+ * they have, the others begin. KV_NO_MEMORY changes nothing. */
+KV_MUST_CHECK kv_status_t kv_slots_fit(const kv_host_t *host, kv_slots_t *slots, kv_dtype_t dtype,
+                                       int64_t row_count, const kv_rowset_t *rows);
+
+/* A step on a row-sparse value with the sum of its gradients; rows that it has not yet begin as
+ * zeros. The caller may write rows and slots. On an error the elements are as they were. */
+KV_MUST_CHECK kv_status_t kv_rows_step(const kv_host_t *host, const kv_step_t *step,
+                                       kv_slots_t *slots, const kv_row_sum_t *sum,
+                                       kv_rowset_t *rows);
+
 #endif

@@ -21,6 +21,7 @@
 #include "array/array.h"
 #include "base/name.h"
 #include "comm/host.h"
+#include "comm/rows.h"
 #include "compress/codec.h"
 #include "net/net.h"
 #include "optim/optim.h"
@@ -76,8 +77,9 @@ typedef struct kv_declared {
     int ndim;
     const int64_t *shape;
     size_t bytes, row_bytes;
-    const void *value;   /* contiguous; looked at on rank 0 only */
-    kv_remote_t *remote; /* out, set before `done` of a call that succeeds: the caller's */
+    const void *value;        /* contiguous; looked at on rank 0 only … */
+    const kv_row_sum_t *rows; /* … as this, of a row-sparse key */
+    kv_remote_t *remote;      /* out, set before `done` of a call that succeeds: the caller's */
 } kv_declared_t;
 
 /* What a push says of the step that servers take with it. */
@@ -91,6 +93,16 @@ typedef struct kv_client_part {
     kv_remote_t *remote;
     const void *value; /* contiguous elements to push, NULL: none */
     void *out;         /* contiguous memory for the value, NULL: none. May be `value` */
+    /* Rows, as kv_remote_row_bytes says. To push, in place of `value`; read by kv_client_start
+     * only, NULL: none. */
+    const kv_row_sum_t *rows;
+    /* Not NULL: `out` gets these rows alone, one after the other; strictly increasing, at least
+     * one. Read by kv_client_start only. */
+    const int64_t *ids;
+    int64_t num_ids;
+    /* For all rows of a row-sparse key, in place of `out`: [kv_remote_num_slices] NULLs. Gets what
+     * kv_remote_gather takes; one share of each is the caller's, also after an error. */
+    kv_buffer_t **found;
     /* Not KV_CODEC_NONE: `value` has instead what kv_remote_encode has made. */
     kv_codec_type_t codec;
     const kv_client_step_t *step; /* of a push; NULL: none */
@@ -102,6 +114,14 @@ size_t kv_remote_coded_bytes(const kv_remote_t *remote, kv_codec_type_t codec);
  * Returns how many elements of that are not finite. */
 int64_t kv_remote_encode(const kv_remote_t *remote, const kv_host_t *host, const kv_codec_t *codec,
                          const void *value, void *residual, void *out);
+
+/* What is a row to a client: a row of the value, or, where slices of a dense key end within rows, a
+ * part of it, all of one size; these are numbered through. */
+size_t kv_remote_row_bytes(const kv_remote_t *remote);
+uint32_t kv_remote_num_slices(const kv_remote_t *remote);
+/* All rows that a pull has found become one set, which is made as kv_rowset_make does. */
+KV_MUST_CHECK kv_status_t kv_remote_gather(const kv_remote_t *remote, kv_buffer_t *const *found,
+                                           kv_rowset_t *out);
 
 typedef enum kv_client_verb {
     KV_CLIENT_MOVE,    /* parts: push, pull, pushpull */
@@ -119,6 +139,7 @@ struct kv_client_call {
     int64_t num_parts;
     kv_declared_t *keys; /* DECLARE */
     int64_t num_keys;
+    const kv_host_t *host; /* where a part or key has rows; read by kv_client_start only */
     /* No value is read any more (also after an error). Once, before `done`. May be NULL. */
     void (*sent)(kv_client_call_t *call);
     /* It has ended: all answers are there, or it failed. Once, the client's last word. A failed

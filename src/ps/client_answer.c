@@ -47,7 +47,8 @@ static char *out_of(const kv_slice_op_t *op)
 {
     if (op->action != KV_WIRE_GET && op->action != KV_WIRE_PUSHPULL)
         return NULL;
-    return (char *)op->work->call->parts[op->part].out + op->offset;
+    char *out = op->work->call->parts[op->part].out;
+    return out != NULL ? out + op->offset : NULL;
 }
 
 static void answered_locked(kv_slice_op_t *op)
@@ -77,8 +78,12 @@ static kv_status_t check_value(const kv_slice_op_t *op, const kv_wire_record_t *
 {
     const kv_remote_t *remote = op->work->remotes[op->part];
     uint64_t bytes = out_of(op) != NULL ? op->bytes : 0;
-    if (op->action == 0 || record->key != remote->number || record->slice != op->slice ||
-        record->bytes != bytes || record->codec != 0 || record->dtype != remote->dtype)
+    bool finds = kv_op_finds(op) && (record->flags & KV_WIRE_ROWS);
+    if (finds)
+        bytes = record->bytes; /* looked at when they are there */
+    if (finds != kv_op_finds(op) || op->action == 0 || record->key != remote->number ||
+        record->slice != op->slice || record->bytes != bytes || record->codec != 0 ||
+        record->dtype != remote->dtype)
         return kv_fail(KV_INVALID,
                        "it answers with %" PRIu64 " bytes of key %" PRIu64 ", slice %" PRIu32
                        ", where other ones are due",
@@ -126,6 +131,42 @@ static kv_status_t take_value_locked(kv_client_t *client, kv_net_arrival_t *arri
     return KV_OK;
 }
 
+/* All rows of a slice have come, in a buffer with nothing else in it, or among other answers. */
+static kv_status_t keep_rows(kv_slice_op_t *op, kv_buffer_t *whole, const void *data, size_t bytes)
+{
+    kv_buffer_t *rows = whole;
+    KV_TRY(kv_op_check_rows(op, data, bytes));
+    if (op->work->given_up)
+        return KV_OK;
+    if (whole != NULL) {
+        kv_buffer_hold(whole);
+    } else if (kv_pool_get(op->work->client->pool, bytes, &rows) == KV_OK) {
+        memcpy(rows->data, data, bytes);
+    } else {
+        static const char words[] = "no memory for the rows from";
+        set_error(op, op->work->remotes[op->part], KV_NO_MEMORY, words, sizeof words - 1);
+        return KV_OK;
+    }
+    op->work->call->parts[op->part].found[op->slice] = rows;
+    return KV_OK;
+}
+
+static kv_status_t take_rows_locked(kv_client_t *client, const gathered_t *gathered)
+    KV_REQUIRES(client->lock)
+{
+    const kv_wire_record_t *record = &gathered->header.record;
+    kv_slice_op_t *op;
+    KV_TRY(find_op_locked(client, gathered->peer, record, &op));
+    if (op == NULL)
+        return KV_OK;
+    KV_TRY(check_value(op, record));
+    if (!kv_op_finds(op) || record->status != KV_OK)
+        return kv_fail(KV_INVALID, "it sends rows where none are due");
+    KV_TRY(keep_rows(op, gathered->buffer, gathered->buffer->data, gathered->bytes));
+    answered_locked(op);
+    return KV_OK;
+}
+
 /* ------------------------------------------------------------------------------- many answers */
 
 /* A server may have heard of a loss before this node has: what it says of one call holds for all.
@@ -160,7 +201,9 @@ static kv_status_t take_reply_locked(kv_client_t *client, int32_t peer,
     }
     KV_TRY(check_value(op, record));
     char *out = out_of(op);
-    if (out != NULL && op->bytes > 0 && !op->work->given_up)
+    if (kv_op_finds(op))
+        KV_TRY(keep_rows(op, NULL, data, (size_t)record->bytes));
+    else if (out != NULL && op->bytes > 0 && !op->work->given_up)
         memcpy(out, data, op->bytes);
     answered_locked(op);
     return KV_OK;
@@ -192,15 +235,17 @@ static bool is_same_key(const kv_declared_t *declared, const kv_wire_key_t *key)
     return same;
 }
 
-/* Whether slices and servers are what a value of these bytes can have. */
+/* Whether slices and servers are what a value like this one can have. */
 static bool is_possible(const kv_client_t *client, const kv_remote_t *remote,
                         const kv_wire_key_t *key)
 {
-    if (!key->placed || key->slice_bytes == 0 || key->slice_bytes > KV_WIRE_SLICE_BYTES ||
-        key->slice_bytes % kv_dtype_bytes(remote->dtype) != 0)
+    if (!key->placed || key->slice_bytes == 0)
         return false;
-    size_t last = remote->bytes == 0 ? 0 : (remote->bytes - 1) / (size_t)key->slice_bytes;
-    bool possible = key->num_slices == last + 1;
+    if (!remote->sparse && (key->slice_bytes > KV_WIRE_SLICE_BYTES ||
+                            key->slice_bytes % kv_dtype_bytes(remote->dtype) != 0))
+        return false;
+    uint64_t all = remote->sparse ? (uint64_t)remote->num_rows : remote->bytes;
+    bool possible = key->num_slices == (all == 0 ? 0 : (all - 1) / key->slice_bytes) + 1;
     for (uint32_t slice = 0; possible && slice < key->num_slices; slice++)
         possible = kv_wire_server_of(key, slice) < client->config.num_servers;
     return possible;
@@ -231,6 +276,11 @@ static kv_status_t take_key_locked(kv_client_t *client, kv_slice_op_t *op, int64
     }
     remote->number = key->number;
     remote->slice_bytes = (size_t)key->slice_bytes;
+    if (remote->sparse) {
+        remote->slice_rows = key->slice_bytes < INT64_MAX ? (int64_t)key->slice_bytes : INT64_MAX;
+        remote->slice_bytes = 0; /* only rank 0 looks at it */
+    }
+    kv_remote_count_rows(remote);
     remote->num_slices = key->num_slices;
     for (uint32_t slice = 0; slice < key->num_slices; slice++)
         remote->servers[slice] = (uint16_t)kv_wire_server_of(key, slice);
@@ -267,7 +317,9 @@ static void gathered_done(void *context, kv_status_t status)
         kv_client_peer_lost_locked(client, gathered->peer, status);
     } else {
         status = gathered->header.kind == KV_WIRE_REPLIES ? take_replies_locked(client, gathered)
-                                                          : take_declared_locked(client, gathered);
+                 : gathered->header.kind == KV_WIRE_DECLARED
+                     ? take_declared_locked(client, gathered)
+                     : take_rows_locked(client, gathered);
         if (status != KV_OK)
             kv_net_drop(client->net, gathered->peer, kv_status_message(status));
     }
@@ -305,7 +357,10 @@ kv_status_t kv_client_arrive(void *context, kv_net_arrival_t *arrival)
     KV_TRY(kv_wire_get_header(arrival->header, arrival->header_bytes, &header));
     arrival->target = NULL;
     arrival->done = NULL;
-    if (header.kind == KV_WIRE_REPLIES || header.kind == KV_WIRE_DECLARED)
+    bool rows = header.kind == KV_WIRE_VALUE && (header.record.flags & KV_WIRE_ROWS);
+    if (rows && arrival->payload_bytes > KV_WIRE_ROWS_BYTES)
+        return kv_fail(KV_INVALID, "it sends %zu bytes of rows", arrival->payload_bytes);
+    if (rows || header.kind == KV_WIRE_REPLIES || header.kind == KV_WIRE_DECLARED)
         return take_gathered(client, arrival, &header);
     if (header.kind != KV_WIRE_VALUE)
         return kv_fail(KV_INVALID, "it sends a message of kind %d, which is not a server's",

@@ -15,6 +15,7 @@ typedef struct builder {
     kv_client_work_t *work;
     uint32_t *at;    /* [servers * WAYS]: first how many operations, then where the next one goes */
     uint32_t *stamp; /* [servers]: the last part, plus one, of which a server was seen */
+    kv_status_t status;
 } builder_t;
 
 static const void *value_of(const kv_client_work_t *work, uint32_t part)
@@ -107,23 +108,30 @@ static void add_op(builder_t *builder, int64_t part, uint32_t slice, uint16_t se
     const kv_remote_t *remote = work->remotes[part];
     size_t offset = slice * remote->slice_bytes;
     size_t bytes = remote->bytes - offset;
-    if (action == KV_WIRE_DROP)
+    if (action == KV_WIRE_DROP || remote->sparse)
         bytes = 0;
     else if (bytes > remote->slice_bytes)
         bytes = remote->slice_bytes;
     kv_codec_type_t codec = codec_of(work, part);
     bool coded = codec != KV_CODEC_NONE;
-    const kv_slice_op_t op = {
+    kv_slice_op_t op = {
         .work = work,
         .offset = offset,
         .bytes = (uint32_t)bytes,
-        .sent_bytes = (uint32_t)(coded ? kv_wire_coded_bytes(codec, remote->dtype, bytes) : bytes),
+        .sent_bytes = (uint32_t)(coded ? kv_wire_coded_bytes(codec, remote->dtype, bytes)
+                                 : action != KV_WIRE_GET ? bytes
+                                                         : 0),
         .sent_offset = coded ? slice * coded_stride(remote, codec) : offset,
         .part = (uint32_t)part,
         .slice = slice,
         .server = server,
         .action = (uint8_t)action,
     };
+    bool needed = true;
+    if (builder->status == KV_OK)
+        builder->status = kv_op_add_rows(&op, &needed);
+    if (!needed)
+        return;
     uint32_t *at = &builder->at[(size_t)server * WAYS + (size_t)way_of(&op)];
     if (work->ops != NULL)
         work->ops[*at] = op;
@@ -156,11 +164,11 @@ static void add_part(builder_t *builder, int64_t part)
     }
     if (call->verb == KV_CLIENT_MOVE) {
         const kv_client_part_t *given = &call->parts[part];
-        if (given->value == NULL && given->out == NULL)
+        bool pushes = kv_part_pushes(call, part),
+             pulls = given->out != NULL || given->found != NULL;
+        if (!pushes && !pulls)
             return;
-        action = given->value == NULL ? KV_WIRE_GET
-                 : given->out == NULL ? KV_WIRE_PUSH
-                                      : KV_WIRE_PUSHPULL;
+        action = !pushes ? KV_WIRE_GET : pulls ? KV_WIRE_PUSHPULL : KV_WIRE_PUSH;
     }
     for (uint32_t slice = 0; slice < remote->num_slices; slice++)
         add_op(builder, part, slice, remote->servers[slice], action);
@@ -176,6 +184,7 @@ static kv_status_t add_ops(builder_t *builder)
     int64_t num_parts = declares && config->rank != 0 ? 0 : work->num_remotes;
     for (int64_t part = 0; part < num_parts; part++)
         add_part(builder, part);
+    KV_TRY(builder->status);
     uint32_t count = declares;
     for (size_t i = 0; i < groups; i++) {
         uint32_t here = builder->at[i];
@@ -208,7 +217,7 @@ static uint32_t count_run(const kv_client_work_t *work, uint32_t first)
     for (uint32_t i = first; i < work->num_ops; i++) {
         if (ops[i].server != ops[first].server || way_of(&ops[i]) != way)
             break;
-        values += kv_wire_value_bytes(ops[i].sent_bytes) * (way == TRAVELS_TOGETHER);
+        values += kv_wire_value_bytes(ops[i].sent_bytes);
         if (count > 0 && kv_wire_table_bytes(count + 1) + values > KV_WIRE_SLICE_BYTES)
             break;
         count++;
@@ -238,7 +247,8 @@ static kv_status_t write_keys(kv_client_work_t *work, kv_outgoing_t *message)
                 .ndim = declared->ndim,
                 .placed = work->placed,
                 .number = remote->number,
-                .slice_bytes = remote->slice_bytes,
+                .slice_bytes =
+                    declared->sparse ? (uint64_t)remote->slice_rows : remote->slice_bytes,
                 .num_slices = remote->num_slices,
                 .servers = servers,
             };
@@ -274,22 +284,33 @@ static kv_status_t gather(kv_client_work_t *work, kv_outgoing_t *message)
                                                  : KV_WIRE_BATCH;
     size_t at = kv_wire_table_bytes(message->count);
     size_t bytes = at;
-    if (message->kind == KV_WIRE_BATCH)
-        for (uint32_t i = 0; i < message->count; i++)
-            bytes += kv_wire_value_bytes(op[i].sent_bytes);
+    for (uint32_t i = 0; i < message->count; i++)
+        bytes += kv_wire_value_bytes(op[i].sent_bytes);
     KV_TRY(kv_pool_get(work->client->pool, bytes, &message->buffer));
     unsigned char *payload = message->buffer->data;
     message->net.payload_bytes = bytes;
     size_t table = (size_t)message->count * KV_WIRE_RECORD_BYTES;
     memset(payload + table, 0, at - table);
-    for (uint32_t i = 0; message->kind == KV_WIRE_BATCH && i < message->count; i++) {
+    for (uint32_t i = 0; i < message->count; i++) {
         size_t bytes_here = op[i].sent_bytes, room = kv_wire_value_bytes(bytes_here);
-        if (bytes_here > 0)
+        if (op[i].has_rows)
+            kv_op_put_rows(&op[i], payload + at);
+        else if (bytes_here > 0)
             memcpy(payload + at, (const char *)value_of(work, op[i].part) + op[i].sent_offset,
                    bytes_here);
         memset(payload + at + bytes_here, 0, room - bytes_here);
         at += room;
     }
+    return KV_OK;
+}
+
+static kv_status_t gather_rows(kv_client_work_t *work, kv_outgoing_t *message)
+{
+    const kv_slice_op_t *op = &work->ops[message->first];
+    message->kind = KV_WIRE_PUSH_ONE;
+    KV_TRY(kv_pool_get(work->client->pool, op->sent_bytes, &message->buffer));
+    message->net.payload_bytes = op->sent_bytes;
+    kv_op_put_rows(op, message->buffer->data);
     return KV_OK;
 }
 
@@ -304,6 +325,8 @@ static kv_status_t make_message(kv_client_work_t *work, kv_outgoing_t *message)
         KV_TRY(write_keys(work, message));
     else if (message->count > 1 || way_of(op) == TRAVELS_BARE)
         KV_TRY(gather(work, message));
+    else if (op->has_rows)
+        KV_TRY(gather_rows(work, message));
     else
         message->kind = KV_WIRE_PUSH_ONE;
     if (message->buffer != NULL) {
@@ -341,11 +364,11 @@ static void describe(const kv_client_work_t *work, const kv_slice_op_t *op,
     bool inits = op->action == KV_WIRE_INIT;
     record->key = remote->number;
     record->round = inits ? remote->row_bytes / kv_dtype_bytes(remote->dtype) : remote->pushes;
-    record->bytes = way_of(op) == TRAVELS_BARE ? 0 : op->sent_bytes;
+    record->bytes = op->sent_bytes;
     record->slice = op->slice;
     record->action = op->action;
     record->dtype = (uint8_t)remote->dtype;
-    record->flags = remote->num_slices > 1 ? KV_WIRE_PART : 0;
+    record->flags = (remote->num_slices > 1 ? KV_WIRE_PART : 0) | (op->has_rows ? KV_WIRE_ROWS : 0);
     if (op->action != KV_WIRE_PUSH && op->action != KV_WIRE_PUSHPULL)
         return;
     const kv_client_part_t *part = &work->call->parts[op->part];
@@ -396,6 +419,8 @@ static kv_status_t remote_new(kv_client_t *client, const kv_declared_t *key, kv_
                             .dtype = key->dtype,
                             .bytes = key->bytes,
                             .row_bytes = key->row_bytes,
+                            .sparse = key->sparse,
+                            .num_rows = key->ndim > 0 ? key->shape[0] : 1,
                             .name = key->name};
     if (text > 0)
         memcpy(remote->text, key->name.text, text);
@@ -424,19 +449,29 @@ void kv_client_unload_locked(kv_client_t *client, const kv_remote_t *remote)
     }
 }
 
+static void cut(kv_remote_t *remote, int32_t num_servers)
+{
+    if (remote->sparse) {
+        remote->slice_rows = kv_slice_rows(remote->num_rows, remote->row_bytes, num_servers);
+        remote->num_slices = kv_slice_count_rows(remote->num_rows, remote->slice_rows);
+        remote->slice_bytes = (size_t)remote->slice_rows * remote->row_bytes;
+    } else {
+        remote->slice_bytes = kv_slice_bytes(remote->bytes, remote->row_bytes,
+                                             kv_dtype_bytes(remote->dtype), num_servers);
+        remote->num_slices = kv_slice_count(remote->bytes, remote->slice_bytes);
+    }
+    kv_remote_count_rows(remote);
+}
+
 /* Rank 0 chooses slices, servers and numbers. */
 static kv_status_t place(kv_client_t *client, kv_client_work_t *work)
 {
-    const kv_declared_t *keys = work->call->keys;
     kv_placed_t *placed = kv_calloc((size_t)work->num_remotes, sizeof *placed);
     KV_TRY_ALLOC(placed, "the places of keys");
     kv_status_t status = KV_OK;
     for (int64_t i = 0; i < work->num_remotes && status == KV_OK; i++) {
         kv_remote_t *remote = work->remotes[i];
-        remote->slice_bytes =
-            kv_slice_bytes(remote->bytes, keys[i].row_bytes, kv_dtype_bytes(remote->dtype),
-                           client->config.num_servers);
-        remote->num_slices = kv_slice_count(remote->bytes, remote->slice_bytes);
+        cut(remote, client->config.num_servers);
         remote->servers = kv_calloc(remote->num_slices, sizeof *remote->servers);
         placed[i] =
             (kv_placed_t){remote->bytes, remote->slice_bytes, remote->num_slices, remote->servers};

@@ -2,6 +2,7 @@
  *
  *   client.c         the client, the start and the end of calls, their order
  *   client_build.c   a call taken apart into operations on slices, and these put into messages
+ *   client_rows.c    rows on their way out and in
  *   client_answer.c  what servers send
  *
  * A call's work is built before the lock is taken: all of its memory is there before the first
@@ -33,8 +34,12 @@ enum {
 struct kv_remote {
     kv_client_t *client;
     kv_dtype_t dtype;
+    bool sparse;
     size_t bytes, slice_bytes, row_bytes;
     uint32_t num_slices;
+    /* In rows as kv_remote_row_bytes says: */
+    int64_t num_rows, slice_rows;
+    size_t unit_bytes;
     uint16_t *servers; /* [num_slices] */
     uint64_t number;
     /* Guarded by the client's lock: */
@@ -54,7 +59,9 @@ typedef struct kv_slice_op {
     size_t offset; /* in the value */
     uint32_t bytes;
     uint32_t sent_bytes; /* of data that goes out … */
-    size_t sent_offset;  /* … and where it lies in what the call pushes */
+    size_t sent_offset;  /* … and where it lies in what the call pushes … */
+    int64_t first, rows; /* … or which of the rows, or ids, go out */
+    bool has_rows;
     uint32_t part, slice;
     uint16_t server;
     uint8_t action; /* kv_wire_action_t; 0: the declaration of all keys */
@@ -125,7 +132,25 @@ void kv_client_unload_locked(kv_client_t *client, const kv_remote_t *remote)
 
 static inline bool kv_part_pushes(const kv_client_call_t *call, int64_t part)
 {
-    return call->verb == KV_CLIENT_MOVE && call->parts[part].value != NULL;
+    return call->verb == KV_CLIENT_MOVE &&
+           (call->parts[part].value != NULL || call->parts[part].rows != NULL);
+}
+
+/* client_rows.c */
+/* What follows from the slices of a remote. */
+void kv_remote_count_rows(kv_remote_t *remote);
+/* Adds to an operation what it has to do with rows. *needed: something is asked of its slice.
+ * KV_INVALID when there are too many rows for a message. */
+KV_MUST_CHECK kv_status_t kv_op_add_rows(kv_slice_op_t *op, bool *needed);
+/* Writes the data of an operation that has rows. */
+void kv_op_put_rows(const kv_slice_op_t *op, void *out);
+/* Checks what is said to be all rows of the operation's slice. */
+KV_MUST_CHECK kv_status_t kv_op_check_rows(const kv_slice_op_t *op, const void *data, size_t bytes);
+/* Whether all rows of the slice are the answer. */
+static inline bool kv_op_finds(const kv_slice_op_t *op)
+{
+    const kv_client_call_t *call = op->work->call;
+    return call->verb == KV_CLIENT_MOVE && op->action != 0 && call->parts[op->part].found != NULL;
 }
 
 /* client.c */

@@ -40,6 +40,27 @@ uint32_t kv_slice_count(size_t bytes, size_t slice_bytes)
     return bytes == 0 ? 1 : (uint32_t)((bytes - 1) / slice_bytes + 1);
 }
 
+/* A slice of rows should not be larger than ROWS_BYTES if all rows are there, but there should not
+ * be more than MOST of them either. */
+enum { ROWS_BYTES = 32 << 20, MOST = 1024 };
+
+int64_t kv_slice_rows(int64_t num_rows, size_t row_bytes, int32_t num_servers)
+{
+    int64_t servers = num_servers, fit = (int64_t)(ROWS_BYTES / (row_bytes + sizeof(int64_t)));
+    int64_t pieces = num_rows / (fit > 0 ? fit : 1) + 1;
+    if (row_bytes > 0 && (size_t)num_rows >= SHARED_FROM / row_bytes)
+        pieces = (pieces + servers - 1) / servers * servers;
+    if (pieces > MOST)
+        pieces = servers < MOST ? MOST / servers * servers : servers;
+    int64_t rows = num_rows / pieces + (num_rows % pieces != 0);
+    return rows > 0 ? rows : 1;
+}
+
+uint32_t kv_slice_count_rows(int64_t num_rows, int64_t slice_rows)
+{
+    return num_rows == 0 ? 1 : (uint32_t)((num_rows - 1) / slice_rows + 1);
+}
+
 typedef struct piece {
     size_t bytes;
     size_t order; /* as they came */

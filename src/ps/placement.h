@@ -4,6 +4,9 @@
  * element boundaries. A value that is large enough is cut into as many slices as there are servers
  * or more, so that all of them carry a part. Each slice goes to the server that has the fewest
  * bytes so far; the slices of one call are dealt out largest first.
+ *
+ * Slices of a row-sparse value end on row boundaries. They are larger, for of most rows there is
+ * nothing, and not too many, for each of them has a part in every push.
  */
 #ifndef KV_PS_PLACEMENT_H
 #define KV_PS_PLACEMENT_H
@@ -16,6 +19,9 @@
  * of none). */
 size_t kv_slice_bytes(size_t bytes, size_t row_bytes, size_t item_bytes, int32_t num_servers);
 uint32_t kv_slice_count(size_t bytes, size_t slice_bytes);
+/* The same in rows, of a row-sparse value. */
+int64_t kv_slice_rows(int64_t num_rows, size_t row_bytes, int32_t num_servers);
+uint32_t kv_slice_count_rows(int64_t num_rows, int64_t slice_rows);
 
 typedef struct kv_placed {
     size_t bytes, slice_bytes;

@@ -203,7 +203,7 @@ static kv_status_t handle_records_locked(kv_server_t *server, const kv_request_t
         request->header.record = record;
         request->worker = message->worker;
         request->deadline_ns = message->deadline_ns;
-        if (message->header.kind == KV_WIRE_BATCH) {
+        if (message->header.kind == KV_WIRE_BATCH || record.bytes > 0) {
             request->buffer = kv_buffer_hold(message->buffer);
             request->data = data;
         }
@@ -260,7 +260,10 @@ static kv_status_t check_message(const kv_server_t *server, const kv_net_arrival
                        "worker %" PRId32 " has announced %" PRIu64 " bytes and sent %zu",
                        arrival->peer, header->record.bytes, bytes);
     bool values = header->kind == KV_WIRE_PUSH_ONE || header->kind == KV_WIRE_BATCH;
-    size_t limit = values ? (size_t)KV_WIRE_SLICE_BYTES : (size_t)MESSAGE_BYTES;
+    bool rows = header->kind == KV_WIRE_PUSH_ONE && (header->record.flags & KV_WIRE_ROWS);
+    size_t limit = rows     ? (size_t)KV_WIRE_ROWS_BYTES
+                   : values ? (size_t)KV_WIRE_SLICE_BYTES
+                            : (size_t)MESSAGE_BYTES;
     if (bytes > limit)
         return kv_fail(KV_INVALID,
                        "worker %" PRId32 " has sent a message of %zu bytes, %zu are "

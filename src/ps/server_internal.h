@@ -4,6 +4,7 @@
  *   server_answer.c  requests, and answers on their way out
  *   server_slice.c   slices of values: rounds, versions, those who wait
  *   server_round.c   how the pushes of a round become the next version: sums, optimizers
+ *   server_rows.c    the same with rows; row-sparse slices
  *   server_keys.c    the directory of declared keys; deletes
  *
  * One lock guards everything. It is dropped for sums; whoever works on a slice meanwhile has marked
@@ -87,7 +88,10 @@ struct kv_slice {
     kv_dtype_t dtype;
     size_t bytes;
     int64_t row_count;   /* elements of a row of the value */
-    kv_buffer_t *stored; /* this version; NULL: the first value is still on its way */
+    kv_buffer_t *stored; /* this version; NULL: the first value is still on its way, or … */
+    bool sparse;         /* … it is row-sparse; then `bytes` is what is stored … */
+    kv_rowset_t rows;    /* … and nobody else has a share of it */
+    int64_t num_rows;    /* row-sparse: stored or not */
     uint64_t version;
     kv_request_t *pulls; /* that wait for a version */
     int32_t turn;        /* async: the worker whose push is looked for first */
@@ -95,12 +99,14 @@ struct kv_slice {
     kv_step_t step;      /* the newest one that was taken, if there are slots */
     /* A round that is being completed: */
     bool busy;
-    bool steps;           /* by `step` */
-    kv_buffer_t *made;    /* the next version; may be `stored`, which nobody may read then */
-    kv_error_t *failure;  /* what became of it in the engine */
-    const void **sources; /* [num_workers] */
-    kv_codec_t *codecs;   /* [num_workers] */
-    kv_op_t op;           /* for the engine */
+    bool steps;            /* by `step` */
+    bool by_rows;          /* its pushes are rows */
+    kv_buffer_t *made;     /* the next version; may be `stored`, which nobody may read then */
+    kv_rowset_t made_rows; /* the same of a row-sparse slice, unless a step changes `rows` */
+    kv_error_t *failure;   /* what became of it in the engine */
+    const void **sources;  /* [num_workers] */
+    kv_codec_t *codecs;    /* [num_workers] */
+    kv_op_t op;            /* for the engine */
     kv_slice_worker_t workers[];
 };
 
@@ -193,6 +199,30 @@ kv_error_t *kv_round_prepare_locked(kv_server_t *server, kv_slice_t *slice)
     KV_REQUIRES(server->mutex);
 /* Fills `made`, no lock held. On an error the value is as it was. */
 KV_MUST_CHECK kv_status_t kv_round_run(kv_slice_t *slice);
+
+/* ----------------------------------------------------------------------------- server_rows.c */
+
+static inline bool kv_slice_has_value(const kv_slice_t *slice)
+{
+    return slice->stored != NULL || slice->sparse;
+}
+
+/* KV_INVALID unless the data of a record is rows, or ids, of this slice, which has a value. */
+KV_MUST_CHECK kv_status_t kv_slice_check_rows(const kv_slice_t *slice,
+                                              const kv_wire_record_t *record, const void *data,
+                                              bool ids_only, kv_wire_rows_t *out);
+/* The first value of a row-sparse slice, whose type and extents are set here. */
+KV_MUST_CHECK kv_status_t kv_slice_init_rows_locked(kv_slice_t *slice, const kv_request_t *request)
+    KV_REQUIRES(slice->server->mutex);
+/* Answers with the rows that are asked for, or all of a row-sparse slice. */
+void kv_slice_answer_rows_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *request)
+    KV_REQUIRES(server->mutex);
+/* Whether all pushes of the round are rows, or none: else KV_BAD_TYPE. */
+KV_MUST_CHECK kv_status_t kv_round_check_rows(const kv_slice_t *slice);
+/* kv_round_run of a round of rows. */
+KV_MUST_CHECK kv_status_t kv_round_run_rows(kv_slice_t *slice, const kv_host_t *host);
+/* What a round moves, about. */
+size_t kv_round_bytes(const kv_slice_t *slice);
 
 /* ----------------------------------------------------------------------------- server_keys.c */
 

@@ -263,17 +263,18 @@ static kv_status_t check_declared(const kv_server_t *server, const kv_wire_key_t
     int64_t count;
     size_t bytes;
     KV_TRY(kv_shape_size((kv_dtype_t)key->dtype, key->ndim, key->shape, &count, &bytes));
-    if (key->sparse)
-        return kv_fail(KV_NOT_BUILT, "row-sparse keys are not in servers of this version");
+    if (key->sparse && key->ndim == 0)
+        return kv_fail(KV_INVALID, "a row-sparse key has at least one dimension");
     if (!key->placed)
         return kv_fail(KV_INVALID, "worker 0 has declared it without a place");
-    uint64_t slices = 1;
-    if (bytes > 0 && key->slice_bytes > 0)
-        slices = (bytes - 1) / key->slice_bytes + 1;
-    if (key->slice_bytes > KV_WIRE_SLICE_BYTES || (bytes > 0 && key->slice_bytes == 0) ||
-        key->num_slices != slices)
-        return kv_fail(KV_INVALID, "%zu bytes in slices of %" PRIu64 " are not %" PRIu32 " slices",
-                       bytes, key->slice_bytes, key->num_slices);
+    uint64_t slices = 1, all = key->sparse ? (uint64_t)key->shape[0] : bytes;
+    if (all > 0 && key->slice_bytes > 0)
+        slices = (all - 1) / key->slice_bytes + 1;
+    if ((key->slice_bytes > KV_WIRE_SLICE_BYTES && !key->sparse) ||
+        (all > 0 && key->slice_bytes == 0) || key->num_slices != slices)
+        return kv_fail(KV_INVALID,
+                       "%" PRIu64 " %s in slices of %" PRIu64 " are not %" PRIu32 " slices", all,
+                       key->sparse ? "rows" : "bytes", key->slice_bytes, key->num_slices);
     for (uint32_t i = 0; i < key->num_slices; i++) {
         if (kv_wire_server_of(key, i) >= server->num_servers)
             return kv_fail(KV_INVALID, "slice %" PRIu32 " has server %" PRId32 " of %" PRId32, i,

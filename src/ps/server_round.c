@@ -73,7 +73,8 @@ static kv_step_t step_of(const kv_slice_t *slice, const kv_known_optimizer_t *kn
     return step;
 }
 
-/* Elements of a row; a slice that is a piece of a row, or ends within one, is a row itself. */
+/* Elements of a row of a dense slice; one that is a piece of a row, or ends within one, is a row
+ * itself. */
 static int64_t row_count_of(const kv_slice_t *slice, int64_t count, bool *cut)
 {
     int64_t row_count = slice->row_count;
@@ -98,7 +99,7 @@ static kv_status_t check_step(const kv_slice_t *slice, const kv_step_t *step, bo
                        "the optimizer %s needs norms of the whole value, and the value is cut into "
                        "slices: not in servers of this version",
                        title);
-    if (num_slots > 0 && slots[0].per_row && slice->bytes > 0 && cut)
+    if (num_slots > 0 && slots[0].per_row && slice->bytes > 0 && cut && !slice->sparse)
         return kv_fail(KV_NOT_BUILT,
                        "the optimizer %s keeps a number for each row, and rows of this value are "
                        "cut into slices: not in servers of this version",
@@ -107,8 +108,7 @@ static kv_status_t check_step(const kv_slice_t *slice, const kv_step_t *step, bo
 }
 
 /* The state for another class begins anew. */
-static kv_status_t take_step_locked(kv_slice_t *slice, const kv_step_t *step)
-    KV_REQUIRES(slice->server->mutex)
+static kv_status_t take_step(kv_slice_t *slice, const kv_step_t *step)
 {
     if (slice->slots == NULL || slice->slots->optim != step->optim) {
         kv_slots_t *slots = kv_slots_new(step->optim);
@@ -138,7 +138,8 @@ static kv_buffer_t *room_locked(kv_server_t *server, const kv_slice_t *slice)
         return kv_buffer_hold(slice->stored);
     for (int32_t i = 0; i < server->num_workers && !slice->steps; i++) {
         const kv_request_t *push = slice->workers[i].summing;
-        if (push != NULL && push->whole && push->header.record.codec == KV_CODEC_NONE)
+        if (push != NULL && push->whole && !slice->by_rows &&
+            push->header.record.codec == KV_CODEC_NONE)
             return kv_buffer_hold(push->buffer);
     }
     kv_buffer_t *room;
@@ -152,14 +153,16 @@ static kv_status_t prepare_locked(kv_server_t *server, kv_slice_t *slice) KV_REQ
                                             ? kv_known_optimizer_locked(server, record->optimizer)
                                         : server->async ? server->optimizers
                                                         : NULL;
+    KV_TRY(kv_round_check_rows(slice));
+    slice->by_rows = (record->flags & KV_WIRE_ROWS) != 0;
     slice->steps = known != NULL;
     if (slice->steps) {
         kv_step_t step = step_of(slice, known, record);
         KV_TRY(check_step(slice, &step, (record->flags & KV_WIRE_PART) != 0));
-        KV_TRY(take_step_locked(slice, &step));
+        KV_TRY(take_step(slice, &step));
     }
-    slice->made = room_locked(server, slice);
-    if (slice->made == NULL)
+    slice->made = slice->sparse ? NULL : room_locked(server, slice);
+    if (slice->made == NULL && !slice->sparse)
         return kv_fail(KV_NO_MEMORY, "no memory for slice %" PRIu32 " of a key", record->slice);
     return KV_OK;
 }
@@ -200,6 +203,8 @@ kv_status_t kv_round_run(kv_slice_t *slice)
 {
     kv_host_t alone = slice->server->host;
     alone.num_threads = 1; /* slices run side by side */
+    if (slice->by_rows)
+        return kv_round_run_rows(slice, &alone);
     int64_t count = (int64_t)(slice->bytes / kv_dtype_bytes(slice->dtype));
     kv_gradients_t gradients = gradients_of(slice);
     void *made = slice->made->data;

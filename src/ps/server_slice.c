@@ -64,10 +64,11 @@ void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *er
         slice->pulls = request->next;
         kv_answer_error_locked(server, request, error);
     }
-    if (slice->stored != NULL) {
+    if (kv_slice_has_value(slice)) {
         server->counters.slices--;
         server->counters.value_bytes -= (int64_t)slice->bytes;
         kv_buffer_rele(slice->stored);
+        kv_rowset_fini(&slice->rows);
     }
     kv_slots_rele(slice->slots);
     kv_index_remove(&server->slices, &slice->node);
@@ -98,14 +99,22 @@ static kv_buffer_t *own_data_locked(kv_server_t *server, const kv_request_t *req
 static bool reached(const kv_slice_t *slice, const kv_request_t *pull)
 {
     uint64_t version = slice->server->async ? slice->workers[pull->worker].applied : slice->version;
-    bool readable = slice->stored != NULL && slice->stored != slice->made;
+    bool in_place = slice->busy && slice->steps;
+    bool readable =
+        slice->sparse ? !in_place : slice->stored != NULL && slice->stored != slice->made;
     return readable && version >= pull->header.record.round;
 }
 
 static void answer_value_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *request)
     KV_REQUIRES(server->mutex)
 {
-    request->header.record.dtype = (uint8_t)slice->dtype;
+    kv_wire_record_t *record = &request->header.record;
+    if (slice->sparse || (record->action == KV_WIRE_GET && (record->flags & KV_WIRE_ROWS))) {
+        kv_slice_answer_rows_locked(server, slice, request);
+        return;
+    }
+    record->dtype = (uint8_t)slice->dtype;
+    record->flags = 0;
     kv_answer_locked(server, request, slice->stored, slice->bytes);
 }
 
@@ -135,10 +144,10 @@ static void spoil_locked(kv_server_t *server, kv_request_t *push, kv_error_t *er
         kv_answer_error_locked(server, push, error);
 }
 
-static kv_status_t check_push(const kv_slice_t *slice, const kv_request_t *push)
+static kv_status_t check_push_locked(const kv_server_t *server, const kv_slice_t *slice,
+                                     const kv_request_t *push) KV_REQUIRES(server->mutex)
 {
     const kv_wire_record_t *record = &push->header.record;
-    const kv_server_t *server = slice->server;
     if (server->async && record->optimizer == 0 && server->optimizers == NULL)
         return kv_fail(KV_INVALID, "dist_async needs an optimizer on the servers before the first "
                                    "push; call set_optimizer");
@@ -147,12 +156,21 @@ static kv_status_t check_push(const kv_slice_t *slice, const kv_request_t *push)
                        "worker %" PRId32 " pushed with an optimizer that server %" PRId32
                        " has not got",
                        push->worker, server->index);
-    if (slice->stored == NULL)
+    if (!kv_slice_has_value(slice))
         return KV_OK; /* looked at again when there is something to compare with */
     if (record->dtype != slice->dtype)
         return kv_fail(KV_BAD_TYPE, "the value is %s, worker %" PRId32 " pushed %s",
                        kv_dtype_name(slice->dtype), push->worker,
                        kv_dtype_name((kv_dtype_t)record->dtype));
+    if (record->flags & KV_WIRE_ROWS) {
+        kv_wire_rows_t rows;
+        return push->data == NULL ? KV_OK /* there was no memory for it */
+                                  : kv_slice_check_rows(slice, record, push->data, false, &rows);
+    }
+    if (slice->sparse)
+        return kv_fail(KV_BAD_TYPE,
+                       "the value is row-sparse, worker %" PRId32 " pushed a dense one",
+                       push->worker);
     kv_codec_t codec = {.type = (kv_codec_type_t)record->codec};
     bool coded = codec.type != KV_CODEC_NONE;
     if (coded && !kv_dtype_is_floating(slice->dtype))
@@ -194,7 +212,7 @@ static void take_push(kv_slice_worker_t *worker)
 static bool begin_round_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
 {
     int32_t num_workers = server->num_workers, ready = 0;
-    if (slice->busy || slice->stored == NULL)
+    if (slice->busy || !kv_slice_has_value(slice))
         return false;
     if (server->async) {
         while (ready < num_workers && !is_next(slice, (slice->turn + ready) % num_workers))
@@ -223,7 +241,19 @@ static bool begin_round_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIR
 static void publish_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
     KV_REQUIRES(server->mutex)
 {
-    if (error == NULL) {
+    if (slice->sparse) {
+        if (error == NULL && !slice->steps) {
+            kv_rowset_fini(&slice->rows);
+            slice->rows = slice->made_rows;
+        } else {
+            kv_rowset_fini(&slice->made_rows);
+        }
+        slice->made_rows = (kv_rowset_t){0};
+        server->counters.value_bytes -= (int64_t)slice->bytes;
+        slice->bytes =
+            (size_t)(slice->rows.num_rows * slice->row_count) * kv_dtype_bytes(slice->dtype);
+        server->counters.value_bytes += (int64_t)slice->bytes;
+    } else if (error == NULL) {
         kv_buffer_rele(slice->stored);
         slice->stored = slice->made;
     } else {
@@ -288,14 +318,15 @@ static void finish(kv_op_t *op)
 /* The first push of the round is the next version as it is. */
 static bool is_made(const kv_slice_t *slice, const kv_request_t *push)
 {
-    return slice->server->num_workers == 1 && !slice->steps && slice->made == push->buffer;
+    return slice->server->num_workers == 1 && !slice->steps && slice->made != NULL &&
+           slice->made == push->buffer;
 }
 
 /* Hands the round to the engine. False: it does not take it. */
 static bool submit_locked(kv_server_t *server, kv_slice_t *slice, const kv_request_t *push)
     KV_REQUIRES(server->mutex)
 {
-    if (slice->bytes <= INLINE_BYTES || !server->has_threads)
+    if (kv_round_bytes(slice) <= INLINE_BYTES || !server->has_threads)
         return false;
     kv_op_init(&slice->op, NULL, 0, (int32_t)push->header.priority);
     slice->op.run = run;
@@ -364,7 +395,7 @@ kv_status_t kv_slice_push_locked(kv_server_t *server, kv_request_t *push)
         return KV_OK;
     }
     kv_request_wait_locked(server, push);
-    kv_status_t status = check_push(slice, push);
+    kv_status_t status = check_push_locked(server, slice, push);
     if (push->failure != NULL)
         kv_answer_error_locked(server, push, push->failure);
     else if (status != KV_OK)
@@ -379,19 +410,23 @@ static kv_status_t init_locked(kv_server_t *server, kv_slice_t *slice, const kv_
     const kv_wire_record_t *record = &request->header.record;
     if (slice == NULL)
         return no_memory(record);
-    if (slice->stored != NULL)
+    if (kv_slice_has_value(slice))
         return kv_fail(KV_INVALID, "slice %" PRIu32 " is initialised already", record->slice);
     size_t item = kv_dtype_bytes((kv_dtype_t)record->dtype);
-    if (record->bytes % item != 0)
+    if ((record->flags & KV_WIRE_ROWS) == 0 && record->bytes % item != 0)
         return kv_fail(KV_INVALID, "slice %" PRIu32 " has %" PRIu64 " bytes, not whole elements",
                        record->slice, record->bytes);
-    kv_buffer_t *value = own_data_locked(server, request);
-    if (value == NULL)
-        return no_memory(record);
-    slice->stored = value;
-    slice->dtype = (kv_dtype_t)record->dtype;
-    slice->row_count = record->round < INT64_MAX ? (int64_t)record->round : 0;
-    slice->bytes = (size_t)record->bytes;
+    if (record->flags & KV_WIRE_ROWS) {
+        KV_TRY(kv_slice_init_rows_locked(slice, request));
+    } else {
+        kv_buffer_t *value = own_data_locked(server, request);
+        if (value == NULL)
+            return no_memory(record);
+        slice->stored = value;
+        slice->dtype = (kv_dtype_t)record->dtype;
+        slice->row_count = record->round < INT64_MAX ? (int64_t)record->round : 0;
+        slice->bytes = (size_t)record->bytes;
+    }
     server->counters.keys += slice->key->num_initialised++ == 0;
     server->counters.slices++;
     server->counters.value_bytes += (int64_t)slice->bytes;
@@ -421,7 +456,7 @@ void kv_slice_init_locked(kv_server_t *server, kv_request_t *request)
     kv_answer_locked(server, request, NULL, 0);
     for (int32_t i = 0; i < server->num_workers; i++) {
         for (kv_request_t *push = slice->workers[i].pushes; push != NULL; push = push->next) {
-            status = push->failure == NULL ? check_push(slice, push) : KV_OK;
+            status = push->failure == NULL ? check_push_locked(server, slice, push) : KV_OK;
             if (status != KV_OK)
                 spoil_locked(server, push, kv_error_capture(status));
         }
@@ -457,7 +492,7 @@ void kv_slice_unlist_locked(kv_server_t *server, kv_request_t *pull)
 kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_request_t *request)
 {
     const kv_slice_t *slice = request->slice;
-    if (slice->stored == NULL)
+    if (!kv_slice_has_value(slice))
         return kv_fail(KV_TIMEOUT, "worker 0 has not initialised the key");
     for (int32_t i = 0; i < server->num_workers && !slice->busy && !server->async; i++) {
         const kv_request_t *push = slice->workers[i].pushes;

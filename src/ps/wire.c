@@ -6,6 +6,7 @@
  * subtracted from, never added up.
  */
 #include "ps/wire.h"
+#include "array/sparse.h"
 #include "compress/codec.h"
 #include "net/net.h"
 #include <inttypes.h>
@@ -153,6 +154,41 @@ void kv_wire_put_threshold(double threshold, unsigned char *out)
 double kv_wire_get_threshold(const unsigned char *data)
 {
     return number_of(get(data, KV_WIRE_THRESHOLD_BYTES));
+}
+
+/* ------------------------------------------------------------------------------------- rows */
+
+int64_t *kv_wire_put_rows(const kv_wire_rows_t *rows, void *out_)
+{
+    unsigned char *out = out_;
+    out = put(out, (uint64_t)rows->count, 8);
+    out = put(out, (uint64_t)rows->num_rows, 8);
+    out = put(out, rows->row_bytes, 8);
+    return (int64_t *)(void *)out;
+}
+
+kv_status_t kv_wire_get_rows(const void *data_, size_t bytes, bool ids_only, kv_wire_rows_t *out)
+{
+    const unsigned char *data = data_;
+    if (bytes < KV_WIRE_ROWS_HEAD)
+        return kv_fail(KV_INVALID, "rows of %zu bytes are none", bytes);
+    uint64_t count = get(data, 8), num_rows = get(data + 8, 8), row_bytes = get(data + 16, 8);
+    size_t left = bytes - KV_WIRE_ROWS_HEAD, each = sizeof(int64_t);
+    if (num_rows > INT64_MAX || row_bytes > KV_WIRE_ROWS_BYTES)
+        return kv_fail(KV_INVALID, "%" PRIu64 " rows of %" PRIu64 " bytes are no slice", num_rows,
+                       row_bytes);
+    each += ids_only ? 0 : (size_t)row_bytes;
+    if (count > left / each || count * each != left)
+        return kv_fail(KV_INVALID, "%" PRIu64 " rows of %" PRIu64 " bytes do not fill %zu bytes",
+                       count, row_bytes, bytes);
+    data += KV_WIRE_ROWS_HEAD;
+    *out = (kv_wire_rows_t){.count = (int64_t)count,
+                            .num_rows = (int64_t)num_rows,
+                            .row_bytes = (size_t)row_bytes,
+                            .ids = (const int64_t *)(const void *)data};
+    if (!ids_only)
+        out->data = (const char *)data + count * sizeof(int64_t);
+    return kv_row_ids_check(out->count, out->ids, out->num_rows);
 }
 
 /* ------------------------------------------------------------------------- records in payloads */

@@ -29,6 +29,11 @@
  * 0's push; without one the sum of the round becomes the value. An asynchronous one takes each
  * push's own. `round` of KV_WIRE_INIT is how many elements a row has.
  *
+ * Rows. A record with KV_WIRE_ROWS has as data no elements but rows of its slice (kv_wire_rows_t):
+ * first values and pushes, and the answers with all rows of a row-sparse slice. In a PULL the data
+ * are the ids of the rows that are wanted, and the answer is these rows' bare elements. A push of
+ * rows goes to every slice of its key, also without any: rounds count all workers.
+ *
  * An answer repeats `request` and `tag` of what it answers: the worker's own, opaque to the server.
  * `timeout_ms` is how long the worker will wait, 0: for ever; a server answers shortly before, with
  * KV_TIMEOUT and whom it waits for.
@@ -49,6 +54,7 @@ enum {
     KV_WIRE_VERSION = 1,
     KV_WIRE_ALIGN = 64,
     KV_WIRE_SLICE_BYTES = 1 << 20, /* of a slice, and of a batch with its records, at most */
+    KV_WIRE_ROWS_BYTES = 1 << 30,  /* of the rows in one record, at most */
 };
 
 typedef enum kv_wire_kind {
@@ -113,7 +119,8 @@ enum { KV_WIRE_RECORD_BYTES = 88, KV_WIRE_HEADER_BYTES = 16 + KV_WIRE_RECORD_BYT
 enum {
     KV_WIRE_PLAIN_RATE = 1, /* kv_step_t.plain_rate */
     KV_WIRE_PART = 2,       /* the value has other slices, too */
-    KV_WIRE_FLAGS = 4
+    KV_WIRE_ROWS = 4,       /* the data is rows, or ids of rows */
+    KV_WIRE_FLAGS = 8
 };
 
 /* Fills in what a push says of the step that it is to be applied with, and reads it: all but the
@@ -127,6 +134,33 @@ enum { KV_WIRE_THRESHOLD_BYTES = 8 };
 size_t kv_wire_coded_bytes(kv_codec_type_t codec, kv_dtype_t dtype, size_t bytes);
 void kv_wire_put_threshold(double threshold, unsigned char *out);
 double kv_wire_get_threshold(const unsigned char *data);
+
+/* Rows of one slice: `count` of its `num_rows`, each of `row_bytes`. A row is one of the value, or
+ * a part of it where slices end within rows. On the wire: these three numbers, the ids, the rows.
+ */
+typedef struct kv_wire_rows {
+    int64_t count, num_rows;
+    size_t row_bytes;
+    const int64_t *ids; /* strictly increasing, the first row of the slice being 0 */
+    const char *data;   /* NULL: ids only */
+} kv_wire_rows_t;
+
+enum { KV_WIRE_ROWS_HEAD = 24 };
+static inline size_t kv_wire_ids_bytes(int64_t count)
+{
+    return KV_WIRE_ROWS_HEAD + (size_t)count * sizeof(int64_t);
+}
+static inline size_t kv_wire_rows_bytes(int64_t count, size_t row_bytes)
+{
+    return kv_wire_ids_bytes(count) + (size_t)count * row_bytes;
+}
+
+/* Writes the three numbers; returns where the ids begin. */
+int64_t *kv_wire_put_rows(const kv_wire_rows_t *rows, void *out);
+/* Describes the rows, or ids, in these bytes, which lie as values of messages do. KV_INVALID unless
+ * they fill them exactly and the ids increase within num_rows. */
+KV_MUST_CHECK kv_status_t kv_wire_get_rows(const void *data, size_t bytes, bool ids_only,
+                                           kv_wire_rows_t *out);
 
 void kv_wire_put_record(const kv_wire_record_t *record, unsigned char *out);
 void kv_wire_put_header(const kv_wire_header_t *header, unsigned char *out);
@@ -165,7 +199,7 @@ typedef struct kv_wire_key {
     int64_t shape[KV_MAX_DIMS];
     uint8_t placed; /* number and places are there */
     uint64_t number;
-    uint64_t slice_bytes;
+    uint64_t slice_bytes; /* of a row-sparse key: rows */
     uint32_t num_slices;
     const unsigned char *servers; /* uint16 each, little-endian: kv_wire_server_of */
     uint8_t status;               /* DECLARED: what became of it, and … */

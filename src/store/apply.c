@@ -287,9 +287,6 @@ int64_t kv_entry_num_rows(const kv_entry_t *entry)
 kv_status_t kv_work_weight(const kv_work_t *work, kv_weight_t *out)
 {
     const kv_entry_t *entry = work->group.entry;
-    if (entry->sparse)
-        KV_TRY(kv_slots_fit(work));
-    void *data = entry->sparse ? kv_rowset_data(&entry->rows) : entry->stored->data;
     return kv_slots_weight(work->group.slots, work->host, work->group.step, entry->dtype,
-                           kv_entry_num_rows(entry), entry->row_count, data, out);
+                           kv_entry_num_rows(entry), entry->row_count, entry->stored->data, out);
 }

@@ -29,6 +29,7 @@ typedef struct target {
     kv_view_t *values, *outs;
     kv_buffer_t *sent;    /* what goes out, when it is not a value itself: their sum, or codes */
     kv_buffer_t *arrived; /* where the answer goes, when it is not an out itself */
+    kv_dist_rows_t rows;
 } target_t;
 
 typedef struct request {
@@ -47,7 +48,7 @@ typedef struct request {
     kv_handle_t *sent;   /* for the thread that waits until the values have gone out; may be NULL */
     bool push, own_outs; /* the outs are written here, not by a waiting caller */
     int32_t first_value, first_key; /* in op.deps */
-    kv_status_t status;
+    kv_status_t status, copied;
     kv_sentence_t sentence;
     int64_t num_targets;
     target_t *targets;
@@ -65,7 +66,9 @@ static request_t *of_call(kv_client_call_t *call)
 
 static kv_var_t *var_of(const kv_view_t *view)
 {
-    return view->array != NULL ? &view->array->var : NULL;
+    return view->array != NULL    ? &view->array->var
+           : view->sparse != NULL ? &view->sparse->var
+                                  : NULL;
 }
 
 static void request_rele(request_t *request)
@@ -73,9 +76,11 @@ static void request_rele(request_t *request)
     if (atomic_fetch_sub(&request->refs, 1) > 1)
         return;
     for (int64_t i = 0; i < request->num_targets; i++) {
-        kv_buffer_rele(request->targets[i].sent);
-        kv_buffer_rele(request->targets[i].arrived);
-        kv_var_unpin(&request->targets[i].entry->var);
+        target_t *target = &request->targets[i];
+        kv_buffer_rele(target->sent);
+        kv_buffer_rele(target->arrived);
+        kv_dist_rows_fini(&target->rows, target->entry, target->num_outs);
+        kv_var_unpin(&target->entry->var);
     }
     kv_handle_rele(request->sent);
     kv_free(request);
@@ -137,10 +142,15 @@ static void call_sent(kv_client_call_t *call)
 }
 
 /* Where the answer is goes to all outs of the key. */
-static kv_status_t deliver(const request_t *request)
+static kv_status_t deliver(request_t *request)
 {
     for (int64_t i = 0; i < request->num_targets; i++) {
-        const target_t *target = &request->targets[i];
+        target_t *target = &request->targets[i];
+        if (kv_dist_rows_arrive(&target->rows)) {
+            KV_TRY(kv_dist_rows_deliver(&target->rows, &request->host, target->entry,
+                                        target->num_outs, target->outs));
+            continue;
+        }
         if (target->num_outs == 0 || (target->num_outs == 1 && target->arrived == NULL))
             continue;
         const void **pointers = kv_alloc((size_t)(1 + target->num_outs) * sizeof *pointers);
@@ -157,25 +167,35 @@ static kv_status_t deliver(const request_t *request)
     return KV_OK;
 }
 
+/* 0: everything is where it belongs. */
 static size_t delivery_bytes(const request_t *request)
 {
     size_t bytes = 0;
     for (int64_t i = 0; i < request->num_targets; i++) {
         const target_t *target = &request->targets[i];
-        if (target->num_outs > 1 || target->arrived != NULL)
-            bytes += target->entry->bytes * (size_t)target->num_outs;
+        if (kv_dist_rows_arrive(&target->rows))
+            bytes +=
+                kv_dist_rows_bytes(&target->rows, target->entry, target->num_outs, target->outs);
+        else if (target->num_outs > 1 || target->arrived != NULL)
+            bytes += 1 + target->entry->bytes * (size_t)target->num_outs;
     }
     return bytes;
 }
 
 static kv_status_t copy_run(kv_op_t *op)
 {
-    return deliver((request_t *)((char *)op - offsetof(request_t, copy)));
+    request_t *request = (request_t *)((char *)op - offsetof(request_t, copy));
+    request->copied = deliver(request);
+    kv_sentence_save(&request->sentence);
+    return KV_OK;
 }
 
 static void copy_finish(kv_op_t *op)
 {
-    note_done((request_t *)((char *)op - offsetof(request_t, copy)), KV_OK);
+    request_t *request = (request_t *)((char *)op - offsetof(request_t, copy));
+    if (request->copied != KV_OK)
+        kv_sentence_restore(&request->sentence);
+    note_done(request, request->copied);
 }
 
 /* In the endpoint's thread, which has other things to do than to copy much. */
@@ -187,6 +207,8 @@ static void call_done(kv_client_call_t *call, kv_status_t status)
         kv_op_init(&request->copy, NULL, 0, request->op.priority);
         request->copy.run = copy_run;
         request->copy.finish = copy_finish;
+        request->copied = kv_fail(KV_NO_MEMORY, "the engine could not copy the outs of a call");
+        kv_sentence_save(&request->sentence);
         if (kv_engine_submit(request->engine, &request->copy) == KV_OK)
             return;
     }
@@ -258,7 +280,14 @@ static kv_status_t prepare(request_t *request, target_t *target, kv_client_part_
     *part = (kv_client_part_t){
         .remote = target->entry->remote,
         .step = request->steps != NULL ? &request->steps[target - request->targets] : NULL};
-    if (target->num_values == 1 && target->values[0].strides == NULL) {
+    const kv_group_t group = {.entry = target->entry,
+                              .num_values = target->num_values,
+                              .num_outs = target->num_outs,
+                              .values = target->values,
+                              .outs = target->outs};
+    if (target->num_values > 0 && target->values[0].sparse != NULL) {
+        KV_TRY(kv_dist_rows_send(&target->rows, &request->host, &group, part));
+    } else if (target->num_values == 1 && target->values[0].strides == NULL) {
         part->value = place_of(&target->values[0]);
     } else if (target->num_values > 0) {
         KV_TRY(merge(request, target));
@@ -267,7 +296,10 @@ static kv_status_t prepare(request_t *request, target_t *target, kv_client_part_
     if (part->value != NULL && request->codec.type != KV_CODEC_NONE &&
         kv_dtype_is_floating(target->entry->dtype))
         KV_TRY(compress(request, target, part));
-    if (target->num_outs > 0 && target->outs[0].strides == NULL) {
+    if (target->num_outs > 0 && (target->entry->sparse || target->rows.row_ids != NULL)) {
+        KV_TRY(kv_dist_rows_ask(&target->rows, &request->host, &group, part));
+    } else if (target->num_outs > 0 && target->outs[0].strides == NULL &&
+               target->outs[0].sparse == NULL) {
         part->out = place_of(&target->outs[0]);
     } else if (target->num_outs > 0) {
         KV_TRY(
@@ -281,14 +313,25 @@ static kv_status_t prepare(request_t *request, target_t *target, kv_client_part_
 static void issue(request_t *request)
 {
     kv_status_t status = KV_OK;
-    for (int64_t i = 0; i < request->num_targets && status == KV_OK; i++)
+    bool asks = false;
+    for (int64_t i = 0; i < request->num_targets && status == KV_OK; i++) {
+        const kv_client_part_t *part = &request->parts[i];
         status = prepare(request, &request->targets[i], &request->parts[i]);
+        asks = asks || request->push || part->out != NULL || part->found != NULL;
+    }
     if (status == KV_OK)
-        status = kv_client_start(request->client, &request->call);
+        status = asks ? kv_client_start(request->client, &request->call)
+                      : kv_client_check(request->client);
+    for (int64_t i = 0; i < request->num_targets; i++)
+        kv_dist_rows_issued(&request->targets[i].rows);
     if (status != KV_OK) {
         request->call.unsent = true;
         call_sent(&request->call);
         note_done(request, status);
+    } else if (!asks) { /* no row is wanted */
+        request->call.unsent = false;
+        call_sent(&request->call);
+        call_done(&request->call, KV_OK);
     }
     note_issued(request);
 }
@@ -330,18 +373,21 @@ static kv_status_t request_new(kv_store_t *store, const kv_plan_t *plan, const k
 {
     size_t groups = (size_t)plan->num_groups;
     size_t views = (size_t)(call->num_values + call->num_outs);
+    size_t num_ids = call->row_ids != NULL ? (size_t)call->num_outs : 0;
     bool counted = push && plan->counted != 0;
-    request_t *request =
-        kv_calloc(1, sizeof *request +
-                         groups * (sizeof(target_t) + sizeof(kv_client_part_t) + sizeof(void *)) +
-                         (views + groups) * sizeof(kv_dep_t) + views * sizeof(kv_view_t) +
-                         (counted ? groups * sizeof(kv_client_step_t) : 0));
+    request_t *request = kv_calloc(
+        1, sizeof *request +
+               groups * (sizeof(target_t) + sizeof(kv_client_part_t) + sizeof(void *)) +
+               (views + groups) * sizeof(kv_dep_t) + views * sizeof(kv_view_t) +
+               (counted ? groups * sizeof(kv_client_step_t) : 0) + num_ids * sizeof(kv_row_ids_t));
     KV_TRY_ALLOC(request, "a request");
     request->targets = (target_t *)(request + 1);
     request->parts = (kv_client_part_t *)(request->targets + groups);
     request->keys = (kv_var_t **)(request->parts + groups);
     request->deps = (kv_dep_t *)(request->keys + groups);
     kv_view_t *next = (kv_view_t *)(request->deps + views + groups);
+    kv_row_ids_t *next_ids = (kv_row_ids_t *)(next + views);
+    kv_client_step_t *steps = (kv_client_step_t *)(next_ids + num_ids);
     for (int64_t g = 0; g < plan->num_groups; g++) {
         const kv_group_t *group = &plan->groups[g];
         if (!push && group->num_outs == 0)
@@ -359,10 +405,17 @@ static kv_status_t request_new(kv_store_t *store, const kv_plan_t *plan, const k
         if (target->num_outs > 0)
             memcpy(next, group->outs, (size_t)target->num_outs * sizeof *next);
         next += target->num_outs;
+        if (group->row_ids != NULL && target->num_outs > 0) {
+            memcpy(next_ids, group->row_ids, (size_t)target->num_outs * sizeof *next_ids);
+            for (int32_t i = 0; i < target->num_outs; i++)
+                kv_buffer_hold(next_ids[i].ids);
+            target->rows.row_ids = next_ids;
+            next_ids += target->num_outs;
+        }
         kv_var_pin(&group->entry->var);
     }
     if (counted) {
-        request->steps = (kv_client_step_t *)next;
+        request->steps = steps;
         for (int64_t g = 0; g < plan->num_groups; g++)
             request->steps[g] = (kv_client_step_t){.optimizer = plan->optimizer->declared,
                                                    .step = *plan->groups[g].step};
@@ -380,6 +433,7 @@ static kv_status_t request_new(kv_store_t *store, const kv_plan_t *plan, const k
                                        .timeout_ms = timeout_ms(caller),
                                        .parts = request->parts,
                                        .num_parts = request->num_targets,
+                                       .host = &request->host,
                                        .sent = call_sent,
                                        .done = call_done,
                                        .unsent = true};
@@ -405,7 +459,9 @@ static size_t merge_bytes(const request_t *request)
     size_t bytes = 0;
     for (int64_t i = 0; i < request->num_targets; i++) {
         const target_t *target = &request->targets[i];
-        if (target->num_values > 1 || (target->num_values == 1 && target->values[0].strides))
+        if (target->num_values > 0 && target->values[0].sparse != NULL)
+            bytes += KV_DETACH_BYTES + 1; /* nobody can tell before they are held */
+        else if (target->num_values > 1 || (target->num_values == 1 && target->values[0].strides))
             bytes += target->entry->bytes * (size_t)target->num_values;
     }
     return bytes;
@@ -526,13 +582,6 @@ kv_status_t kv_dist_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, boo
                         kv_caller_t *caller)
 {
     request_t *request = NULL;
-    for (int64_t g = 0; g < plan->num_groups; g++) {
-        const kv_group_t *group = &plan->groups[g];
-        if ((push && group->values[0].sparse != NULL) ||
-            (group->num_outs > 0 && (group->outs[0].sparse != NULL || group->row_ids != NULL)))
-            return kv_fail(KV_NOT_BUILT, "row-sparse values in a dist store are not built yet; use "
-                                         "dense ones, or a local store");
-    }
     if (plan->num_groups == 0 || (!push && call->num_outs == 0))
         return KV_OK;
     KV_TRY(request_new(store, plan, call, push, caller, &request));

@@ -25,6 +25,7 @@ typedef struct agreement {
     kv_entry_t **entries; /* pinned */
     kv_declared_t *keys;  /* of an init */
     kv_buffer_t **staged; /* of an init: strided values */
+    kv_row_sum_t *sums;   /* of an init: row-sparse values */
     kv_client_part_t *parts;
 } agreement_t;
 
@@ -35,6 +36,7 @@ static void agreement_rele(agreement_t *agreement)
     for (int64_t i = 0; i < agreement->num_keys; i++) {
         kv_remote_free(agreement->keys[i].remote);
         kv_buffer_rele(agreement->staged[i]);
+        kv_row_sum_fini(&agreement->sums[i]);
         kv_var_unpin(&agreement->entries[i]->var);
     }
     kv_free(agreement);
@@ -58,12 +60,14 @@ static kv_status_t agreement_new(kv_store_t *store, const kv_group_t *groups, in
                                  kv_client_verb_t verb, const kv_caller_t *caller,
                                  agreement_t **out)
 {
-    size_t each = sizeof(kv_declared_t) + sizeof(kv_client_part_t) + 2 * sizeof(void *);
+    size_t each = sizeof(kv_declared_t) + sizeof(kv_client_part_t) + sizeof(kv_row_sum_t) +
+                  2 * sizeof(void *);
     agreement_t *agreement = kv_calloc(1, sizeof *agreement + (size_t)num_groups * each);
     KV_TRY_ALLOC(agreement, "the keys of a call");
     agreement->keys = (kv_declared_t *)(agreement + 1);
     agreement->parts = (kv_client_part_t *)(agreement->keys + num_groups);
-    agreement->entries = (kv_entry_t **)(agreement->parts + num_groups);
+    agreement->sums = (kv_row_sum_t *)(agreement->parts + num_groups);
+    agreement->entries = (kv_entry_t **)(agreement->sums + num_groups);
     agreement->staged = (kv_buffer_t **)(agreement->entries + num_groups);
     agreement->num_keys = num_groups;
     for (int64_t i = 0; i < num_groups; i++) {
@@ -88,6 +92,7 @@ static kv_status_t agreement_new(kv_store_t *store, const kv_group_t *groups, in
                                          .num_parts = verb == KV_CLIENT_DELETE ? num_groups : 0,
                                          .keys = agreement->keys,
                                          .num_keys = verb == KV_CLIENT_DECLARE ? num_groups : 0,
+                                         .host = &store->host,
                                          .done = agreement_done};
     *out = agreement;
     return KV_OK;
@@ -136,11 +141,19 @@ static kv_status_t agree(kv_store_t *store, agreement_t *agreement, kv_caller_t 
 
 /* -------------------------------------------------------------------------- init, broadcast */
 
-/* With the values held: where they lie without strides. */
-static kv_status_t stage(agreement_t *agreement, const kv_group_t *groups)
+/* With the values held: where they lie without strides, or what rows there are. */
+static kv_status_t stage(const kv_host_t *host, agreement_t *agreement, const kv_group_t *groups)
 {
     for (int64_t i = 0; i < agreement->num_keys; i++) {
         const kv_view_t *value = &groups[i].values[0];
+        if (value->sparse != NULL) {
+            const kv_entry_t *entry = agreement->entries[i];
+            const kv_rowset_t *rows = &value->sparse->rows;
+            KV_TRY(kv_row_sum_init(host, entry->dtype, entry->row_count, 1, &rows,
+                                   &agreement->sums[i]));
+            agreement->keys[i].rows = &agreement->sums[i];
+            continue;
+        }
         agreement->keys[i].value = value->data;
         if (value->strides == NULL)
             continue;
@@ -155,16 +168,20 @@ static kv_status_t declare(kv_store_t *store, agreement_t *agreement, const kv_g
                            kv_dep_t *deps, kv_caller_t *caller)
 {
     int32_t num_deps = 0;
-    for (int64_t i = 0; i < agreement->num_keys; i++)
-        if (groups[i].values[0].array != NULL)
+    for (int64_t i = 0; i < agreement->num_keys; i++) {
+        const kv_view_t *value = &groups[i].values[0];
+        if (value->array != NULL || value->sparse != NULL)
             deps[num_deps++] =
-                (kv_dep_t){.var = &groups[i].values[0].array->var, .access = KV_READ};
+                (kv_dep_t){.var = value->array != NULL ? &value->array->var : &value->sparse->var,
+                           .access = KV_READ};
+    }
     kv_op_t op;
     kv_op_init(&op, deps, num_deps, 0);
     KV_TRY(kv_engine_enter(agreement->engine, &op, caller));
     bool was_detached = caller->detached;
     kv_caller_detach(caller);
-    kv_status_t status = kv_client_rank(store->client) == 0 ? stage(agreement, groups) : KV_OK;
+    kv_status_t status =
+        kv_client_rank(store->client) == 0 ? stage(&store->host, agreement, groups) : KV_OK;
     if (status == KV_OK)
         status = agree(store, agreement, caller);
     kv_engine_leave(agreement->engine, &op);
@@ -176,11 +193,6 @@ static kv_status_t declare(kv_store_t *store, agreement_t *agreement, const kv_g
 kv_status_t kv_dist_declare(kv_store_t *store, const kv_group_t *groups, int64_t num_groups,
                             kv_caller_t *caller)
 {
-    for (int64_t i = 0; i < num_groups; i++) {
-        if (groups[i].values[0].sparse != NULL)
-            return kv_fail(KV_NOT_BUILT, "row-sparse values in a dist store are not built yet; use "
-                                         "dense ones, or a local store");
-    }
     agreement_t *agreement;
     KV_TRY(agreement_new(store, groups, num_groups, KV_CLIENT_DECLARE, caller, &agreement));
     kv_dep_t *deps = kv_alloc((size_t)num_groups * sizeof *deps);

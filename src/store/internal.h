@@ -11,6 +11,7 @@
 #include "base/thread.h"
 #include "comm/slots.h"
 #include "kv.h"
+#include "ps/client.h"
 
 /* What compression has kept back, one residual for each position of a value list. */
 typedef struct kv_residuals {
@@ -195,8 +196,8 @@ typedef struct kv_work {
     bool push;
     kv_codec_t codec; /* KV_CODEC_NONE unless the values pass through it */
     uint64_t codec_epoch;
-    const void *stored;      /* what pulls read: the entry's value … */
-    const kv_rowset_t *rows; /* … or its rows */
+    const void *stored;      /* what pulls read: the entry's value, or NULL … */
+    const kv_rowset_t *rows; /* … and its rows, or those of them that are asked for */
     const void **pointers;   /* [kv_work_pointers]: sources, then destinations */
     char *staging;           /* kv_work_staging bytes for the strided values, one after the other */
 } kv_work_t;
@@ -225,7 +226,7 @@ KV_MUST_CHECK kv_status_t kv_work_undelivered(bool push, kv_status_t status);
 /* The sum of the values for an updater: entry->merged, or entry->merged_rows. */
 KV_MUST_CHECK kv_status_t kv_work_merge(const kv_work_t *work);
 
-/* The weight of a key for the optimizer, its state made where it is missing. */
+/* The weight of a dense key for the optimizer, its state made where it is missing. */
 KV_MUST_CHECK kv_status_t kv_work_weight(const kv_work_t *work, kv_weight_t *out);
 
 int64_t kv_entry_num_rows(const kv_entry_t *entry); /* stored ones */
@@ -235,11 +236,11 @@ KV_MUST_CHECK kv_status_t kv_work_copy_out(const kv_work_t *work);
 
 /* ------------------------------------------------------------------------------ sparse.c */
 
+/* The sum of the values of a push; it points into them. */
+KV_MUST_CHECK kv_status_t kv_work_sum_rows(const kv_work_t *work, kv_row_sum_t *sum);
 /* A push of row-sparse values, but for its outs. */
 KV_MUST_CHECK kv_status_t kv_work_push_rows(const kv_work_t *work);
 KV_MUST_CHECK kv_status_t kv_work_merge_rows(const kv_work_t *work);
-/* Gives the optimizer's state of a row-sparse key the rows that are stored now. */
-KV_MUST_CHECK kv_status_t kv_slots_fit(const kv_work_t *work);
 /* The outs that are row-sparse, and all outs of a row-sparse key. */
 KV_MUST_CHECK kv_status_t kv_work_pull_rows(const kv_work_t *work);
 
@@ -260,6 +261,39 @@ KV_MUST_CHECK kv_status_t kv_dist_declare(kv_store_t *store, const kv_group_t *g
 /* Agrees with all workers that the keys go. */
 KV_MUST_CHECK kv_status_t kv_dist_delete(kv_store_t *store, const kv_plan_t *plan,
                                          kv_caller_t *caller);
+
+/* ---------------------------------------------------------------------------- dist_rows.c */
+
+/* What one key of a call sends and gets as rows. Of zeros where there is nothing of that. */
+typedef struct kv_dist_rows {
+    kv_row_sum_t sum;  /* what goes out; it may point into `parts` */
+    kv_rowset_t parts; /* parts of rows, see kv_remote_row_bytes */
+    kv_row_ids_t asked, asked_parts;
+    const kv_row_ids_t *row_ids; /* [num_outs] of row_sparse_pull, one share each; else NULL */
+    bool distinct;               /* they are not all the same */
+    kv_rowset_t arrived;         /* the rows that were asked for, or all of a row-sparse key */
+    kv_buffer_t **found;         /* these as they came */
+} kv_dist_rows_t;
+
+static inline bool kv_dist_rows_arrive(const kv_dist_rows_t *rows)
+{
+    return rows->row_ids != NULL || rows->found != NULL;
+}
+
+/* Describes for the client what a group pushes, or is to get. With the arrays held. */
+KV_MUST_CHECK kv_status_t kv_dist_rows_send(kv_dist_rows_t *rows, const kv_host_t *host,
+                                            const kv_group_t *group, kv_client_part_t *part);
+KV_MUST_CHECK kv_status_t kv_dist_rows_ask(kv_dist_rows_t *rows, const kv_host_t *host,
+                                           const kv_group_t *group, kv_client_part_t *part);
+/* The client has read what it needs. */
+void kv_dist_rows_issued(kv_dist_rows_t *rows);
+/* What has arrived goes to the outs of the group, whose order may change. */
+KV_MUST_CHECK kv_status_t kv_dist_rows_deliver(kv_dist_rows_t *rows, const kv_host_t *host,
+                                               const kv_entry_t *entry, int32_t num_outs,
+                                               kv_view_t *outs);
+size_t kv_dist_rows_bytes(const kv_dist_rows_t *rows, const kv_entry_t *entry, int32_t num_outs,
+                          const kv_view_t *outs); /* that delivering moves, about */
+void kv_dist_rows_fini(kv_dist_rows_t *rows, const kv_entry_t *entry, int32_t num_outs);
 
 /* KV_NOT_BUILT for a dist store: `call` works in one process only. */
 KV_MUST_CHECK kv_status_t kv_store_check_local(const kv_store_t *store, const char *call);

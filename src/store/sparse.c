@@ -1,9 +1,5 @@
 /* What has to do with row-sparse values while the key and the arrays are held: pushes of row sets,
  * and pulls into them or out of them.
- *
- * The stored rows of a row-sparse key are sorted. A push through an optimizer that brings a row
- * which is not stored makes room for it in the value and in all of the optimizer's state, copying
- * what is there; once all rows that matter are stored, pushes work in place.
  */
 #include "base/memory.h"
 #include "store/internal.h"
@@ -14,8 +10,7 @@ enum { LOCAL_SETS = 16 };
 
 /* --------------------------------------------------------------------------------- pushes */
 
-/* The sum of the values of a push. */
-static kv_status_t sum_init(const kv_work_t *work, kv_row_sum_t *sum)
+kv_status_t kv_work_sum_rows(const kv_work_t *work, kv_row_sum_t *sum)
 {
     const kv_rowset_t *local[LOCAL_SETS] = {NULL}, **sets = local;
     const kv_entry_t *entry = work->group.entry;
@@ -33,140 +28,6 @@ static kv_status_t sum_init(const kv_work_t *work, kv_row_sum_t *sum)
     return status;
 }
 
-/* Rows of a buffer and where they stand. */
-typedef struct placed {
-    int64_t num_rows;
-    const int64_t *ids;
-    char *data;
-} placed_t;
-
-/* The rows that both have. */
-static void copy_common(const placed_t *from, const placed_t *to, size_t row_bytes)
-{
-    for (int64_t i = 0, j = 0; i < from->num_rows && j < to->num_rows;) {
-        if (from->ids[i] == to->ids[j])
-            memcpy(to->data + (size_t)j * row_bytes, from->data + (size_t)i * row_bytes, row_bytes);
-        int64_t id = from->ids[i];
-        i += id <= to->ids[j];
-        j += to->ids[j] <= id;
-    }
-}
-
-/* The union of the stored ids and `ids`. */
-static void merge_ids(const kv_rowset_t *stored, int64_t num_ids, const int64_t *ids, int64_t *all)
-{
-    const int64_t *old = kv_rowset_ids(stored);
-    int64_t i = 0, j = 0, n = 0;
-    while (i < stored->num_rows || j < num_ids) {
-        bool from_old = j == num_ids || (i < stored->num_rows && old[i] <= ids[j]);
-        int64_t id = from_old ? old[i] : ids[j];
-        if (j < num_ids && ids[j] == id)
-            j++;
-        i += from_old;
-        all[n++] = id;
-    }
-}
-
-/* Lays the optimizer's state out for the rows of `rows`: those that it has keep theirs, the others
- * begin. */
-static kv_status_t lay_out(const kv_work_t *work, const kv_rowset_t *rows)
-{
-    enum { MASTER = KV_MAX_SLOTS, BUFFERS };
-    const kv_entry_t *entry = work->group.entry;
-    kv_slots_t *slots = work->group.slots;
-    size_t wide = kv_dtype_bytes(kv_dtype_wide(entry->dtype));
-    kv_buffer_t *fresh[BUFFERS] = {NULL};
-    kv_status_t status = KV_OK;
-    for (int i = 0; i < BUFFERS && status == KV_OK; i++) {
-        kv_buffer_t *old = i == MASTER ? slots->master : slots->slot[i];
-        kv_slot_t kept = i == MASTER ? (kv_slot_t){.from_weight = true} : slots->kept[i];
-        if (old == NULL)
-            continue;
-        status = kv_slot_make(work->host, entry->dtype,
-                              kv_slot_count(&kept, rows->num_rows, entry->row_count),
-                              kept.from_weight ? kv_rowset_data(rows) : NULL, &fresh[i]);
-        if (status == KV_OK && slots->num_rows > 0)
-            copy_common(&(placed_t){slots->num_rows, slots->indices->data, old->data},
-                        &(placed_t){rows->num_rows, kv_rowset_ids(rows), fresh[i]->data},
-                        wide * (size_t)kv_slot_count(&kept, 1, entry->row_count));
-    }
-    for (int i = 0; i < BUFFERS; i++) {
-        kv_buffer_t **kept = i == MASTER ? &slots->master : &slots->slot[i], *gone = fresh[i];
-        if (status == KV_OK && fresh[i] != NULL) {
-            gone = *kept;
-            *kept = fresh[i];
-        }
-        kv_buffer_rele(gone);
-    }
-    if (status != KV_OK)
-        return status;
-    kv_buffer_rele(slots->indices);
-    slots->indices = rows->indices != NULL ? kv_buffer_hold(rows->indices) : NULL;
-    slots->num_rows = rows->num_rows;
-    return KV_OK;
-}
-
-kv_status_t kv_slots_fit(const kv_work_t *work)
-{
-    const kv_slots_t *slots = work->group.slots;
-    const kv_rowset_t *rows = &work->group.entry->rows;
-    /* Nobody writes into indices of which there are two shares. */
-    bool fit = slots->indices == rows->indices && slots->num_rows == rows->num_rows;
-    return fit ? KV_OK : lay_out(work, rows);
-}
-
-/* Makes room for the rows of `ids`, `missing` of which are not stored, in the value and in all
- * state. */
-static kv_status_t insert_rows(const kv_work_t *work, int64_t missing, int64_t num_ids,
-                               const int64_t *ids)
-{
-    kv_entry_t *entry = work->group.entry;
-    const kv_rowset_t *old = &entry->rows;
-    kv_rowset_t rows = {.num_rows = old->num_rows + missing};
-    size_t count = (size_t)rows.num_rows;
-    kv_status_t status = kv_buffer_new(count * sizeof(int64_t), &rows.indices);
-    if (status == KV_OK)
-        status = kv_buffer_new_zero(count * entry->row_bytes, &rows.data);
-    if (status == KV_OK) {
-        merge_ids(old, num_ids, ids, rows.indices->data);
-        copy_common(&(placed_t){old->num_rows, kv_rowset_ids(old), kv_rowset_data(old)},
-                    &(placed_t){rows.num_rows, rows.indices->data, rows.data->data},
-                    entry->row_bytes);
-        status = lay_out(work, &rows);
-    }
-    if (status != KV_OK) {
-        kv_rowset_fini(&rows);
-        return status;
-    }
-    kv_rowset_fini(&entry->rows);
-    entry->rows = rows;
-    return KV_OK;
-}
-
-/* A step of the optimizer on a row-sparse key. */
-static kv_status_t update_rows(const kv_work_t *work, const kv_row_sum_t *sum)
-{
-    kv_entry_t *entry = work->group.entry;
-    const kv_step_t *step = work->group.step;
-    kv_weight_t weight;
-    int64_t *where = kv_alloc((size_t)sum->num_rows * sizeof *where);
-    KV_TRY_ALLOC(where, "the places of rows");
-    kv_status_t status = KV_OK;
-    int64_t missing = kv_rows_locate(&entry->rows, sum->num_rows, sum->ids, where);
-    if (missing > 0) {
-        status = insert_rows(work, missing, sum->num_rows, sum->ids);
-        if (status == KV_OK)
-            kv_rows_locate(&entry->rows, sum->num_rows, sum->ids, where);
-    }
-    if (status == KV_OK)
-        status = kv_work_weight(work, &weight);
-    if (status == KV_OK)
-        kv_host_update_rows(work->host, step, &weight, sum, where,
-                            kv_optim_is_lazy(step->optim, &step->numbers, true));
-    kv_free(where);
-    return status;
-}
-
 static kv_status_t update_dense(const kv_work_t *work, const kv_row_sum_t *sum)
 {
     const kv_step_t *step = work->group.step;
@@ -181,10 +42,12 @@ kv_status_t kv_work_push_rows(const kv_work_t *work)
 {
     kv_entry_t *entry = work->group.entry;
     kv_row_sum_t sum;
-    KV_TRY(sum_init(work, &sum));
+    KV_TRY(kv_work_sum_rows(work, &sum));
     kv_status_t status = KV_OK;
     if (work->group.step != NULL) {
-        status = entry->sparse ? update_rows(work, &sum) : update_dense(work, &sum);
+        status = entry->sparse ? kv_rows_step(work->host, work->group.step, work->group.slots, &sum,
+                                              &entry->rows)
+                               : update_dense(work, &sum);
     } else if (entry->sparse) {
         status = kv_rowset_make(&entry->rows, sum.num_rows, entry->row_bytes);
         if (status == KV_OK && sum.num_rows > 0)
@@ -201,7 +64,7 @@ kv_status_t kv_work_merge_rows(const kv_work_t *work)
 {
     kv_entry_t *entry = work->group.entry;
     kv_row_sum_t sum;
-    KV_TRY(sum_init(work, &sum));
+    KV_TRY(kv_work_sum_rows(work, &sum));
     kv_status_t status = kv_rowset_make(&entry->merged_rows, sum.num_rows, entry->row_bytes);
     if (status == KV_OK && sum.num_rows > 0)
         kv_rows_write(work->host, &sum, entry->merged_rows.indices->data,
@@ -220,7 +83,7 @@ static kv_status_t pull_ids(const kv_work_t *work, const kv_row_ids_t *ids, kv_r
     if (ids->count == 0)
         return KV_OK;
     memcpy(out->indices->data, ids->ids->data, (size_t)ids->count * sizeof(int64_t));
-    if (entry->sparse)
+    if (work->stored == NULL)
         kv_rows_select(work->host, entry->row_bytes, work->rows, ids->count, ids->ids->data,
                        out->data->data);
     else

@@ -71,7 +71,7 @@ static inline void call_init(test_call_t *call, kv_client_verb_t verb)
 static inline void call_add(test_call_t *call, kv_remote_t *remote, const void *value, void *out)
 {
     if (CHECK(call->base.num_parts < MAX_PARTS))
-        call->parts[call->base.num_parts++] = (kv_client_part_t){remote, value, out};
+        call->parts[call->base.num_parts++] = (kv_client_part_t){.remote = remote, .value = value, .out = out};
 }
 
 /* A vector of floats under a number. */

@@ -137,6 +137,7 @@ def test_a_pull_skips_row_sparse_outs_with_one_warning_for_a_key(sd):
     assert same(outs[3], dense({1: 10, 4: 40}))
 
 
+@pytest.mark.one_process
 def test_each_store_and_each_new_key_of_a_name_warns_again(sd):
     def warned(kv, key):
         with warnings.catch_warnings(record=True) as seen:
@@ -472,6 +473,14 @@ def test_row_numbers_need_64_bits(kv):
     assert has_rows(kv.pull("s"), {2**33: 4, last: 4})
     out = kv.row_sparse_pull("s", row_ids=np.array([last, 5, 2**33]))
     assert has_rows(out, {5: 0, 2**33: 4, last: 4})
+    kv.pushpull("s", sparse({2**39: 6}, shape, "float32"), out=out)
+    assert has_rows(out, {2**39: 6})
+
+
+@pytest.mark.one_process
+def test_row_numbers_of_an_updater_need_64_bits(kv):
+    shape, out = (2**40, 1), sparse({}, (2**40, 1), "float32")
+    kv.init("s", out)
     kv.set_updater(lambda key, recv, stored: stored.__setitem__(slice(None), recv))
     kv.pushpull("s", sparse({2**39: 6}, shape, "float32"), out=out)
     assert has_rows(out, {2**39: 6})

@@ -43,6 +43,7 @@ def test_async_op_gives_a_handle_of_a_call_that_gets_done(s, call):
     assert has_rows(s.pull("s"), {2: 5} if "push" in call else {1: 10, 4: 40})
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("call", CALLS)
 def test_async_op_returns_at_once_while_the_key_is_held(kv, call):
     kv.init("s", sparse({1: 10, 4: 40}))
@@ -70,6 +71,7 @@ def test_a_list_call_has_one_handle(s):
     assert outs[1][2].tolist() == [4, 4]
 
 
+@pytest.mark.one_process
 def test_a_push_of_row_sparse_arrays_returns_at_once_and_holds_them(s):
     with held(s, "s"):
         value = sparse({2: 5})
@@ -82,6 +84,7 @@ def test_a_push_of_row_sparse_arrays_returns_at_once_and_holds_them(s):
     assert gone() is None
 
 
+@pytest.mark.one_process
 def test_a_row_sparse_out_is_waited_for_when_it_is_read(s):
     def later():
         s.pull("s", out=outs[0], ignore_sparse=False)
@@ -111,6 +114,7 @@ def test_a_row_sparse_out_is_waited_for_when_it_is_read(s):
         assert found == [read(r) for r in right]
 
 
+@pytest.mark.one_process
 def test_the_rows_of_a_value_are_those_at_the_time_of_the_call(s):
     """A value that a pull is about to write is pushed with what the pull gives."""
     s.init("t", sparse({0: 1}))
@@ -123,6 +127,7 @@ def test_the_rows_of_a_value_are_those_at_the_time_of_the_call(s):
     assert has_rows(passed, {3: 4})
 
 
+@pytest.mark.one_process
 def test_changes_of_a_value_wait_until_it_has_been_read(s):
     value = sparse({2: 5})
     with held(s, "s") as release:
@@ -139,6 +144,7 @@ def test_changes_of_a_value_wait_until_it_has_been_read(s):
     assert has_rows(value, {})
 
 
+@pytest.mark.one_process
 def test_an_array_of_which_a_view_is_alive_counts_as_the_users_memory(s):
     value, out = sparse({2: 5}), zeros()
     views = [value.data, out.indices]
@@ -164,6 +170,7 @@ def test_an_array_of_which_a_view_is_alive_counts_as_the_users_memory(s):
     assert has_rows(out, {2: 5})
 
 
+@pytest.mark.one_process
 def test_an_array_made_without_a_copy_counts_as_the_users_memory(s):
     memory = np.ones((1, 2))
     value = kvstore.RowSparse(memory, [3], SHAPE, copy=False)
@@ -180,6 +187,7 @@ def test_an_array_made_without_a_copy_counts_as_the_users_memory(s):
     assert has_rows(s.pull("s"), {3: 1})
 
 
+@pytest.mark.one_process
 def test_operations_keep_the_order_of_the_calls(s):
     outs = [zeros() for _ in range(20)]
     with held(s, "s"):
@@ -193,6 +201,7 @@ def test_operations_keep_the_order_of_the_calls(s):
         assert has_rows(out, {number % 6: number})
 
 
+@pytest.mark.one_process
 def test_a_dense_key_under_way_takes_row_sparse_pushes_and_pulls(kv):
     kv.init("d", np.zeros(SHAPE))
     outs = [zeros(), kvstore.zeros(SHAPE, "float64")]
@@ -205,6 +214,7 @@ def test_a_dense_key_under_way_takes_row_sparse_pushes_and_pulls(kv):
     assert pulled(kv, "d")[:, 0].tolist() == [0, 0, 3, 0, 0, 0]
 
 
+@pytest.mark.one_process
 def test_ids_are_read_before_the_call_returns(s):
     ids, out = np.array([4, 1]), zeros()
     with held(s, "s"):
@@ -213,6 +223,7 @@ def test_ids_are_read_before_the_call_returns(s):
     assert has_rows(out, {1: 10, 4: 40})
 
 
+@pytest.mark.one_process
 def test_close_and_delete_let_pending_operations_end(s):
     out, value = zeros(), sparse({2: 5})
     with held(s, "s"):
@@ -253,6 +264,7 @@ def test_many_threads_push_to_and_pull_from_one_key(kv):
     assert last.data[0, 0] % 1000 == rounds - 1
 
 
+@pytest.mark.one_process
 def test_an_updater_loses_no_push_of_any_thread(kv):
     shape, threads, rounds = (30, 2), 5, 40
     kv.init(["s", "d"], [kvstore.RowSparse.zeros(shape, "float64"), np.zeros(shape)])

@@ -231,6 +231,7 @@ def test_what_is_wrong_is_refused_and_nothing_changes(sd, case):
         call(sd)
 
 
+@pytest.mark.one_process
 def test_no_updater_runs_for_a_call_that_is_refused(sd):
     seen = []
     sd.set_updater(lambda key, recv, stored: seen.append(key))

