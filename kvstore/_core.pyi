@@ -348,6 +348,7 @@ class Node:
         numbers: dict[str, Any],
         flags: dict[str, bool],
         begin_num_update: int,
+        training: int,
         /,
     ) -> None: ...
     def counters(self) -> dict[str, int]: ...

@@ -2,7 +2,8 @@
 
 A declaration is what `Optimizer._pack` gives, made equal for equal optimizers: JSON with sorted
 keys and multipliers, and the schedule as it was built, since only its owner knows how far it has
-come. Its number is a digest of it: servers know optimizers by that, and pushes name them so.
+come. Its number is a digest of it and of how often the class had changed: servers know optimizers
+by that, and pushes name them so. What was kept for an earlier training begins anew on servers.
 
 Worker 0 numbers its calls. A call of another worker may be early or late: it agrees with the first
 equal declaration from the one on that it has agreed with before, and waits while there is none.
@@ -45,9 +46,12 @@ class Declared:
 
     def __init__(self) -> None:
         self.calls = itertools.count(1)  # of worker 0: the numbers of its calls to come
+        self.kind: str | None = None  # of worker 0: the class that all servers have, …
+        self.training = 0  # … and how often it has changed
         self.agreed = 0  # of another worker: the last call of worker 0 that it has agreed with
-        # Of a server: the last calls of worker 0, (call, number), and what the newest declared.
-        self.known: deque[tuple[int, int]] = deque(maxlen=KEPT)
+        # Of a server: the last calls of worker 0, (call, digest of what it declared, training), and
+        # what the newest declared.
+        self.known: deque[tuple[int, int, int]] = deque(maxlen=KEPT)
         self.newest: Declaration = {}
 
 
@@ -77,9 +81,13 @@ def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _number(declaration: Declaration) -> int:
-    digest = hashlib.blake2b(_text(declaration).encode(), digest_size=8).digest()
+def _digest(described: Any) -> int:
+    digest = hashlib.blake2b(_text(described).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") or 1
+
+
+def _number(declaration: Declaration, training: int) -> int:
+    return _digest([training, declaration])
 
 
 def _difference(own: Declaration, other: Declaration) -> str:
@@ -127,25 +135,31 @@ def declare(member: "Member", timeout_s: float, optimizer: Optimizer) -> int:
         )
     declaration = _describe(optimizer)
     if member.rank != 0:
-        _agree(member, timeout_s, declaration)
-        return _number(declaration)
-    body = _text({"call": next(member.declared.calls), "optimizer": declaration})
+        return _number(declaration, _agree(member, timeout_s, declaration))
+    declared = member.declared
+    training = declared.training + (optimizer._KIND != declared.kind)
+    call = next(declared.calls)
+    body = _text({"call": call, "training": training, "optimizer": declaration})
     try:
         member.command(DECLARE, body, timeout_s)
     except KVStoreError as error:
         raise type(error)(f"not all servers have taken the optimizer {name}: {error}") from error
-    return _number(declaration)
+    declared.kind, declared.training = optimizer._KIND, training
+    return _number(declaration, training)
 
 
-def _agree(member: "Member", timeout_s: float, declaration: Declaration) -> None:
+def _agree(member: "Member", timeout_s: float, declaration: Declaration) -> int:
+    """The training that worker 0 has declared an equal optimizer for."""
     deadline, pause, since = time.monotonic() + timeout_s, FIRST_PAUSE_S, member.declared.agreed
     body = _text({"since": since, "optimizer": declaration})
     while True:
         left = deadline - time.monotonic()
         answers = [json.loads(text) for text in member.command(AGREE, body, max(left, ANSWER_S))]
         if all(answer["call"] for answer in answers):
-            member.declared.agreed = min(answer["call"] for answer in answers)
-            return
+            first = min(answers, key=lambda answer: answer["call"])
+            member.declared.agreed = first["call"]
+            training: int = first["training"]
+            return training
         left = deadline - time.monotonic()
         differs = [answer["differs"] for answer in answers if answer["differs"]]
         alone = any(answer["left"] for answer in answers)  # worker 0 sets none any more
@@ -173,14 +187,15 @@ def _agree(member: "Member", timeout_s: float, declaration: Declaration) -> None
 # -------------------------------------------------------------------------------- on a server
 
 
-def _read(body: str | bytes, place: str) -> tuple[int, Declaration, Optimizer]:
-    """A body's number, its declaration and the optimizer of that; InvalidArgumentError for any
+def _read(body: str | bytes, *counts: str) -> tuple[list[int], Declaration, Optimizer]:
+    """A body's counts, its declaration and the optimizer of that; InvalidArgumentError for any
     other than `_text` has made."""
     try:
         given = json.loads(body)
-        number, declaration = given[place], given["optimizer"]
+        numbers, declaration = [given[name] for name in counts], given["optimizer"]
         klass = built_in[declaration["kind"]]
-        whole = set(given) == {place, "optimizer"} and type(number) is int and number >= 0
+        whole = set(given) == {*counts, "optimizer"}
+        whole = whole and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
         optimizer = klass._unpack(declaration)
         whole = whole and _text(_describe(optimizer)) == _text(declaration)
     except InvalidArgumentError:
@@ -191,26 +206,29 @@ def _read(body: str | bytes, place: str) -> tuple[int, Declaration, Optimizer]:
         ) from None
     if not whole:
         raise InvalidArgumentError("this declares no optimizer: it is not as this version does it")
-    return number, declaration, optimizer
+    return numbers, declaration, optimizer
 
 
 def _take_declaration(member: "Member", body: str | bytes) -> str:
-    call, declaration, optimizer = _read(body, "call")
-    number = _number(declaration)
+    (call, training), declaration, optimizer = _read(body, "call", "training")
+    number = _number(declaration, training)
     assert member.core is not None
-    member.core.add_optimizer(number, *optimizer._for_core(), optimizer.begin_num_update)
-    member.declared.known.append((call, number))
+    member.core.add_optimizer(
+        number, *optimizer._for_core(), optimizer.begin_num_update, training
+    )
+    member.declared.known.append((call, _digest(declaration), training))
     member.declared.newest = declaration
     return ""
 
 
 def _answer_agreement(member: "Member", body: str | bytes) -> str:
-    since, declaration, _ = _read(body, "since")
-    number = _number(declaration)
-    declared = member.declared
-    call = next((call for call, one in declared.known if call >= since and one == number), 0)
+    (since,), declaration, _ = _read(body, "since")
+    digest, declared = _digest(declaration), member.declared
+    equal = (known for known in declared.known if known[0] >= since and known[1] == digest)
+    call, _, training = next(equal, (0, 0, 0))
     differs = _difference(declaration, declared.newest) if declared.known and not call else ""
-    return _text({"call": call, "differs": differs, "left": 0 in member.departed})
+    absent = 0 in member.departed
+    return _text({"call": call, "training": training, "differs": differs, "left": absent})
 
 
 # What servers run: functions of (member, body) that give the answer.

@@ -215,6 +215,7 @@ class Core(Protocol):
         numbers: dict[str, Any],
         flags: dict[str, bool],
         begin_num_update: int,
+        training: int,
         /,
     ) -> None: ...
     def lose(self, why: str) -> None: ...

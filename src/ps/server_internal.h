@@ -109,6 +109,7 @@ struct kv_slice {
     int32_t turn;        /* async: the worker whose push is looked for first */
     kv_slots_t *slots;   /* an optimizer's state, NULL: none yet */
     kv_step_t step;      /* the newest one that was taken, if there are slots */
+    int64_t training;    /* what the slots are of */
     /* A round that is being completed: */
     bool busy;
     bool steps;   /* by `step` */
@@ -139,6 +140,7 @@ struct kv_server_key {
 
 typedef struct kv_known_optimizer {
     uint64_t number;
+    int64_t training;
     const kv_optim_class_t *optim;
     kv_optim_numbers_t numbers;
     struct kv_known_optimizer *next;

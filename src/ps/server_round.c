@@ -20,14 +20,15 @@ const kv_known_optimizer_t *kv_known_optimizer_locked(const kv_server_t *server,
     return known;
 }
 
-kv_status_t kv_server_add_optimizer(kv_server_t *server, uint64_t number,
+kv_status_t kv_server_add_optimizer(kv_server_t *server, uint64_t number, int64_t training,
                                     const kv_optim_class_t *optim,
                                     const kv_optim_numbers_t *numbers)
 {
     KV_TRY(kv_optim_check(optim, numbers));
     kv_known_optimizer_t *added = kv_alloc(sizeof *added);
     KV_TRY_ALLOC(added, "an optimizer");
-    *added = (kv_known_optimizer_t){.number = number, .optim = optim, .numbers = *numbers};
+    *added = (kv_known_optimizer_t){
+        .number = number, .training = training, .optim = optim, .numbers = *numbers};
     kv_mutex_lock(&server->mutex);
     kv_known_optimizer_t **link = &server->optimizers, *earlier;
     while ((earlier = *link) != NULL && earlier->number != number)
@@ -47,19 +48,27 @@ static uint64_t stream_of(const kv_slice_t *slice)
     return (slice->node.number << 20) + slice->node.part;
 }
 
+/* Whether what the slice keeps is of this optimizer's class and training. Of an asynchronous
+ * server's workers one may still be in an earlier training. */
+static bool goes_on(const kv_slice_t *slice, const kv_known_optimizer_t *known)
+{
+    return slice->slots != NULL && slice->slots->optim == known->optim &&
+           slice->training >= known->training;
+}
+
 /* What the push says, or, if it says nothing and has to be applied with something, what the newest
  * push of the slice has said, or what the optimizer begins with. */
 static kv_step_t step_of(const kv_slice_t *slice, const kv_known_optimizer_t *known,
                          const kv_wire_record_t *record)
 {
     kv_step_t step;
-    bool goes_on = slice->slots != NULL && slice->step.optim == known->optim;
+    bool has_begun = goes_on(slice, known);
     if (record->optimizer != 0) {
         kv_wire_get_step(record, known->optim, &known->numbers, &step);
         /* Of an asynchronous server's workers each counts its own pushes. */
-        if (goes_on && slice->server->async && slice->step.t > step.t)
+        if (has_begun && slice->server->async && slice->step.t > step.t)
             step.t = slice->step.t;
-    } else if (goes_on) {
+    } else if (has_begun) {
         step = slice->step;
         step.numbers = known->numbers;
     } else {
@@ -113,14 +122,16 @@ static kv_status_t check_step(const kv_slice_t *slice, const kv_step_t *step,
     return KV_OK;
 }
 
-/* The state for another class begins anew. */
-static kv_status_t take_step(kv_slice_t *slice, const kv_step_t *step)
+/* The state for another class or training begins anew. */
+static kv_status_t take_step(kv_slice_t *slice, const kv_known_optimizer_t *known,
+                             const kv_step_t *step)
 {
-    if (slice->slots == NULL || slice->slots->optim != step->optim) {
-        kv_slots_t *slots = kv_slots_new(step->optim);
+    if (!goes_on(slice, known)) {
+        kv_slots_t *slots = kv_slots_new(known->optim);
         KV_TRY_ALLOC(slots, "the state of an optimizer");
         kv_slots_rele(slice->slots);
         slice->slots = slots;
+        slice->training = known->training;
     }
     slice->step = *step;
     return KV_OK;
@@ -168,7 +179,7 @@ static kv_status_t prepare_locked(kv_server_t *server, kv_slice_t *slice) KV_REQ
         if (slice->phase == KV_PHASE_MEASURES)
             kv_norms_take_turn(slice, &step);
         KV_TRY(check_step(slice, &step, first));
-        KV_TRY(take_step(slice, &step));
+        KV_TRY(take_step(slice, known, &step));
     }
     slice->made = slice->sparse ? NULL : room_locked(server, slice);
     if (slice->made == NULL && !slice->sparse)

@@ -308,20 +308,21 @@ static PyObject *node_add_optimizer(PyObject *object, PyObject *args)
 {
     kv_py_node_t *self = as_node(object);
     unsigned long long number;
-    long long begin;
+    long long begin, training;
     PyObject *name, *numbers, *flags;
     const kv_optim_class_t *optim;
     kv_optim_numbers_t parsed;
     if (!check_open(self) ||
-        !PyArg_ParseTuple(args, "KOO!O!L", &number, &name, &PyDict_Type, &numbers, &PyDict_Type,
-                          &flags, &begin) ||
+        !PyArg_ParseTuple(args, "KOO!O!LL", &number, &name, &PyDict_Type, &numbers, &PyDict_Type,
+                          &flags, &begin, &training) ||
         !kv_py_optimizer_read(self->state, name, numbers, flags, begin, &optim, &parsed))
         return NULL;
     if (self->server == NULL || number == 0)
         return kv_py_fail(self->state, KV_INVALID,
                           "optimizers are given to servers, by a number that is not 0");
     kv_status_t status;
-    Py_BEGIN_ALLOW_THREADS status = kv_server_add_optimizer(self->server, number, optim, &parsed);
+    Py_BEGIN_ALLOW_THREADS status =
+        kv_server_add_optimizer(self->server, number, training, optim, &parsed);
     Py_END_ALLOW_THREADS return status == KV_OK ? Py_NewRef(Py_None)
                                                 : kv_py_raise(self->state, status);
 }
@@ -391,7 +392,7 @@ static PyMethodDef METHODS[] = {
     {"drain", node_drain, METH_O,
      "drain($self, timeout, /)\n--\n\nWait until every call of this worker has its answers."},
     {"add_optimizer", node_add_optimizer, METH_VARARGS,
-     "add_optimizer($self, number, kind, numbers, flags, begin_num_update, /)\n--\n\n"
+     "add_optimizer($self, number, kind, numbers, flags, begin_num_update, training, /)\n--\n\n"
      "On a server: let pushes name a built-in optimizer by this number."},
     {"counters", node_counters, METH_NOARGS,
      "counters($self, /)\n--\n\nWhat went over the wire, and what a server holds."},

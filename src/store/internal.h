@@ -168,8 +168,10 @@ static inline bool kv_entry_accepts(const kv_entry_t *entry, const kv_view_t *vi
 
 /* --------------------------------------------------------------------------- optimizer.c */
 
-/* Counts the pushes of a checked call and gives each group its step and its slots, or leaves
- * everything as it was. Asks the schedule. */
+/* KV_BAD_TYPE, KV_INVALID unless the optimizer can update all keys. */
+KV_MUST_CHECK kv_status_t kv_plan_check_updates(const kv_plan_t *plan);
+/* Checks that, counts the pushes of a checked call and gives each group its step and its slots, or
+ * leaves everything as it was. Asks the schedule. */
 KV_MUST_CHECK kv_status_t kv_plan_count(kv_store_t *store, kv_plan_t *plan);
 /* Takes back the counts of all keys but the first `num_done`, unless others have counted since. */
 void kv_plan_uncount(kv_store_t *store, const kv_plan_t *plan, int64_t num_done);

@@ -224,9 +224,9 @@ void kv_entry_count_locked(kv_store_t *store, kv_entry_t *entry, kv_step_t *step
     count_locked(store, optimizer, entry, optimizer->numbers.learning_rate, step);
 }
 
-/* What an optimizer can update. */
-static kv_status_t check_entries(const kv_optimizer_t *optimizer, const kv_plan_t *plan)
+kv_status_t kv_plan_check_updates(const kv_plan_t *plan)
 {
+    const kv_optimizer_t *optimizer = plan->optimizer;
     char name[NAME_BYTES], shape[NAME_BYTES];
     for (int64_t g = 0; g < plan->num_groups; g++) {
         const kv_entry_t *entry = plan->groups[g].entry;
@@ -324,11 +324,12 @@ kv_status_t kv_plan_count(kv_store_t *store, kv_plan_t *plan)
     double one_rate, *rates = &one_rate;
     kv_slots_t *one_slots = NULL, **fresh = &one_slots;
     size_t count = (size_t)plan->num_groups;
-    kv_status_t status = check_entries(plan->optimizer, plan);
+    kv_status_t status = KV_OK;
     plan->steps = &plan->one_step;
-    if (status == KV_OK && asking_for == store)
-        status = kv_fail(KV_INVALID, "a push from inside the schedule of the store's optimizer");
-    if (status == KV_OK && count > 1) {
+    KV_TRY(kv_plan_check_updates(plan));
+    if (asking_for == store)
+        return kv_fail(KV_INVALID, "a push from inside the schedule of the store's optimizer");
+    if (count > 1) {
         plan->steps = kv_calloc(count, sizeof(kv_step_t) + sizeof(double) + sizeof(kv_slots_t *));
         if (plan->steps == NULL) {
             plan->steps = &plan->one_step;

@@ -283,8 +283,8 @@ static kv_status_t plan_and_run(kv_store_t *store, kv_call_t *call, const char *
     KV_TRY(kv_store_check_open(store));
     KV_TRY(kv_plan_init(store, call, verb, &plan));
     kv_status_t status = KV_OK;
-    if (plan.optimizer != NULL && counts(store))
-        status = kv_plan_count(store, &plan);
+    if (plan.optimizer != NULL)
+        status = counts(store) ? kv_plan_count(store, &plan) : kv_plan_check_updates(&plan);
     if (status == KV_OK) {
         call->checked = true;
         status = run(store, &plan, call, push, caller);

@@ -14,12 +14,19 @@ static kv_optim_numbers_t numbers_of(const kv_optim_class_t *optim)
 }
 
 /* The server gets a class; `first` is its first number of its own. */
-static void add(cluster_t *cluster, uint64_t number, const char *name, double first)
+static void add_for(cluster_t *cluster, int64_t training, uint64_t number, const char *name,
+                    double first)
 {
     const kv_optim_class_t *optim = kv_optim_class_find(name);
     kv_optim_numbers_t numbers = numbers_of(optim);
     numbers.params[0] = first;
-    CHECK_STATUS(kv_server_add_optimizer(cluster->server, number, optim, &numbers), KV_OK);
+    CHECK_STATUS(kv_server_add_optimizer(cluster->server, number, training, optim, &numbers),
+                 KV_OK);
+}
+
+static void add(cluster_t *cluster, uint64_t number, const char *name, double first)
+{
+    add_for(cluster, 1, number, name, first);
 }
 
 static kv_wire_record_t with_step(kv_wire_record_t record, uint64_t optimizer, double lr, int64_t t)
@@ -70,6 +77,24 @@ static void state_stays_with_its_class(void)
     cluster_end(cluster);
 }
 
+static void state_is_of_one_training(void)
+{
+    cluster_t *cluster = cluster_start((plan_t){.num_workers = 1});
+    add_for(cluster, 1, OPTIMIZER, "sgd", 0.5);
+    add_for(cluster, 3, OTHER, "sgd", 0.5);
+    init(cluster, 1, 0, LARGE, 0);
+    push(cluster, 0, with_step(floats(KV_WIRE_PUSHPULL, 2, 0, 0, LARGE), OPTIMIZER, 1, 1), 1);
+    check_floats(await(cluster, 0, 2), LARGE, -1);
+    push(cluster, 0, with_step(floats(KV_WIRE_PUSHPULL, 3, 0, 1, LARGE), OTHER, 1, 1), 1);
+    check_floats(await(cluster, 0, 3), LARGE, -2);
+    /* One of the training before goes on with what there is now. */
+    push(cluster, 0, with_step(floats(KV_WIRE_PUSHPULL, 4, 0, 2, LARGE), OPTIMIZER, 1, 2), 1);
+    check_floats(await(cluster, 0, 4), LARGE, -3.5F);
+    push(cluster, 0, with_step(floats(KV_WIRE_PUSHPULL, 5, 0, 3, LARGE), OTHER, 1, 2), 1);
+    check_floats(await(cluster, 0, 5), LARGE, -5.25F);
+    cluster_end(cluster);
+}
+
 /* A round that cannot take its step fails, and the next one is good. */
 static void check_step_fails(kv_wire_record_t record, kv_status_t status, const char *sentence)
 {
@@ -116,7 +141,7 @@ static void numbers_that_are_none_of_the_class_are_refused(void)
     const kv_optim_class_t *optim = kv_optim_class_find("sgd");
     kv_optim_numbers_t numbers = numbers_of(optim);
     numbers.params[0] = -1;
-    CHECK_STATUS(kv_server_add_optimizer(cluster->server, 1, optim, &numbers), KV_INVALID);
+    CHECK_STATUS(kv_server_add_optimizer(cluster->server, 1, 1, optim, &numbers), KV_INVALID);
     cluster_end(cluster);
 }
 
@@ -272,7 +297,7 @@ static void every_allocation_may_fail(void)
         check_done(cluster, 0, 1);
         numbers.params[0] = 0.5;
         kv_fault_set("alloc", ++nth);
-        kv_status_t added = kv_server_add_optimizer(cluster->server, OPTIMIZER,
+        kv_status_t added = kv_server_add_optimizer(cluster->server, OPTIMIZER, 1,
                                                     kv_optim_class_find("sgd"), &numbers);
         CHECK(added == KV_OK || added == KV_NO_MEMORY);
         float due = 0, momentum = 0;
@@ -299,6 +324,7 @@ static void every_allocation_may_fail(void)
 static const test_t tests[] = {
     TEST(the_step_is_that_of_worker_0),
     TEST(state_stays_with_its_class),
+    TEST(state_is_of_one_training),
     TEST(steps_that_cannot_be_taken_fail_their_round),
     TEST(numbers_that_are_none_of_the_class_are_refused),
     TEST(an_async_server_applies_each_push_in_its_workers_order),

@@ -48,7 +48,7 @@ class FakeCore:
     def drain(self, timeout):
         pass
 
-    def add_optimizer(self, number, kind, numbers, flags, begin_num_update):
+    def add_optimizer(self, number, kind, numbers, flags, begin_num_update, training):
         self.optimizers.append((number, kind, {**numbers, **flags}, begin_num_update))
 
     def lose(self, why):

@@ -107,6 +107,16 @@ def test_different_optimizers_have_different_numbers(four):
     assert on_servers(four) == numbers
 
 
+def test_a_class_that_comes_again_after_another_has_another_number(four):
+    those = [optimizer.SGD(), optimizer.SGD(lr=0.1), optimizer.NAG(), optimizer.SGD()]
+    numbers = [declare(four, 0, one) for one in those]
+    assert len(set(numbers)) == 4
+    assert declare(four, 0, optimizer.SGD()) == numbers[3]
+    assert [declare(four, 1, one) for one in those] == numbers
+    trainings = [[known[2] for known in server.declared.known] for server in four.servers]
+    assert trainings == [[1, 1, 2, 3, 3]] * 2
+
+
 def test_a_worker_that_comes_early_waits_for_worker_0(four, asked):
     early = four.pool.submit(declare, four, 1, optimizer.Adam())
     assert asked.wait(LONG)
@@ -145,7 +155,7 @@ def test_a_worker_that_never_calls_is_fine(four):
 def test_servers_remember_a_bounded_number_of_calls(four):
     server = four.servers[0].declared
     for call in range(2 * _declared.KEPT):
-        server.known.append((call, call + 1))
+        server.known.append((call, call + 1, 1))
     assert len(server.known) == _declared.KEPT
 
 
@@ -315,7 +325,7 @@ def test_ctrl_c_ends_the_wait_for_worker_0(make_cluster, asked):
 
 
 def body_of(one, **changes):
-    return {"call": 1, "optimizer": {**_declared._describe(one), **changes}}
+    return {"call": 1, "training": 1, "optimizer": {**_declared._describe(one), **changes}}
 
 
 SGD = optimizer.SGD(lr=0.1, lr_scheduler=FactorScheduler(2))
@@ -331,8 +341,10 @@ HOSTILE = {
     "not finite": json.dumps(body_of(SGD, numbers={**NUMBERS, "wd": float("nan")})),
     "infinite": json.dumps(body_of(SGD, numbers={**NUMBERS, "wd": float("inf")})),
     "huge": json.dumps(body_of(SGD, numbers={**NUMBERS, "wd": 10**400})),
-    "no optimizer": json.dumps({"call": 1}),
-    "no call": json.dumps({"optimizer": _declared._describe(SGD)}),
+    "no optimizer": json.dumps({"call": 1, "training": 1}),
+    "no call": json.dumps({"training": 1, "optimizer": _declared._describe(SGD)}),
+    "a training that is text": json.dumps({**body_of(SGD), "training": "1"}),
+    "a training of 65 bits": json.dumps({**body_of(SGD), "training": 2**64}),
     "a call that is text": json.dumps({**body_of(SGD), "call": "1"}),
     "a call that is true": json.dumps({**body_of(SGD), "call": True}),
     "a negative call": json.dumps({**body_of(SGD), "call": -1}),
@@ -391,11 +403,12 @@ def serving():
 def test_a_server_takes_nothing_that_is_no_declaration(body, head, serving):
     worker, server = serving
     if head == _declared.AGREE and isinstance(body, str):
-        body = body.replace('"call"', '"since"')
+        body = body.replace('"call"', '"since"').replace('"training": 1, ', "")
     before = len(server.core.optimizers)
     with pytest.raises(kvstore.KVStoreError, match=r"^server 0: InvalidArgumentError: ") as info:
         worker.command(head, body, LONG)
     assert len(str(info.value)) < 500
     assert len(server.core.optimizers) == before == len(server.declared.known)
     number = _declared.declare(worker, LONG, SGD)
-    assert server.core.optimizers.pop()[0] == server.declared.known.pop()[1] == number
+    assert server.core.optimizers.pop()[0] == number
+    assert server.declared.known.pop()[1] == _declared._digest(_declared._describe(SGD))

@@ -220,18 +220,18 @@ def node():
 
 def test_a_server_takes_an_optimizer_again_and_again(node):
     for number in (1, 2**64 - 1, 1):
-        node.add_optimizer(number, "sgd", NUMBERS, {"lazy_update": False}, 0)
+        node.add_optimizer(number, "sgd", NUMBERS, {"lazy_update": False}, 0, 1)
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ((0, "sgd", NUMBERS, {}, 0), "not 0"),
-        ((1, "nothing", NUMBERS, {}, 0), "no built-in optimizer"),
-        ((1, 3, NUMBERS, {}, 0), "no built-in optimizer"),
-        ((1, "sgd", {**NUMBERS, "momentum": "x"}, {}, 0), "momentum"),
-        ((1, "sgd", {**NUMBERS, "learning_rate": np.nan}, {}, 0), "learning_rate"),
-        ((1, "sgd", {**NUMBERS, "clip_gradient": -1}, {}, 0), "clip_gradient"),
+        ((0, "sgd", NUMBERS, {}, 0, 1), "not 0"),
+        ((1, "nothing", NUMBERS, {}, 0, 1), "no built-in optimizer"),
+        ((1, 3, NUMBERS, {}, 0, 1), "no built-in optimizer"),
+        ((1, "sgd", {**NUMBERS, "momentum": "x"}, {}, 0, 1), "momentum"),
+        ((1, "sgd", {**NUMBERS, "learning_rate": np.nan}, {}, 0, 1), "learning_rate"),
+        ((1, "sgd", {**NUMBERS, "clip_gradient": -1}, {}, 0, 1), "clip_gradient"),
     ],
 )
 def test_a_server_checks_an_optimizer(arguments, text, node):
@@ -239,7 +239,7 @@ def test_a_server_checks_an_optimizer(arguments, text, node):
         node.add_optimizer(*arguments)
 
 
-@pytest.mark.parametrize("arguments", [(), (1, "sgd", [], {}, 0), (1, "sgd", {}, {}, "0")])
+@pytest.mark.parametrize("arguments", [(), (1, "sgd", [], {}, 0, 1), (1, "sgd", {}, {}, "0", 1)])
 def test_a_server_checks_the_types_of_an_optimizer(arguments, node):
     with pytest.raises(TypeError):
         node.add_optimizer(*arguments)
@@ -248,10 +248,10 @@ def test_a_server_checks_the_types_of_an_optimizer(arguments, node):
 def test_only_a_server_that_is_open_takes_optimizers(node):
     with Cluster(1, 1) as other:
         with pytest.raises(kvstore.InvalidArgumentError, match="given to servers"):
-            other.members[0].core.add_optimizer(1, "sgd", NUMBERS, {}, 0)
+            other.members[0].core.add_optimizer(1, "sgd", NUMBERS, {}, 0, 1)
         server = other.servers[0]
     with pytest.raises(kvstore.ClosedError):
-        server.add_optimizer(1, "sgd", NUMBERS, {}, 0)
+        server.add_optimizer(1, "sgd", NUMBERS, {}, 0, 1)
 
 
 def test_local_stores_declare_nothing():

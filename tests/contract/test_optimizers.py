@@ -243,8 +243,11 @@ def test_a_schedule_that_gives_no_rate_is_refused(kv, rate):
 def test_integers_cannot_be_updated(kv):
     kv.init("n", np.ones(2, np.int32))
     kv.set_optimizer(optimizer.SGD())
+    kv.init(["m", "w"], [np.ones(2, np.int64), np.ones(2, np.float32)])
     with refused(kv, kvstore.ArrayTypeError, "'n'", "int32", "floating"):
         kv.push("n", np.ones(2, np.int32))
+    with refused(kv, kvstore.ArrayTypeError, "'m'", "int64", "floating"):
+        kv.push(["w", "m", "n"], [np.ones(2, t) for t in (np.float32, np.int64, np.int32)])
 
 
 def test_group_adagrad_needs_rows(kv):
