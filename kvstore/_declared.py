@@ -47,7 +47,8 @@ class Declared:
     def __init__(self) -> None:
         self.calls = itertools.count(1)  # of worker 0: the numbers of its calls to come
         self.kind: str | None = None  # of worker 0: the class that all servers have, …
-        self.training = 0  # … and how often it has changed
+        # … and how often it has changed; of another worker: the same when it last agreed.
+        self.training = 0
         self.agreed = 0  # of another worker: the last call of worker 0 that it has agreed with
         # Of a server: the last calls of worker 0, (call, digest of what it declared, training), and
         # what the newest declared.
@@ -135,9 +136,10 @@ def declare(member: "Member", timeout_s: float, optimizer: Optimizer) -> int:
         )
     declaration = _describe(optimizer)
     if member.rank != 0:
-        return _number(declaration, _agree(member, timeout_s, declaration))
+        member.declared.training = _agree(member, timeout_s, declaration)
+        return _number(declaration, member.declared.training)
     declared = member.declared
-    training = declared.training + (optimizer._KIND != declared.kind)
+    training = declared.training + (declared.kind != optimizer._KIND)
     call = next(declared.calls)
     body = _text({"call": call, "training": training, "optimizer": declaration})
     try:
@@ -213,9 +215,7 @@ def _take_declaration(member: "Member", body: str | bytes) -> str:
     (call, training), declaration, optimizer = _read(body, "call", "training")
     number = _number(declaration, training)
     assert member.core is not None
-    member.core.add_optimizer(
-        number, *optimizer._for_core(), optimizer.begin_num_update, training
-    )
+    member.core.add_optimizer(number, *optimizer._for_core(), optimizer.begin_num_update, training)
     member.declared.known.append((call, _digest(declaration), training))
     member.declared.newest = declaration
     return ""

@@ -35,61 +35,58 @@ def _unpack(packed: Told) -> Optimizer:
     return built_in[packed["kind"]]._unpack(packed)
 
 
-def _number(optimizer: Optimizer) -> int:
-    return _declared._number(_declared._describe(optimizer))
-
-
-def _give(kv: KVStore, optimizer: Optimizer) -> None:
-    """Set an optimizer that the servers know, or will know."""
+def _give(kv: KVStore, optimizer: Optimizer, training: int) -> None:
+    """Set an optimizer that the servers know, or will know, as that of this training."""
     kv._optimizer_set(
         optimizer,
         *optimizer._for_core(),
         optimizer.lr_scheduler,
         optimizer._multipliers(),
         optimizer.begin_num_update,
-        _number(optimizer),
+        _declared._number(_declared._describe(optimizer), training),
     )
 
 
 def _differs(kv: KVStore, optimizer: Optimizer) -> bool:
     own = kv._optimizer_owner()
-    return own is None or _number(own) != _number(optimizer)
+    return own is None or _declared._describe(own) != _declared._describe(optimizer)
 
 
 @contextmanager
-def _having(kv: KVStore, optimizer: Optimizer) -> Iterator[None]:
+def _having(kv: KVStore, member: "Member", optimizer: Optimizer, training: int) -> Iterator[None]:
     """Meanwhile the store has this optimizer of worker 0's: it may have none, or an older one."""
     before = kv._optimizer_owner()
     if not _differs(kv, optimizer):
         yield
         return
-    _give(kv, optimizer)
+    _give(kv, optimizer, training)
     try:
         yield
     finally:
         if before is None:
             kv._updater_set(None, None)
         else:
-            _give(kv, before)
+            _give(kv, before, member.declared.training)
 
 
 # --------------------------------------------------------------------------- what a worker has
 
 
-def _told_by(kv: KVStore) -> Told:
+def _told_by(kv: KVStore, member: "Member") -> Told:
     """What the worker of this store counts, and its optimizer."""
     optimizer = kv._optimizer_owner()
     if optimizer is None:
         raise InvalidArgumentError("the store has no optimizer, so it has no states to save")
     states = kv._states_export(_states.COUNTS)
     whole = [states[name] for name in _states.NUMBERS]
-    return {"optimizer": _pack(optimizer), "whole": whole}
+    training = member.declared.training
+    return {"optimizer": _pack(optimizer), "training": training, "whole": whole}
 
 
 def _ask(kv: KVStore, member: "Member", timeout_s: float) -> Told:
     """The same of worker 0."""
     if member.rank == 0:
-        return _told_by(kv)
+        return _told_by(kv, member)
     answers = member.command(ASK, "", timeout_s, workers=[0])
     if not answers:
         raise KVStoreError("worker 0, which counts the pushes, has left the cluster")
@@ -116,7 +113,7 @@ def _answer_ask(member: "Member", body: str | bytes) -> str:
     try:
         if kv is None:
             raise InvalidArgumentError("its store is closed")
-        return json.dumps(_told_by(kv), allow_nan=False)
+        return json.dumps(_told_by(kv, member), allow_nan=False)
     except InvalidArgumentError as error:
         return json.dumps({"refused": str(error)})
 
@@ -127,7 +124,7 @@ def _answer_ask(member: "Member", body: str | bytes) -> str:
 def save(kv: KVStore, member: "Member", timeout_s: float, fname: Any, dump_optimizer: bool) -> None:
     told = _ask(kv, member, timeout_s)
     optimizer = _unpack(told["optimizer"])
-    with _having(kv, optimizer):
+    with _having(kv, member, optimizer, told["training"]):
         states = kv._states_export()
     states.update(zip(_states.NUMBERS, told["whole"], strict=True))
     counts = (count for _, count, _, _ in states["keys"])
@@ -145,9 +142,10 @@ def load(kv: KVStore, member: "Member", timeout_s: float, fname: Any) -> None:
     dump = about.get("dump") is not None
     with state_file.naming(fname):
         # A file without an optimizer goes on with worker 0's, whatever this worker has.
-        before = kv._optimizer_owner()
+        before, training = kv._optimizer_owner(), member.declared.training
         if not dump and member.rank != 0:
-            before = _unpack(_ask(kv, member, timeout_s)["optimizer"])
+            asked = _ask(kv, member, timeout_s)
+            before, training = _unpack(asked["optimizer"]), asked["training"]
         new = _saved.optimizer_of(about, before)
         if not isinstance(new, BuiltIn):
             raise NotBuiltError(
@@ -156,13 +154,13 @@ def load(kv: KVStore, member: "Member", timeout_s: float, fname: Any) -> None:
             )
         position = _saved.position(about.get("schedule"), new)
         states = _states.with_unpushed(kv, states)
-        with _having(kv, new):
+        with _having(kv, member, new, training):
             _states.check_states(kv, states)
         # Nothing has changed up to here.
         if dump:
             _set_everywhere(kv, member, timeout_s, new)
         elif _differs(kv, new):
-            _give(kv, new)
+            _give(kv, new, training)
         _states.import_states(kv, states)
     _place_schedule(kv._optimizer_owner(), position)
     _tell(member, timeout_s, states, new, about.get("schedule"), dump)
@@ -181,7 +179,7 @@ def _set_everywhere(kv: KVStore, member: "Member", timeout_s: float, new: Optimi
         if not member.command(SET, body, timeout_s, workers=[0]):
             raise KVStoreError("worker 0, which sets the optimizer, has left the cluster")
     _declared.declare(member, timeout_s, new)
-    _give(kv, new)
+    _give(kv, new, member.declared.training)
 
 
 def _tell(
@@ -199,6 +197,7 @@ def _tell(
     told: Told = {
         "kind": new._KIND,
         "optimizer": _pack(new) if dump else None,
+        "training": member.declared.training,
         "schedule": schedule,
         "whole": [states[name] for name in _states.NUMBERS],
     }
@@ -223,7 +222,7 @@ def _set_here(member: "Member", body: str | bytes) -> str:
         raise InvalidArgumentError("its store is closed")
     new = _unpack(json.loads(body)["optimizer"])
     _declared.declare(*place, new)
-    _give(kv, new)
+    _give(kv, new, member.declared.training)
     return ""
 
 
@@ -235,7 +234,8 @@ def _take(member: "Member", body: str | bytes) -> str:
         return ""  # it counts nothing
     new = None if told["optimizer"] is None else _unpack(told["optimizer"])
     if new is not None and _differs(kv, new):
-        _give(kv, new)
+        member.declared.training = told["training"]
+        _give(kv, new, told["training"])
         own = new
     if told["kind"] == own._KIND:
         _states.import_counts(kv, tuple(told["whole"]), dict(map(tuple, told["counts"])))

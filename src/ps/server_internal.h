@@ -247,6 +247,11 @@ kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_slice_t *slice
 /* NULL: it is not known. */
 const kv_known_optimizer_t *kv_known_optimizer_locked(const kv_server_t *server, uint64_t number)
     KV_REQUIRES(server->mutex);
+/* Whether what the slice keeps is of this optimizer's class and training. Of an asynchronous
+ * server's workers one may still be in an earlier training. */
+bool kv_slice_goes_on(const kv_slice_t *slice, const kv_known_optimizer_t *known);
+/* Slots for the optimizer: those of another class or training go, and it begins anew. */
+KV_MUST_CHECK kv_status_t kv_slice_take_slots(kv_slice_t *slice, const kv_known_optimizer_t *known);
 /* The push that decides how the round is applied: of the lowest rank. */
 const kv_request_t *kv_round_first(const kv_slice_t *slice);
 /* For a slice that is busy and has the round's pushes: what will be done, and memory for it in

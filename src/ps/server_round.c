@@ -48,9 +48,7 @@ static uint64_t stream_of(const kv_slice_t *slice)
     return (slice->node.number << 20) + slice->node.part;
 }
 
-/* Whether what the slice keeps is of this optimizer's class and training. Of an asynchronous
- * server's workers one may still be in an earlier training. */
-static bool goes_on(const kv_slice_t *slice, const kv_known_optimizer_t *known)
+bool kv_slice_goes_on(const kv_slice_t *slice, const kv_known_optimizer_t *known)
 {
     return slice->slots != NULL && slice->slots->optim == known->optim &&
            slice->training >= known->training;
@@ -62,7 +60,7 @@ static kv_step_t step_of(const kv_slice_t *slice, const kv_known_optimizer_t *kn
                          const kv_wire_record_t *record)
 {
     kv_step_t step;
-    bool has_begun = goes_on(slice, known);
+    bool has_begun = kv_slice_goes_on(slice, known);
     if (record->optimizer != 0) {
         kv_wire_get_step(record, known->optim, &known->numbers, &step);
         /* Of an asynchronous server's workers each counts its own pushes. */
@@ -122,18 +120,15 @@ static kv_status_t check_step(const kv_slice_t *slice, const kv_step_t *step,
     return KV_OK;
 }
 
-/* The state for another class or training begins anew. */
-static kv_status_t take_step(kv_slice_t *slice, const kv_known_optimizer_t *known,
-                             const kv_step_t *step)
+kv_status_t kv_slice_take_slots(kv_slice_t *slice, const kv_known_optimizer_t *known)
 {
-    if (!goes_on(slice, known)) {
-        kv_slots_t *slots = kv_slots_new(known->optim);
-        KV_TRY_ALLOC(slots, "the state of an optimizer");
-        kv_slots_rele(slice->slots);
-        slice->slots = slots;
-        slice->training = known->training;
-    }
-    slice->step = *step;
+    if (kv_slice_goes_on(slice, known))
+        return KV_OK;
+    kv_slots_t *slots = kv_slots_new(known->optim);
+    KV_TRY_ALLOC(slots, "the state of an optimizer");
+    kv_slots_rele(slice->slots);
+    slice->slots = slots;
+    slice->training = known->training;
     return KV_OK;
 }
 
@@ -179,7 +174,8 @@ static kv_status_t prepare_locked(kv_server_t *server, kv_slice_t *slice) KV_REQ
         if (slice->phase == KV_PHASE_MEASURES)
             kv_norms_take_turn(slice, &step);
         KV_TRY(check_step(slice, &step, first));
-        KV_TRY(take_step(slice, known, &step));
+        KV_TRY(kv_slice_take_slots(slice, known));
+        slice->step = step;
     }
     slice->made = slice->sparse ? NULL : room_locked(server, slice);
     if (slice->made == NULL && !slice->sparse)

@@ -59,7 +59,7 @@ static kv_status_t read_locked(kv_server_t *server, const kv_slice_t *slice, kv_
     int64_t count;
     KV_TRY(find_optimizer_locked(server, request, &known));
     record->t = 0;
-    if (slice->slots == NULL || slice->slots->optim != known->optim)
+    if (!kv_slice_goes_on(slice, known))
         return KV_OK;
     if (record->slot != KV_SLOT_NONE) {
         KV_TRY(measure(slice, known, record->slot, &what, &count));
@@ -79,12 +79,7 @@ static kv_status_t adopt(kv_slice_t *slice, const kv_known_optimizer_t *known)
 {
     kv_slot_t described[KV_MAX_SLOTS];
     int num_slots = known->optim->slots(&known->numbers, described);
-    if (slice->slots == NULL || slice->slots->optim != known->optim) {
-        kv_slots_t *slots = kv_slots_new(known->optim);
-        KV_TRY_ALLOC(slots, "the state of an optimizer");
-        kv_slots_rele(slice->slots);
-        slice->slots = slots;
-    }
+    KV_TRY(kv_slice_take_slots(slice, known));
     for (int place = 0; place < KV_MAX_SLOTS; place++) {
         const char *name = slice->slots->kept[place].name;
         bool wanted = false;

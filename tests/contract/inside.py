@@ -23,6 +23,7 @@ class Place:
 
     def __init__(self, core):
         self.core, self.declared = core, Declared()
+        self.departed = set()  # nobody leaves early here
         self.results = {}
 
     def done(self, command, failure=None, answer=""):

@@ -175,17 +175,6 @@ def test_closed_stores_say_so(pair):
                 call()
 
 
-def test_a_file_of_states_is_not_taken(cluster, pair, tmp_path):
-    with kvstore.create("local") as kv:
-        kv.set_optimizer(SGD(lr=0.5))
-        kv.save_optimizer_states(tmp_path / "states", dump_optimizer=True)
-    pair[0].set_optimizer(Adam())
-    with pytest.raises(kvstore.NotBuiltError, match="not built for dist stores"):
-        pair[0].load_optimizer_states(tmp_path / "states")
-    assert pair[0].optimizer == Adam()
-    assert calls_of(cluster) == 1
-
-
 def test_each_worker_sets_its_own_compression(pair):
     pair[1].set_gradient_compression({"type": "2bit", "threshold": 0.5})
     pair[1].set_gradient_compression({"type": "none"})
