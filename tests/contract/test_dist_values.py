@@ -281,26 +281,6 @@ def test_dist_async_needs_an_optimizer_and_lets_pulls_work():
         kvstore.wait_all()
 
 
-NOT_BUILT = {
-    "row-sparse init": lambda kv: kv.init("s", kvstore.RowSparse.zeros((3, 2))),
-    "row-sparse pull": lambda kv: kv.row_sparse_pull("w", row_ids=np.array([0])),
-    "row-sparse push": lambda kv: kv.push("w", kvstore.RowSparse.zeros((4, 2), "float64")),
-    "row-sparse out": lambda kv: kv.pull(
-        "w", out=kvstore.RowSparse.zeros((4, 2), "float64"), ignore_sparse=False
-    ),
-}
-
-
-@pytest.mark.parametrize("call", NOT_BUILT.values(), ids=NOT_BUILT)
-def test_what_is_not_built_says_so_and_changes_nothing(pair, call):
-    init(pair, "w", np.ones((4, 2)))
-    for kv in pair:
-        with pytest.raises(kvstore.NotBuiltError, match=r"not built.*local store"):
-            call(kv)
-        assert list(kv.keys()) == ["w"]
-        assert (pulled(kv, "w") == 1).all()
-
-
 def test_a_row_sparse_out_is_left_out_with_a_warning(pair):
     init(pair, ["v", "w"], [np.ones(2), np.ones((4, 2))])
     out, left = np.zeros(2), kvstore.RowSparse.zeros((4, 2), "float64")
