@@ -7,7 +7,14 @@ static kv_host_t make_host(void)
 {
     kv_host_t host = {.num_threads = 1};
     CHECK_STATUS(kv_kernels_get(&host.kernels), KV_OK);
+    CHECK_STATUS(kv_team_new(1, &host.team), KV_OK);
     return host;
+}
+
+static void free_host(kv_host_t *host)
+{
+    kv_team_stop(host->team);
+    kv_team_free(host->team);
 }
 
 /* A key of the servers; row-sparse, or dense. */
@@ -170,6 +177,7 @@ static void rows_that_are_pushed_are_summed_and_cut(void)
         kv_remote_free(remote);
         bench_free(bench);
     }
+    free_host(&host);
 }
 
 static void more_rows_than_a_message_has_are_refused(void)
@@ -204,6 +212,7 @@ static void more_rows_than_a_message_has_are_refused(void)
                "1073741824 at most; take fewer rows at once");
     kv_remote_free(remote);
     bench_free(bench);
+    free_host(&host);
 }
 
 static const test_t tests[] = {
