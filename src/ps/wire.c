@@ -205,10 +205,8 @@ kv_status_t kv_wire_get_rows(const void *data_, size_t bytes, bool ids_only, kv_
     if (!ids_only)
         out->data = (const char *)data + count * sizeof(int64_t);
     bool good = true;
-    for (int64_t i = 0, least = 0; i < out->count; i++) {
-        good = good && out->ids[i] >= least && out->ids[i] < out->num_rows;
-        least = out->ids[i] + 1;
-    }
+    for (int64_t i = 0, last = -1; i < out->count; last = out->ids[i++])
+        good = good && out->ids[i] > last && out->ids[i] < out->num_rows;
     return good ? KV_OK
                 : kv_fail(KV_INVALID, "row ids do not increase within the %" PRIu64 " of a slice",
                           num_rows);

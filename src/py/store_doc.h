@@ -126,7 +126,7 @@
     "    Without it new `NDArray`s are returned.\n"                                                \
     "priority : int, default 0\n"                                                                  \
     "ignore_sparse : bool, default True\n"                                                         \
-    "    Skip row-sparse outs. All outs of this version are dense.\n"                              \
+    "    Leave row-sparse outs as they are, with a warning.\n"                                     \
     "async_op : bool, default False\n"                                                             \
     "    Return a `Handle` at once; needs `out`.\n"                                                \
     "\n"                                                                                           \

@@ -76,6 +76,8 @@ static void request_rele(request_t *request)
 {
     if (atomic_fetch_sub(&request->refs, 1) > 1)
         return;
+    if (request->expected) /* while an entry keeps the client */
+        kv_client_expect(request->client, -1);
     for (int64_t i = 0; i < request->num_targets; i++) {
         target_t *target = &request->targets[i];
         kv_buffer_rele(target->sent);
@@ -83,8 +85,6 @@ static void request_rele(request_t *request)
         kv_dist_rows_fini(&target->rows, target->entry, target->num_outs);
         kv_var_unpin(&target->entry->var);
     }
-    if (request->expected)
-        kv_client_expect(request->client, -1);
     kv_handle_rele(request->sent);
     kv_free(request);
 }

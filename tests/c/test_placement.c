@@ -184,6 +184,34 @@ static void a_value_without_elements_has_one_slice(void)
     CHECK_EQ(loads[1], 2);
 }
 
+static void slices_of_rows_cover_any_value(void)
+{
+    uint64_t seed = 5;
+    for (int trial = 0; trial < 20000; trial++) {
+        size_t row = (size_t)test_between(&seed, 0, 1 << test_between(&seed, 0, 28));
+        int64_t num_rows = test_between(&seed, 0, INT64_C(1) << test_between(&seed, 0, 40));
+        int32_t num_servers = (int32_t)test_between(&seed, 1, 1 << test_between(&seed, 0, 12));
+        if (row > 0 && num_rows > INT64_MAX / (int64_t)row)
+            continue;
+        int64_t rows = kv_slice_rows(num_rows, row, num_servers);
+        int64_t count = kv_slice_count_rows(num_rows, rows);
+        int64_t most = num_servers > 1024 ? num_servers : 1024;
+        bool good = CHECK(rows > 0 && count > 0 && count <= most);
+        good = good && CHECK((count - 1) * rows < num_rows || num_rows == 0);
+        good = good && CHECK(num_rows / count <= rows);
+        if (good && count < most / num_servers * num_servers / 2) /* not at its end */
+            good = CHECK(rows == 1 || (size_t)(rows - 1) * (row + 8) <= (size_t)32 << 20);
+        if (good && num_rows * (int64_t)row > 1 << 20 && num_rows >= 8 * (int64_t)num_servers)
+            good = CHECK(count >= num_servers - num_servers / 8);
+        if (!good) {
+            printf("    %lld rows of %zu, %d servers: slices of %lld rows\n", (long long)num_rows,
+                   row, num_servers, (long long)rows);
+            return;
+        }
+    }
+    CHECK_EQ(kv_slice_rows(1000000, 256, 2), 125000);
+}
+
 static void without_memory_the_loads_stay(void)
 {
     uint16_t server = 9;
@@ -200,7 +228,7 @@ static void without_memory_the_loads_stay(void)
 static const test_t tests[] = {
     TEST(resnet50_is_even_on_up_to_16_servers),    TEST(bert_base_is_even_on_up_to_16_servers),
     TEST(slices_cover_any_value_within_the_limit), TEST(a_value_without_elements_has_one_slice),
-    TEST(without_memory_the_loads_stay),
+    TEST(slices_of_rows_cover_any_value),          TEST(without_memory_the_loads_stay),
 };
 
 TEST_MAIN(tests)

@@ -17,7 +17,8 @@ static const block_t *block_of(int64_t num_rows, int64_t row_count, int64_t coun
     static block_t block;
     kv_wire_rows_t rows = {count, num_rows, (size_t)row_count * sizeof(float), NULL, NULL};
     int64_t *out = kv_wire_put_rows(&rows, block.data);
-    memcpy(out, ids, (size_t)count * sizeof *ids);
+    if (count > 0)
+        memcpy(out, ids, (size_t)count * sizeof *ids);
     float *elements = (float *)(void *)(out + count);
     for (int64_t i = 0; i < count * row_count && !ids_only; i++)
         elements[i] = value + (float)(i / row_count);
