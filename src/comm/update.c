@@ -253,9 +253,8 @@ static int64_t traffic_of(const kv_update_t *update)
     return traffic;
 }
 
-/* All but the norms. */
-static void prepare(kv_update_t *update, const kv_host_t *host, const kv_step_t *step,
-                    const kv_weight_t *weight, const kv_source_t *source, unsigned how)
+void kv_update_prepare(kv_update_t *update, const kv_host_t *host, const kv_step_t *step,
+                       const kv_weight_t *weight, const kv_source_t *source, unsigned how)
 {
     update->host = host;
     update->step = step;
@@ -275,14 +274,17 @@ static void prepare(kv_update_t *update, const kv_host_t *host, const kv_step_t 
 
 bool kv_update_begin(kv_update_t *update, const kv_host_t *host, const kv_step_t *step,
                      const kv_weight_t *weight, const kv_source_t *source, unsigned how,
-                     int64_t *unfinite)
+                     const kv_norm_sums_t *sums, int64_t *unfinite)
 {
     *unfinite = 0;
-    prepare(update, host, step, weight, source, how);
+    kv_update_prepare(update, host, step, weight, source, how);
     if (update->pass.norms != KV_NORMS_NONE) {
-        kv_norm_sums_t sums;
-        kv_update_measure(update, false, &sums, unfinite);
-        kv_update_set_sums(update, &sums);
+        kv_norm_sums_t own;
+        if (sums == NULL)
+            kv_update_measure(update, false, &own, unfinite);
+        else if (update->pass.norms == KV_NORMS_DIRECTION)
+            update->before = update->kernel;
+        kv_update_set_sums(update, sums != NULL ? sums : &own);
         update->kernel = kernel_of(update);
     }
     return !update->pass.idle;
@@ -346,25 +348,9 @@ bool kv_update_is_due(const kv_update_t *update, int64_t begin, int64_t end)
     return false;
 }
 
-/* The step of an update that has begun. */
-static int64_t end_dense(kv_update_t *update, int num_dst, void *const *dst, int64_t unfinite)
-{
-    const kv_weight_t *weight = update->weight;
-    if (update->pass.idle) {
-        const void *from = weight->data;
-        if (num_dst > 0)
-            kv_host_sum(update->host, weight->dtype, weight->count, 1, &from, num_dst, dst);
-        return unfinite;
-    }
-    update->num_dst = num_dst;
-    update->dst = dst;
-    update->stream = num_dst > 0 && weight->count * update->traffic >= STREAM_BYTES;
-    kv_update_all(update, &unfinite);
-    return unfinite;
-}
-
-int64_t kv_host_update(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
-                       const kv_gradients_t *gradients, int num_dst, void *const *dst)
+static int64_t update_dense(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
+                            const kv_gradients_t *gradients, const kv_norm_sums_t *sums,
+                            int num_dst, void *const *dst)
 {
     if (weight->count == 0)
         return 0;
@@ -372,41 +358,39 @@ int64_t kv_host_update(const kv_host_t *host, const kv_step_t *step, const kv_we
     dense_init(&source, host, weight->dtype, gradients);
     kv_update_t update;
     int64_t unfinite;
-    (void)kv_update_begin(&update, host, step, weight, &source.base, 0, &unfinite);
-    return end_dense(&update, num_dst, dst, unfinite);
+    if (!kv_update_begin(&update, host, step, weight, &source.base, 0, sums, &unfinite)) {
+        const void *from = weight->data;
+        if (num_dst > 0)
+            kv_host_sum(host, weight->dtype, weight->count, 1, &from, num_dst, dst);
+        return unfinite;
+    }
+    update.num_dst = num_dst;
+    update.dst = dst;
+    update.stream = num_dst > 0 && weight->count * update.traffic >= STREAM_BYTES;
+    kv_update_all(&update, &unfinite);
+    return unfinite;
 }
 
-void kv_host_measure(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
-                     const kv_gradients_t *gradients, kv_norm_sums_t *out)
+int64_t kv_host_update(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
+                       const kv_gradients_t *gradients, int num_dst, void *const *dst)
 {
-    *out = (kv_norm_sums_t){.weight = 0};
-    if (weight->count == 0)
-        return;
-    dense_source_t source;
-    dense_init(&source, host, weight->dtype, gradients);
-    kv_update_t update;
-    int64_t unfinite = 0;
-    prepare(&update, host, step, weight, &source.base, 0);
-    if (update.pass.norms != KV_NORMS_NONE)
-        kv_update_measure(&update, true, out, &unfinite);
+    return update_dense(host, step, weight, gradients, NULL, num_dst, dst);
 }
 
 int64_t kv_host_update_part(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
                             const kv_gradients_t *gradients, const kv_norm_sums_t *sums)
 {
-    if (weight->count == 0)
-        return 0;
+    return update_dense(host, step, weight, gradients, sums, 0, NULL);
+}
+
+void kv_host_measure(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
+                     const kv_gradients_t *gradients, kv_norm_sums_t *out)
+{
     dense_source_t source;
-    dense_init(&source, host, weight->dtype, gradients);
     kv_update_t update;
-    prepare(&update, host, step, weight, &source.base, 0);
-    if (update.pass.norms != KV_NORMS_NONE) {
-        if (update.pass.norms == KV_NORMS_DIRECTION)
-            update.before = update.kernel;
-        kv_update_set_sums(&update, sums);
-        update.kernel = kernel_of(&update);
-    }
-    return end_dense(&update, 0, NULL, 0);
+    dense_init(&source, host, weight->dtype, gradients);
+    kv_update_prepare(&update, host, step, weight, &source.base, 0);
+    kv_update_measure_apart(&update, out);
 }
 
 /* --------------------------------------------------------------------- without an optimizer */

@@ -44,19 +44,24 @@ typedef struct kv_update {
     kv_pass_t pass;
 } kv_update_t;
 
-/* Makes the factors of the pass and, for optimizers that need them, reads weight and gradients for
- * their norms (row-sparse gradients too: absent rows are read as zeros) or, LAMB, runs its first
- * pass. `how`: KV_PASS_…. *unfinite begins at 0. False if this push changes nothing; `dst` is
- * written even so, by kv_update_all alone. */
+/* Makes the factors of the pass, all but what norms are needed for. `how`: KV_PASS_…. */
+void kv_update_prepare(kv_update_t *update, const kv_host_t *host, const kv_step_t *step,
+                       const kv_weight_t *weight, const kv_source_t *source, unsigned how);
+
+/* Of an update that is prepared and needs norms: reads weight and gradients for the sums
+ * (row-sparse gradients too: absent rows are read as zeros); LAMB makes its moments for that. Not
+ * for good if `apart`. */
+void kv_update_measure(kv_update_t *update, bool apart, kv_norm_sums_t *out, int64_t *unfinite);
+/* The same for any update that is prepared: zeros if it needs none. */
+void kv_update_measure_apart(kv_update_t *update, kv_norm_sums_t *out);
+/* Takes the norms. `kernel` is to be chosen anew then. */
+void kv_update_set_sums(kv_update_t *update, const kv_norm_sums_t *sums);
+
+/* Prepares an update, and gives it its norms: from these sums, or (NULL) its own. *unfinite begins
+ * at 0. False if this push changes nothing; `dst` is written even so, by kv_update_all alone. */
 bool kv_update_begin(kv_update_t *update, const kv_host_t *host, const kv_step_t *step,
                      const kv_weight_t *weight, const kv_source_t *source, unsigned how,
-                     int64_t *unfinite);
-
-/* The sums for the norms of this weight and of its gradient, or LAMB's direction, for which it
- * makes the moments; `apart`: not for good. `kernel` is the one that kv_pass_init has chosen. */
-void kv_update_measure(kv_update_t *update, bool apart, kv_norm_sums_t *out, int64_t *unfinite);
-/* Takes the norms. `kernel` is chosen anew then. */
-void kv_update_set_sums(kv_update_t *update, const kv_norm_sums_t *sums);
+                     const kv_norm_sums_t *sums, int64_t *unfinite);
 
 /* The step on elements [begin, end): reads the gradient, changes weight and state, writes the
  * destinations. Any elements; GroupAdaGrad: whole rows (weight->row_count). */

@@ -141,6 +141,14 @@ void kv_update_measure(kv_update_t *update, bool apart, kv_norm_sums_t *out, int
     *unfinite += atomic_load(&job.unfinite);
 }
 
+void kv_update_measure_apart(kv_update_t *update, kv_norm_sums_t *out)
+{
+    int64_t unfinite = 0;
+    *out = (kv_norm_sums_t){.weight = 0};
+    if (update->weight->count > 0 && update->pass.norms != KV_NORMS_NONE)
+        kv_update_measure(update, true, out, &unfinite);
+}
+
 void kv_update_set_sums(kv_update_t *update, const kv_norm_sums_t *sums)
 {
     bool good = is_good(sums);

@@ -176,12 +176,13 @@ static kv_row_grid_t whole_rows(const kv_host_t *host, int64_t num_rows, int64_t
     return grid;
 }
 
-void kv_host_update_rows(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
-                         const kv_row_sum_t *sum, const int64_t *where, bool lazy)
+/* The sum of the gradients by position. Gives KV_PASS_…. */
+static unsigned rows_init(rows_source_t *rows, const kv_host_t *host, const kv_weight_t *weight,
+                          const kv_row_sum_t *sum, const int64_t *where, bool lazy)
 {
-    if (weight->count == 0)
-        return;
-    rows_source_t anywhere = {
+    bool several = sum->parts != NULL && sum->num_rows > 0;
+    int64_t num_parts = several ? sum->starts[sum->num_rows] / sum->num_rows + 1 : 1;
+    *rows = (rows_source_t){
         .base = {.read = read_anywhere},
         .host = host,
         .sum = sum,
@@ -189,14 +190,21 @@ void kv_host_update_rows(const kv_host_t *host, const kv_step_t *step, const kv_
         .element = kv_dtype_bytes(weight->dtype),
         .wide = kv_dtype_bytes(kv_dtype_wide(weight->dtype)),
     };
-    bool several = sum->parts != NULL && sum->num_rows > 0;
-    int64_t num_parts = several ? sum->starts[sum->num_rows] / sum->num_rows + 1 : 1;
-    anywhere.base.bytes = num_parts * (int64_t)anywhere.element;
-    unsigned how =
-        KV_PASS_ROWS | (lazy ? KV_PASS_LAZY : 0u) | (where != NULL ? KV_PASS_SPARSE_WEIGHT : 0u);
+    rows->base.bytes = num_parts * (int64_t)rows->element;
+    return KV_PASS_ROWS | (lazy ? KV_PASS_LAZY : 0u) | (where != NULL ? KV_PASS_SPARSE_WEIGHT : 0u);
+}
+
+static void update_rows(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
+                        const kv_row_sum_t *sum, const int64_t *where, bool lazy,
+                        const kv_norm_sums_t *sums)
+{
+    if (weight->count == 0)
+        return;
+    rows_source_t anywhere;
+    unsigned how = rows_init(&anywhere, host, weight, sum, where, lazy);
     kv_update_t update;
     int64_t unfinite;
-    if (!kv_update_begin(&update, host, step, weight, &anywhere.base, how, &unfinite))
+    if (!kv_update_begin(&update, host, step, weight, &anywhere.base, how, sums, &unfinite))
         return;
     if (!lazy) {
         kv_update_all(&update, &unfinite);
@@ -216,4 +224,27 @@ void kv_host_update_rows(const kv_host_t *host, const kv_step_t *step, const kv_
         job.grid = whole_rows(host, weight->count / row_count, row_count, traffic);
         kv_team_run(host->team, host->num_threads, job.grid.num_blocks, due_block, &job);
     }
+}
+
+void kv_host_update_rows(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
+                         const kv_row_sum_t *sum, const int64_t *where, bool lazy)
+{
+    update_rows(host, step, weight, sum, where, lazy, NULL);
+}
+
+void kv_host_update_rows_part(const kv_host_t *host, const kv_step_t *step,
+                              const kv_weight_t *weight, const kv_row_sum_t *sum, bool lazy,
+                              const kv_norm_sums_t *sums)
+{
+    update_rows(host, step, weight, sum, NULL, lazy, sums);
+}
+
+void kv_host_measure_rows(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
+                          const kv_row_sum_t *sum, bool lazy, kv_norm_sums_t *out)
+{
+    rows_source_t anywhere;
+    kv_update_t update;
+    unsigned how = rows_init(&anywhere, host, weight, sum, NULL, lazy);
+    kv_update_prepare(&update, host, step, weight, &anywhere.base, how);
+    kv_update_measure_apart(&update, out);
 }

@@ -31,6 +31,7 @@ typedef struct kv_server_key kv_server_key_t;
 typedef struct kv_declared_key kv_declared_key_t;
 typedef struct kv_declare kv_declare_t;
 typedef struct kv_key_norms kv_key_norms_t;
+typedef struct kv_row_round kv_row_round_t;
 
 /* A table of objects by two numbers; a node stands first in its object. Never fails: a table that
  * cannot grow gets slower. */
@@ -115,14 +116,15 @@ struct kv_slice {
     bool steps;   /* by `step` */
     bool by_rows; /* its pushes are rows */
     kv_phase_t phase;
-    kv_norm_sums_t sums;   /* of its own; KV_PHASE_ENDS: of all slices */
-    kv_buffer_t *made;     /* the next version; may be `stored`, which nobody may read then */
-    kv_rowset_t made_rows; /* the same of a row-sparse slice, unless a step changes `rows` */
-    bool ran;              /* the engine has run what it was given */
-    kv_error_t *failure;   /* what became of it in the engine, or on another slice */
-    const void **sources;  /* [num_workers] */
-    kv_codec_t *codecs;    /* [num_workers] */
-    kv_op_t op;            /* for the engine */
+    kv_norm_sums_t sums;       /* of its own; KV_PHASE_ENDS: of all slices */
+    kv_buffer_t *made;         /* the next version; may be `stored`, which nobody may read then */
+    kv_rowset_t made_rows;     /* the same of a row-sparse slice, unless a step changes `rows` */
+    kv_row_round_t *row_round; /* of a round of rows, between its phases */
+    bool ran;                  /* the engine has run what it was given */
+    kv_error_t *failure;       /* what became of it in the engine, or on another slice */
+    const void **sources;      /* [num_workers] */
+    kv_codec_t *codecs;        /* [num_workers] */
+    kv_op_t op;                /* for the engine */
     kv_slice_t *next_waiting, *next_listed; /* see server_norms.c */
     bool listed;
     kv_slice_worker_t workers[];
@@ -280,6 +282,7 @@ void kv_slice_answer_rows_locked(kv_server_t *server, kv_slice_t *slice, kv_requ
     KV_REQUIRES(server->mutex);
 /* Whether all pushes of the round are rows, or none: else KV_BAD_TYPE. */
 KV_MUST_CHECK kv_status_t kv_round_check_rows(const kv_slice_t *slice);
+void kv_row_round_free(kv_row_round_t *round); /* NULL is allowed */
 /* kv_round_run of a round of rows. */
 KV_MUST_CHECK kv_status_t kv_round_run_rows(kv_slice_t *slice, const kv_host_t *host);
 /* What a round moves, about. */

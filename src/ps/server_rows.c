@@ -170,6 +170,11 @@ typedef struct pushed {
     kv_rowset_t rows;
 } pushed_t;
 
+struct kv_row_round {
+    kv_row_sum_t sum;
+    pushed_t pushed[];
+};
+
 static kv_status_t run_sum(kv_slice_t *slice, const kv_host_t *host, const kv_row_sum_t *sum)
 {
     if (slice->sparse && slice->steps)
@@ -188,53 +193,83 @@ static kv_status_t run_sum(kv_slice_t *slice, const kv_host_t *host, const kv_ro
         kv_rows_to_dense(host, sum, num_rows, 1, &made);
         return KV_OK;
     }
+    bool lazy = kv_optim_is_lazy(slice->step.optim, &slice->step.numbers, false);
+    bool measures = slice->phase == KV_PHASE_MEASURES;
     kv_weight_t weight;
-    if (slice->made != slice->stored)
+    if (!measures && slice->made != slice->stored)
         memcpy(made, slice->stored->data, slice->bytes);
     KV_TRY(kv_slots_weight(slice->slots, host, &slice->step, slice->dtype, num_rows, sum->row_count,
-                           made, &weight));
-    kv_host_update_rows(host, &slice->step, &weight, sum, NULL,
-                        kv_optim_is_lazy(slice->step.optim, &slice->step.numbers, false));
+                           measures ? slice->stored->data : made, &weight));
+    if (measures)
+        kv_host_measure_rows(host, &slice->step, &weight, sum, lazy, &slice->sums);
+    else if (slice->phase == KV_PHASE_ENDS)
+        kv_host_update_rows_part(host, &slice->step, &weight, sum, lazy, &slice->sums);
+    else
+        kv_host_update_rows(host, &slice->step, &weight, sum, NULL, lazy);
     return KV_OK;
 }
 
-kv_status_t kv_round_run_rows(kv_slice_t *slice, const kv_host_t *host)
+static kv_status_t describe(const kv_slice_t *slice, pushed_t *pushed, int *num_sets,
+                            size_t *row_bytes)
 {
-    int32_t num_workers = slice->server->num_workers;
-    int num_sets = 0;
-    size_t row_bytes = 0;
-    pushed_t *pushed = kv_calloc((size_t)num_workers, sizeof *pushed);
-    KV_TRY_ALLOC(pushed, "a round of rows");
     const kv_rowset_t **sets = (const kv_rowset_t **)slice->sources;
-    kv_status_t status = KV_OK;
-    for (int32_t i = 0; i < num_workers && status == KV_OK; i++) {
+    for (int32_t i = 0; i < slice->server->num_workers; i++) {
         const kv_request_t *push = slice->workers[i].summing;
         if (push == NULL)
             continue;
         kv_wire_rows_t rows;
-        status = kv_wire_get_rows(push->data, (size_t)push->header.record.bytes, false, &rows);
-        if (status == KV_OK && num_sets > 0 && rows.row_bytes != row_bytes)
-            status = kv_fail(KV_INVALID, "the workers' rows are of different lengths");
-        if (status != KV_OK)
-            break;
-        row_bytes = rows.row_bytes;
-        pushed[num_sets] = (pushed_t){.ids = {.data = (void *)rows.ids},
-                                      .data = {.data = (void *)rows.data},
-                                      .rows = {.num_rows = rows.count}};
-        pushed[num_sets].rows.indices = &pushed[num_sets].ids;
-        pushed[num_sets].rows.data = &pushed[num_sets].data;
-        sets[num_sets] = &pushed[num_sets].rows;
-        num_sets++;
+        KV_TRY(kv_wire_get_rows(push->data, (size_t)push->header.record.bytes, false, &rows));
+        if (*num_sets > 0 && rows.row_bytes != *row_bytes)
+            return kv_fail(KV_INVALID, "the workers' rows are of different lengths");
+        *row_bytes = rows.row_bytes;
+        *pushed = (pushed_t){.ids = {.data = (void *)rows.ids},
+                             .data = {.data = (void *)rows.data},
+                             .rows = {.num_rows = rows.count}};
+        pushed->rows.indices = &pushed->ids;
+        pushed->rows.data = &pushed->data;
+        sets[(*num_sets)++] = &pushed->rows;
+        pushed++;
     }
-    kv_row_sum_t sum;
+    return KV_OK;
+}
+
+static kv_status_t row_round_new(const kv_slice_t *slice, const kv_host_t *host,
+                                 kv_row_round_t **out)
+{
+    int num_sets = 0;
+    size_t row_bytes = 0;
+    kv_row_round_t *round =
+        kv_calloc(1, sizeof *round + (size_t)slice->server->num_workers * sizeof round->pushed[0]);
+    KV_TRY_ALLOC(round, "a round of rows");
+    kv_status_t status = describe(slice, round->pushed, &num_sets, &row_bytes);
     if (status == KV_OK)
         status =
             kv_row_sum_init(host, slice->dtype, (int64_t)(row_bytes / kv_dtype_bytes(slice->dtype)),
-                            num_sets, sets, &sum);
-    if (status == KV_OK) {
-        status = run_sum(slice, host, &sum);
-        kv_row_sum_fini(&sum);
-    }
-    kv_free(pushed);
+                            num_sets, (const kv_rowset_t *const *)slice->sources, &round->sum);
+    if (status == KV_OK)
+        *out = round;
+    else
+        kv_free(round);
+    return status;
+}
+
+void kv_row_round_free(kv_row_round_t *round)
+{
+    if (round == NULL)
+        return;
+    kv_row_sum_fini(&round->sum);
+    kv_free(round);
+}
+
+kv_status_t kv_round_run_rows(kv_slice_t *slice, const kv_host_t *host)
+{
+    kv_row_round_t *round = slice->row_round;
+    if (round == NULL)
+        KV_TRY(row_round_new(slice, host, &round));
+    kv_status_t status = run_sum(slice, host, &round->sum);
+    bool keeps = status == KV_OK && slice->phase == KV_PHASE_MEASURES;
+    slice->row_round = keeps ? round : NULL;
+    if (!keeps)
+        kv_row_round_free(round);
     return status;
 }

@@ -77,6 +77,7 @@ void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *er
         kv_rowset_fini(&slice->rows);
     }
     kv_buffer_rele(slice->made);
+    kv_row_round_free(slice->row_round);
     kv_error_rele(slice->failure);
     kv_slots_rele(slice->slots);
     kv_index_remove(&server->slices, &slice->node);
@@ -277,6 +278,8 @@ static void publish_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *e
     } else {
         kv_buffer_rele(slice->made);
     }
+    kv_row_round_free(slice->row_round);
+    slice->row_round = NULL;
     slice->made = NULL;
     slice->phase = KV_PHASE_WHOLE;
     slice->version++;

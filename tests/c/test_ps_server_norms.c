@@ -386,8 +386,9 @@ static void sums_of_other_servers_keys_are_dropped(void)
                 tell(cluster, header, "");
             }
         kv_wire_header_t odd = sums_of(5, UINT32_MAX, 0, 1, 1);
+        odd.record.key = KEY + 2;
         tell(cluster, odd, "");
-        init_part(cluster, 1, 0, 2, 1); /* behind them */
+        init_part(cluster, 1, 0, 2, 1);
         check_done(cluster, 0, 1);
         push_lars(cluster, 0, 2, 0, 0, 2);
         CHECK_EQ(await_told(cluster, 0, 0)->record.status, KV_OK);

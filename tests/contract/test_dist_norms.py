@@ -134,6 +134,45 @@ def test_a_plain_rate_of_lars_needs_no_norms():
         assert (pulled(kv, "fc_bias") == pulled(local, "fc_bias")).all()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (3, 2)], ids=ids)
+def test_of_row_sparse_gradients_too(size, made):
+    workers, servers = size
+    first = randoms((9_000, 100), np.float32, 1)
+    local, worst = kvstore.create("local"), 0
+    with Cluster(workers, servers) as cluster:
+        stores = cluster.all_stores()
+        each([local, *stores], lambda kv: kv.init("w", first))
+        each([local, *stores], lambda kv: kv.set_optimizer(made()))
+        for number in range(3):
+            values = []
+            for rank in range(workers):
+                chosen = np.random.default_rng((number, rank)).choice(9_000, 50 * rank, False)
+                data = randoms((50 * rank, 100), np.float32, (number, rank))
+                values.append(kvstore.RowSparse(data, np.sort(chosen), first.shape))
+
+            def work(kv, values=values):
+                kv.push("w", values[kv.rank])
+                return pulled(kv, "w")
+
+            seen = each(stores, work)
+            local.push("w", values)
+            worst = max(worst, *(distance(mine, pulled(local, "w")) for mine in seen))
+    assert worst <= BOUND
+
+
+def test_of_row_sparse_values_in_slices_not_yet():
+    with Cluster(1, 2) as cluster:
+        kv = cluster.store(0)
+        kv.set_optimizer(CASES["lamb"]())
+        data = randoms((5_000, 100), np.float32, 1)
+        rows = kvstore.RowSparse(data, np.arange(5_000), data.shape)
+        kv.init("w", rows)
+        with pytest.raises(kvstore.NotBuiltError, match="row-sparse and cut into slices"):
+            kv.push("w", rows)
+            kv.pull("w")
+            kvstore.wait_all()
+
+
 # -------------------------------------------------------------------------------- asynchronous
 
 
