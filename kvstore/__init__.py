@@ -41,7 +41,7 @@ except ImportError as error:
 from .base import KVStoreBase, create
 
 if TYPE_CHECKING:
-    from . import compression, lr_scheduler, optimizer
+    from . import cluster, compression, lr_scheduler, optimizer
     from .cluster.local_cluster import LocalCluster
     from .server import KVStoreServer, serve
 
@@ -68,6 +68,7 @@ __all__ = [
     "TimeoutError",
     "__version__",
     "array",
+    "cluster",
     "compression",
     "create",
     "empty",
@@ -86,7 +87,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Loaded when asked for: an import costs no more than what is used of it, and
     # `python -m kvstore.server` must find its module not yet imported.
-    if name in ("compression", "lr_scheduler", "optimizer"):
+    if name in ("cluster", "compression", "lr_scheduler", "optimizer"):
         return importlib.import_module(f".{name}", __name__)
     if name == "LocalCluster":
         return importlib.import_module(".cluster.local_cluster", __name__).LocalCluster

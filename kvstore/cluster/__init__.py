@@ -4,11 +4,22 @@ Nothing is loaded before it is asked for: a store of one process pays nothing fo
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_WHERE = {"LocalCluster": "local_cluster", "Member": "member", "Scheduler": "scheduler"}
+if TYPE_CHECKING:
+    from .companions import from_environment
+    from .local_cluster import LocalCluster
+    from .member import Member
+    from .scheduler import Scheduler
 
-__all__ = ["LocalCluster", "Member", "Scheduler"]
+_WHERE = {
+    "LocalCluster": "local_cluster",
+    "Member": "member",
+    "Scheduler": "scheduler",
+    "from_environment": "companions",
+}
+
+__all__ = ["LocalCluster", "Member", "Scheduler", "from_environment"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from .. import _core
 from .._declared import Declared
@@ -65,7 +65,12 @@ class Member:
         A weak reference to the store that uses it.
     declared
         What it knows of the optimizers of the cluster.
+    joined
+        Whether any member of this process has joined its cluster.
     """
+
+    joined: ClassVar[bool] = False
+    _prevented: ClassVar[tuple[type[KVStoreError], str] | None] = None
 
     def __init__(self, settings: Settings, asynchronous: bool) -> None:
         self.settings = settings
@@ -85,7 +90,7 @@ class Member:
         self._peers: list[tuple[int, str, bytes]] = []
         self._waiting_for = ""
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
-        self._broken: tuple[type[KVStoreError], str] | None = None
+        self._broken = self._prevented
         self._told = threading.Event()  # of what has broken it
         self._closed = False
         self._shut_down = False
@@ -124,6 +129,7 @@ class Member:
         """
         make_core = make_core or _core.Node
         member = cls(settings, asynchronous)
+        member._check()
         _members.add(member)
         deadline = time.monotonic() + settings.timeout
         try:
@@ -135,6 +141,7 @@ class Member:
             member.core.connect(member._peers)
             member.core.wait_ready(max(deadline - time.monotonic(), 0.001))
             control.run(member._step("start", deadline, {"type": "ready"}))
+            cls.joined = True
         except BaseException as error:
             member.fail(f"it could not join: {type(error).__name__}: {error}")
             raise
@@ -201,6 +208,13 @@ class Member:
                 "(the limit is KVSTORE_TIMEOUT or the option timeout)"
             )
         return future.result()
+
+    @classmethod
+    def prevent(cls, why: str) -> None:
+        """What this process has started for its cluster is gone: no member of it can join."""
+        cls._prevented = PeerLostError, why
+        for member in list(_members):
+            control.loop().call_soon_threadsafe(member._on_broken, *cls._prevented)
 
     # ------------------------------------------------------------------------- from the scheduler
 
@@ -506,7 +520,8 @@ def leave_abandoned() -> None:
         member._leave_alone()
 
 
-def _close_all() -> None:
+def close_all() -> None:
+    """Leave all clusters, at the end of the process."""
     for member in list(_members):
         member._at_exit()
 
@@ -518,5 +533,5 @@ def _close_sockets_in_child() -> None:
             member._socket.close()
 
 
-atexit.register(_close_all)
+atexit.register(close_all)
 os.register_at_fork(after_in_child=_close_sockets_in_child)

@@ -121,14 +121,18 @@ class Processes:
     on_line
         Called with the process, 1 or 2 for its standard output or error, and one line of it with
         the line's end.
+    orphans_s
+        Seconds that they may go on when this process was killed.
     """
 
-    def __init__(self, on_line: Callable[[Process, int, bytes], None]) -> None:
+    def __init__(
+        self, on_line: Callable[[Process, int, bytes], None], orphans_s: float = 0.0
+    ) -> None:
         self._on_line = on_line
         self._selector = selectors.DefaultSelector()
         self._pipes: dict[Process, list[_Reader]] = {}
         self._watchdog = subprocess.Popen(
-            [sys.executable, "-I", "-S", watchdog.__file__, str(os.getpid())],
+            [sys.executable, "-I", "-S", watchdog.__file__, str(os.getpid()), str(orphans_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
