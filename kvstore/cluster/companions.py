@@ -156,8 +156,8 @@ def _token(place: Place, found: Settings) -> str:
         return place.job  # no secret, but it keeps two jobs apart that come by the same port
     raise InvalidArgumentError(
         f"the scheduler at {found.address} can be reached from other machines, so the cluster "
-        "needs a secret: set KVSTORE_TOKEN to the same one in all processes, for instance that of "
-        f"`openssl rand -hex 32` ({place.engine.token})"
+        "needs a secret: set KVSTORE_TOKEN in all processes to what `python -c 'import secrets; "
+        f"print(secrets.token_hex())'` has printed once ({place.engine.token})"
     )
 
 

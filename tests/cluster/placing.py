@@ -1,5 +1,6 @@
 """The variables by which engines tell processes their place, as the engines of today set them."""
 
+import socket
 import uuid
 
 
@@ -73,3 +74,10 @@ def variables(engine, rank, size, nodes=1, job=None, **more):
     """The environment of one process; None takes a variable out."""
     found = {**engine(rank, size, nodes, job or uuid.uuid4().hex), **more}
     return {name: str(value) for name, value in found.items() if value is not None}
+
+
+def free_address():
+    """Where a scheduler may listen on this machine."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{one.getsockname()[1]}"

@@ -17,7 +17,7 @@ import pytest
 import store_program
 from helpers import same
 from launching import KVRUN, LONG, Marked, read_until
-from placing import NAMES, by_hand, mpich, open_mpi, slurm, torchrun, variables
+from placing import NAMES, by_hand, free_address, mpich, open_mpi, slurm, torchrun, variables
 
 HERE = Path(__file__).parent
 
@@ -74,12 +74,6 @@ def started():
     made = Started()
     yield made
     made.close()
-
-
-def free_address():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{one.getsockname()[1]}"
 
 
 def assert_same_as_alone(folder, num_workers):
