@@ -25,14 +25,15 @@ from ..errors import InvalidArgumentError, TimeoutError
 from . import control, engines, entry, member, settings
 from .engines import Place
 from .launch import MOST_PROCESSES
-from .processes import Process, Processes, address_variables, environment
+from .processes import Process, Processes, environment
 from .settings import Settings, join_address
 
 START_S = 60.0  # for the scheduler to listen
 FAILED_S = 5.0  # for the scheduler to tell the others that this worker has failed
 ORPHANS_S = 2.0  # the same where this worker was killed
 RESOLVE_S = 5.0
-TICK_S = 0.5
+PATIENCE_S = 5.0  # before it says what it waits for
+TICK_S = 0.1
 
 # The package, and a controller, are found where the script finds them.
 BOOT = (
@@ -109,7 +110,7 @@ def from_environment(
     if place.rank == 0:
         _check_host(found)
     if place.rank == 0 or servers:
-        common = {"KVSTORE_TOKEN": token, **address_variables(found.host, found.port)}
+        common = {"KVSTORE_TOKEN": token, "KVSTORE_SCHEDULER": found.address}
         companions = _Companions(found.timeout)
         try:
             if place.rank == 0:
@@ -288,6 +289,7 @@ class _Companions:
             self._wait()
         finally:
             self._over.set()
+            self._thread.join(PATIENCE_S)  # it may hang in a write to a reader that does not read
             self.processes.close()
 
     def _wait(self) -> None:
@@ -295,13 +297,23 @@ class _Companions:
         if not member.Member.joined:
             return
         failed = getattr(sys, "last_type", None) is not None and not hasattr(sys, "ps1")
-        deadline = time.monotonic() + (FAILED_S if failed else self.timeout)
-        while self._thread.is_alive() and time.monotonic() < deadline:
+        begin = time.monotonic()
+        told = failed
+        while self._thread.is_alive():
             self._thread.join(control.STEP_S)
+            passed = time.monotonic() - begin
+            if passed > (FAILED_S if failed else self.timeout):
+                break
+            if passed > PATIENCE_S and not told:
+                told = True
+                _say(f"waiting for other workers to leave, for at most {self.timeout:g} s")
         left = ", ".join(process.name for process in self.processes if process.status is None)
         if left and not failed:
-            print(
-                f"kvstore: killed, as other workers have not left {self.timeout:g} s after this "
-                f"one: {left}",
-                file=sys.stderr,
+            _say(
+                f"killed, as other workers have not left {self.timeout:g} s after this one: {left}"
             )
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a closed stderr
+        print(f"kvstore: {text}", file=sys.stderr, flush=True)
