@@ -273,13 +273,18 @@ class _Companions:
     def _look(self) -> None:
         while not self._over.is_set() and list(self.processes):
             for process in self.processes.step(self.processes.wait(TICK_S)):
-                if process.status != 0 and not member.Member.joined:
-                    # Nobody else tells: a cluster that is not complete forgets who has gone.
-                    member.Member.prevent(
-                        f"the {process.name}, which this worker had started, {process.ending()}: "
-                        f"{self._words.get(process, 'it said nothing')}"
-                    )
+                if process.status != 0:
+                    self._take_failure(process)
                 self.processes.forget(process)
+
+    def _take_failure(self, process: Process) -> None:
+        _say(f"{process.name} {process.ending()}")
+        if not member.Member.joined:
+            # Nobody else tells: a cluster that is not complete forgets who has gone.
+            member.Member.prevent(
+                f"the {process.name}, which this worker had started, {process.ending()}: "
+                f"{self._words.get(process, 'it said nothing')}"
+            )
 
     def _at_exit(self) -> None:
         if os.getpid() != self._pid:
