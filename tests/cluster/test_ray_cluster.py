@@ -28,6 +28,8 @@ README = Path(__file__).parents[2] / "README.md"
 # Ray's processes take their time to start and to end.
 LONG = 120
 
+# Ray's test cluster leaves that to the collector.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None,
     reason="Ray is not installed: pip install 'mlkvstore[ray]' runs these",
