@@ -84,7 +84,7 @@ def run_command(member: Member, asked: Command, controller: Controller | None) -
         elif controller is None:
             raise InvalidArgumentError(
                 "it was started without a controller: give one to serve(controller=), "
-                "LocalCluster(controller=) or kvrun --controller"
+                "LocalCluster(controller=), RayCluster(controller=) or kvrun --controller"
             )
         else:
             controller(asked.head, asked.body)

@@ -299,6 +299,8 @@ class RayMaker(Maker):
         return found[0] if found and found[0] else (False, False)
 
     def _send_run_locked(self, blob: bytes) -> None:
+        if not self._connected():
+            return
         variables = {"KVSTORE_TIMEOUT": f"{self.timeout:g}", **self.session.variables()}
         once = self.ray.put(blob)
         for worker in self.workers:
@@ -331,6 +333,8 @@ class RayMaker(Maker):
 
     def _call(self, actor: Actor, take: Take, method: str, *arguments: Any) -> None:
         """Call a method of an actor; `take` gets the result, in the daemon thread."""
+        if not self._connected():
+            return  # it is the end, as that thread will see
         future = getattr(actor.handle, method).remote(*arguments).future()
         future.add_done_callback(lambda done: self.events.put((actor, take, done)))
 
