@@ -162,6 +162,7 @@ class Calls:
 
     def _leave(self, node: Node, ident: int, frame: Frame) -> None:
         together = protocol.field(frame, "together", bool)
+        finished = protocol.field(frame, "finished", bool)
         whole = self.roster.why_lost is None and self.roster.stage == Stage.RUNNING
         if self.roster.why_lost is None and self.roster.stage < Stage.RUNNING:
             raise ProtocolError("order", "it left before the cluster was running")
@@ -172,6 +173,10 @@ class Calls:
             self._let_go(node)
         if node.role == "worker":
             self._break_barriers(node)
+            if whole:  # it will push no more, also while it waits for the others
+                for server in self.roster.of("server"):
+                    news = {"type": "left", "rank": node.rank, "finished": finished}
+                    self._send(server, news)
         workers = self.roster.of("worker")
         if all(worker.left or worker.leaving for worker in workers):
             for worker in workers:

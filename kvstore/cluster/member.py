@@ -39,6 +39,7 @@ from .settings import Settings
 HEARTBEAT_S = 1.0
 GRACE_S = 5.0  # for the scheduler's answer to a node that gives up
 EXIT_S = 5.0
+SHORT_S = 0.001  # for what is there or is not
 ROOM = 64  # a command's number at the scheduler may have more digits than here
 
 
@@ -263,6 +264,13 @@ class Member:
         elif kind == "shutdown":
             self._shut_down = True
             self._commands.put(None)
+        elif kind == "left":
+            rank, finished = (
+                protocol.field(frame, "rank", int),
+                protocol.field(frame, "finished", bool),
+            )
+            if self.core is not None:
+                self.core.left(rank, finished)
         elif kind == "lost":
             self._on_broken(PeerLostError, protocol.field(frame, "why", str))
         elif kind == "error":
@@ -449,6 +457,7 @@ class Member:
         frame = {"type": "leave", "together": together and self.role == "worker"}
         limit = self.settings.timeout if timeout is None else timeout
         try:
+            frame["finished"] = self._is_finished()
             if self._broken is None:
                 with contextlib.suppress(PeerLostError):
                     control.run(self._call(frame, limit, "leaving"))
@@ -460,6 +469,15 @@ class Member:
                     self.core.wait_alone(EXIT_S)
         finally:
             self._end()
+
+    def _is_finished(self) -> bool:
+        """Whether every call of this worker has been answered: nothing of it is on its way."""
+        try:
+            if self.core is not None:
+                self.core.drain(SHORT_S)
+        except TimeoutError:
+            return False
+        return True
 
     def await_loss(self, seconds: float) -> None:
         """Wait until the scheduler has told of a loss that the data plane knows of already."""

@@ -15,6 +15,7 @@
     X(BAD_TYPE, "a value has the wrong type", "ArrayTypeError")                                    \
     X(TIMEOUT, "the deadline has passed", "TimeoutError")                                          \
     X(PEER_LOST, "a node of the cluster is gone", "PeerLostError")                                 \
+    X(LEFT, "a worker has left the cluster", "PeerLostError")                                      \
     X(NOT_BUILT, "this build cannot do that", "NotBuiltError")                                     \
     X(DEVICE, "a device failed", "DeviceError")                                                    \
     X(CLOSED, "the store is closed", "ClosedError")                                                \

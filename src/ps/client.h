@@ -10,7 +10,8 @@
  * and everything behind it on its keys. (A call waits as a whole: workers that make calls on lists
  * of keys in different orders may wait for each other, until their deadlines.) When a push has
  * failed because a worker did not come in time, pushes that wait behind it fail for the same
- * reason and have had no effect.
+ * reason and have had no effect. A call that needs more of a worker that has left fails with
+ * KV_LEFT: that is a server's answer like others, and later calls work if they need nothing of it.
  *
  * Nothing here blocks but cancel and close. Callbacks run in the endpoint's thread or inside
  * kv_client_lose, _cancel and _close, never inside kv_client_start, with no lock held.

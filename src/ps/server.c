@@ -131,6 +131,55 @@ static kv_status_t missing_locked(kv_server_t *server, const kv_request_t *reque
                                 : kv_slice_missing_locked(server, request->slice);
 }
 
+static bool is_push(const kv_request_t *request)
+{
+    uint8_t action = request->header.record.action;
+    return action == KV_WIRE_PUSH || action == KV_WIRE_PUSHPULL;
+}
+
+kv_status_t kv_slice_check_left_locked(kv_server_t *server, const kv_slice_t *slice,
+                                       const kv_request_t *request)
+{
+    uint64_t begin = slice->version + slice->busy; /* the first round that is not under way */
+    uint64_t end = request->header.record.round + is_push(request); /* behind the last needed */
+    if (!kv_slice_has_value(slice) && server->presence[0] == KV_ABSENT)
+        return kv_fail(KV_LEFT, "worker 0 has left the cluster without initialising it");
+    for (int32_t i = 0; i < server->num_workers && !server->async; i++) {
+        uint64_t round = begin;
+        const kv_request_t *push = slice->workers[i].pushes;
+        for (; push != NULL && push->header.record.round == round; push = push->next)
+            round++;
+        if (round < end && server->presence[i] == KV_ABSENT)
+            return kv_fail(KV_LEFT,
+                           "worker %" PRId32 " has left the cluster after %" PRIu64 " pushes, and "
+                           "round %" PRIu64 " takes one of every worker",
+                           i, round, round);
+    }
+    return KV_OK;
+}
+
+/* Answers the requests that wait for what nobody will send any more. */
+static void give_up_on_absent_locked(kv_server_t *server) KV_REQUIRES(server->mutex)
+{
+    kv_request_t *next;
+    for (kv_request_t *request = server->waiting; request != NULL; request = next) {
+        next = request->wait_next;
+        kv_status_t status = request->declare != NULL ? kv_declare_check_left_locked(server)
+                             : request->key != NULL
+                                 ? kv_drop_check_left_locked(server)
+                                 : kv_slice_check_left_locked(server, request->slice, request);
+        if (status == KV_OK)
+            continue;
+        kv_error_t *error = kv_error_capture(status);
+        if (request->slice != NULL && is_push(request)) {
+            kv_slice_spoil_locked(server, request, error); /* its data is of no use any more */
+        } else {
+            give_up_locked(server, request, error);
+            kv_error_rele(error);
+        }
+    }
+}
+
 static void tick(void *context)
 {
     kv_server_t *server = context;
@@ -180,7 +229,7 @@ static kv_status_t handle_locked(kv_server_t *server, kv_request_t *request)
 {
     uint8_t kind = request->header.kind, action = request->header.record.action;
     kv_status_t status = KV_OK;
-    bool pushes = action == KV_WIRE_PUSH || action == KV_WIRE_PUSHPULL;
+    bool pushes = is_push(request);
     bool expected = kind == KV_WIRE_PULL ? action == KV_WIRE_GET || action == KV_WIRE_GET_STATE
                     : kind == KV_WIRE_DELETE
                         ? action == KV_WIRE_DROP
@@ -412,6 +461,19 @@ static void lost(void *context, int32_t peer, const char *why)
             give_up_locked(server, request, error);
     }
     kv_error_rele(error);
+    if (worker)
+        server->presence[peer] = server->presence[peer] == KV_PRESENT ? KV_ENDED : KV_ABSENT;
+    give_up_on_absent_locked(server);
+    kv_flush_locked(server);
+    kv_mutex_unlock(&server->mutex);
+}
+
+void kv_server_left(kv_server_t *server, int32_t worker, bool finished)
+{
+    kv_mutex_lock(&server->mutex);
+    bool ended = server->presence[worker] == KV_ENDED;
+    server->presence[worker] = finished || ended ? KV_ABSENT : KV_LEAVING;
+    give_up_on_absent_locked(server);
     kv_flush_locked(server);
     kv_mutex_unlock(&server->mutex);
 }
@@ -422,8 +484,9 @@ kv_status_t kv_server_new(const kv_server_config_t *config, kv_server_t **out)
 {
     kv_pool_t *pool;
     KV_TRY(kv_pool_new(&pool));
-    size_t outs = (size_t)config->num_workers * sizeof(kv_outbox_t);
-    kv_server_t *server = kv_calloc(1, sizeof *server + outs);
+    size_t workers = (size_t)config->num_workers;
+    kv_server_t *server =
+        kv_calloc(1, sizeof *server + workers * (sizeof(kv_outbox_t) + sizeof(kv_presence_t)));
     if (server == NULL) {
         kv_pool_free(pool);
         return kv_fail(KV_NO_MEMORY, "no memory for a server");
@@ -439,6 +502,7 @@ kv_status_t kv_server_new(const kv_server_config_t *config, kv_server_t **out)
     /* The others would run a sum in the submitting thread, under the lock, or only when somebody
      * waits for it. */
     server->has_threads = strcmp(kv_engine_name(config->engine), "threaded") == 0;
+    server->presence = (kv_presence_t *)&server->out[workers];
     server->pool = pool;
     server->next_deadline_ns = INT64_MAX;
     *out = server;

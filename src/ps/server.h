@@ -42,6 +42,15 @@ KV_MUST_CHECK kv_status_t kv_server_add_optimizer(kv_server_t *server, uint64_t 
  * and this sentence. The first reason stays. */
 void kv_server_lose(kv_server_t *server, const char *why);
 
+/* A worker leaves the cluster and asks for nothing more. What it has pushed counts. Whatever needs
+ * more of it, waiting now or still to come, is answered with KV_LEFT: that call cannot end well any
+ * more, but the cluster is not lost, and rounds whose pushes are all there are completed. (So it is
+ * not KV_PEER_LOST, with which a client takes everything for lost, and not KV_TIMEOUT, after which
+ * the push might still count.) `finished`: all that it ever asked for has been answered. If not,
+ * some may still be on its way, and the worker is taken to have left when its session has ended
+ * too. */
+void kv_server_left(kv_server_t *server, int32_t worker, bool finished);
+
 /* The endpoint is closed already: waits for the engine's share of the work, drops all values. */
 void kv_server_stop(kv_server_t *server);
 void kv_server_free(kv_server_t *server); /* after stop */

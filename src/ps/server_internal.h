@@ -143,6 +143,13 @@ typedef struct kv_known_optimizer {
     struct kv_known_optimizer *next;
 } kv_known_optimizer_t;
 
+typedef enum kv_presence {
+    KV_PRESENT,
+    KV_LEAVING, /* it has said so; its session has not ended */
+    KV_ENDED,   /* its session has ended, and nobody has said that it left */
+    KV_ABSENT,  /* it has left, and nothing comes from it any more */
+} kv_presence_t;
+
 typedef struct kv_outbox {
     kv_request_t *first, *last;
 } kv_outbox_t;
@@ -167,6 +174,7 @@ struct kv_server {
     int64_t num_running; /* sums in the engine */
     kv_slice_t *listed;  /* those that may go on (kv_norms_next_locked) */
     kv_server_counters_t counters;
+    kv_presence_t *presence; /* [num_workers] */
     kv_outbox_t out[];
 };
 
@@ -180,6 +188,14 @@ static inline bool kv_request_is_state(const kv_request_t *request)
 
 /* kv_server_lose. */
 void kv_server_lose_locked(kv_server_t *server, const char *why) KV_REQUIRES(server->mutex);
+
+/* ---------------------------------------------------------------------------------- server.c */
+
+/* KV_LEFT with a sentence when this push or pull of the slice needs what a worker that has left
+ * will not send. */
+KV_MUST_CHECK kv_status_t kv_slice_check_left_locked(kv_server_t *server, const kv_slice_t *slice,
+                                                     const kv_request_t *request)
+    KV_REQUIRES(server->mutex);
 
 /* --------------------------------------------------------------------------- server_answer.c */
 
@@ -211,6 +227,9 @@ void kv_slice_pull_locked(kv_server_t *server, kv_request_t *request) KV_REQUIRE
 /* The last three for what is wanted of a state, too. Takes a pull out of the list in which it
  * waits. */
 void kv_slice_unlist_locked(kv_server_t *server, kv_request_t *pull) KV_REQUIRES(server->mutex);
+/* The push takes its place in its round and makes it fail. Takes the error. */
+void kv_slice_spoil_locked(kv_server_t *server, kv_request_t *push, kv_error_t *error)
+    KV_REQUIRES(server->mutex);
 /* For whom pushes and pulls of it wait, as a sentence of this thread; returns KV_TIMEOUT. */
 kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_slice_t *slice)
     KV_REQUIRES(server->mutex);
@@ -307,12 +326,16 @@ void kv_drop_locked(kv_server_t *server, kv_request_t *request) KV_REQUIRES(serv
 void kv_drop_withdraw_locked(kv_server_t *server, kv_request_t *vote) KV_REQUIRES(server->mutex);
 /* Deletes the key if all workers have said so and nothing of it is under way: true, it is gone. */
 bool kv_drop_if_due_locked(kv_server_t *server, kv_server_key_t *key) KV_REQUIRES(server->mutex);
+KV_MUST_CHECK kv_status_t kv_drop_check_left_locked(kv_server_t *server) KV_REQUIRES(server->mutex);
 kv_status_t kv_drop_missing_locked(kv_server_t *server, const kv_request_t *request)
     KV_REQUIRES(server->mutex);
 
 /* Takes a DECLARE whose payload is there. On an error, which ends the session, the request is still
  * the caller's. */
 KV_MUST_CHECK kv_status_t kv_declare_locked(kv_server_t *server, kv_request_t *request)
+    KV_REQUIRES(server->mutex);
+/* KV_LEFT when rank 0, which declares keys, has left. */
+KV_MUST_CHECK kv_status_t kv_declare_check_left_locked(kv_server_t *server)
     KV_REQUIRES(server->mutex);
 /* Answers a DECLARE that waits; the keys that are not there get the error. */
 void kv_declare_end_locked(kv_server_t *server, kv_request_t *request, kv_error_t *error)

@@ -122,6 +122,12 @@ void kv_drop_locked(kv_server_t *server, kv_request_t *request)
         kv_answer_status_locked(server, request, kv_fail(KV_NO_MEMORY, "no memory for a delete"));
         return;
     }
+    kv_status_t status = kv_drop_check_left_locked(server);
+    if (status != KV_OK) {
+        kv_server_key_tidy_locked(server, key);
+        kv_answer_status_locked(server, request, status);
+        return;
+    }
     const kv_request_t *earlier = key->votes;
     while (earlier != NULL && earlier->worker != request->worker)
         earlier = earlier->next;
@@ -169,6 +175,18 @@ bool kv_drop_if_due_locked(kv_server_t *server, kv_server_key_t *key)
     kv_server_key_free_locked(server, key, error);
     kv_error_rele(error);
     return true;
+}
+
+kv_status_t kv_drop_check_left_locked(kv_server_t *server)
+{
+    for (int32_t i = 0; i < server->num_workers; i++) {
+        if (server->presence[i] == KV_ABSENT)
+            return kv_fail(KV_LEFT,
+                           "worker %" PRId32 " has left the cluster, and a delete takes all "
+                           "workers",
+                           i);
+    }
+    return KV_OK;
 }
 
 kv_status_t kv_drop_missing_locked(kv_server_t *server, const kv_request_t *request)
@@ -374,6 +392,13 @@ static void answer_if_settled_locked(kv_server_t *server, kv_declare_t *declare)
     }
 }
 
+kv_status_t kv_declare_check_left_locked(kv_server_t *server)
+{
+    if (server->presence[0] != KV_ABSENT)
+        return KV_OK;
+    return kv_fail(KV_LEFT, "worker 0 has left the cluster without initialising it");
+}
+
 void kv_declare_end_locked(kv_server_t *server, kv_request_t *request, kv_error_t *error)
 {
     kv_declare_t *declare = request->declare;
@@ -438,6 +463,7 @@ static kv_status_t ask_locked(kv_server_t *server, wait_t *wait, const kv_wire_k
         compare_and_settle(wait, entry);
         return KV_OK;
     }
+    KV_TRY(kv_declare_check_left_locked(server));
     if (entry == NULL)
         entry = entry_new_locked(server, key, false);
     KV_TRY_ALLOC(entry, "a key");

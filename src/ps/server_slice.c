@@ -152,9 +152,7 @@ static void answer_pulls_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUI
 
 /* ----------------------------------------------------------------------------------- pushes */
 
-/* The push takes its place in its round and makes it fail. Takes the error. */
-static void spoil_locked(kv_server_t *server, kv_request_t *push, kv_error_t *error)
-    KV_REQUIRES(server->mutex)
+void kv_slice_spoil_locked(kv_server_t *server, kv_request_t *push, kv_error_t *error)
 {
     push->failure = error;
     kv_buffer_rele(push->buffer);
@@ -450,6 +448,11 @@ kv_status_t kv_slice_push_locked(kv_server_t *server, kv_request_t *push)
     kv_slice_t *slice = slice_locked(server, record);
     if (slice == NULL)
         return no_memory(record);
+    kv_status_t status = kv_slice_check_left_locked(server, slice, push);
+    if (status != KV_OK) {
+        kv_answer_status_locked(server, push, status);
+        return KV_OK;
+    }
     if (!enlist_locked(server, slice, push)) {
         kv_answer_status_locked(server, push,
                                 kv_fail(KV_INVALID,
@@ -458,11 +461,11 @@ kv_status_t kv_slice_push_locked(kv_server_t *server, kv_request_t *push)
         return KV_OK;
     }
     kv_request_wait_locked(server, push);
-    kv_status_t status = check_push_locked(server, slice, push);
+    status = check_push_locked(server, slice, push);
     if (push->failure != NULL)
         kv_answer_error_locked(server, push, push->failure);
     else if (status != KV_OK)
-        spoil_locked(server, push, kv_error_capture(status));
+        kv_slice_spoil_locked(server, push, kv_error_capture(status));
     advance_locked(server, slice);
     return KV_OK;
 }
@@ -522,7 +525,7 @@ void kv_slice_init_locked(kv_server_t *server, kv_request_t *request)
         for (kv_request_t *push = slice->workers[i].pushes; push != NULL; push = push->next) {
             status = push->failure == NULL ? check_push_locked(server, slice, push) : KV_OK;
             if (status != KV_OK)
-                spoil_locked(server, push, kv_error_capture(status));
+                kv_slice_spoil_locked(server, push, kv_error_capture(status));
         }
     }
     answer_pulls_locked(server, slice);
@@ -532,12 +535,15 @@ void kv_slice_init_locked(kv_server_t *server, kv_request_t *request)
 void kv_slice_pull_locked(kv_server_t *server, kv_request_t *pull)
 {
     kv_slice_t *slice = slice_locked(server, &pull->header.record);
+    kv_status_t status;
     if (slice == NULL) {
         kv_answer_status_locked(server, pull, no_memory(&pull->header.record));
     } else if (pull->failure != NULL) {
         kv_answer_error_locked(server, pull, pull->failure);
     } else if (reached(slice, pull)) {
         answer_pull_locked(server, slice, pull);
+    } else if ((status = kv_slice_check_left_locked(server, slice, pull)) != KV_OK) {
+        kv_answer_status_locked(server, pull, status);
     } else {
         pull->slice = slice;
         pull->next = slice->pulls;

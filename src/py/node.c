@@ -272,6 +272,20 @@ static PyObject *node_lose(PyObject *object, PyObject *why)
     Py_END_ALLOW_THREADS Py_RETURN_NONE;
 }
 
+static PyObject *node_left(PyObject *object, PyObject *args)
+{
+    kv_py_node_t *self = as_node(object);
+    int rank, finished;
+    if (!PyArg_ParseTuple(args, "ip:left", &rank, &finished))
+        return NULL;
+    if (rank < 0 || rank >= self->num_workers)
+        return kv_py_fail(self->state, KV_INVALID, "there is no worker %d", rank);
+    if (self->generation != kv_fork_generation() || self->closed || self->server == NULL)
+        Py_RETURN_NONE;
+    Py_BEGIN_ALLOW_THREADS kv_server_left(self->server, rank, finished);
+    Py_END_ALLOW_THREADS Py_RETURN_NONE;
+}
+
 static PyObject *node_drain(PyObject *object, PyObject *timeout)
 {
     kv_py_node_t *self = as_node(object);
@@ -370,6 +384,10 @@ static PyMethodDef METHODS[] = {
      "Wait until all sessions with workers have ended, or the time is over."},
     {"lose", node_lose, METH_O,
      "lose($self, why, /)\n--\n\nFail every call from now on with PeerLostError(why)."},
+    {"left", node_left, METH_VARARGS,
+     "left($self, rank, finished, /)\n--\n\n"
+     "On a server: a worker leaves; what needs more of it fails.\n\n"
+     "`finished`: all its calls have been answered. Else it has left when its session ends."},
     {"drain", node_drain, METH_O,
      "drain($self, timeout, /)\n--\n\nWait until every call of this worker has its answers."},
     {"add_optimizer", node_add_optimizer, METH_VARARGS,

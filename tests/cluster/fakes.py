@@ -24,12 +24,13 @@ LONG = 60
 
 
 class FakeCore:
-    """The methods of the data plane. `lost` is what it was told of a broken cluster."""
+    """The methods of the data plane. `lost` is what it was told of a broken cluster, `gone` are the
+    workers that have left."""
 
     def __init__(self, role, rank, num_workers, num_servers, **options):
         self.role, self.rank, self.options = role, rank, options
         self.peers, self.lost, self.closed = None, None, False
-        self.optimizers = []
+        self.optimizers, self.gone = [], []
 
     def address(self):
         return f"{self.role} {self.rank} \0\xff".encode("latin-1")
@@ -52,6 +53,9 @@ class FakeCore:
 
     def lose(self, why):
         self.lost = why
+
+    def left(self, rank, finished):
+        self.gone.append((rank, finished))
 
     def close(self):
         self.closed = True

@@ -143,7 +143,7 @@ def main():
 
 def steps(kv, _):
     """Calls that the test asks for by lines; `kv` and `np` are what they may use."""
-    names = {"kv": kv, "np": np, "time": time, "control": control}
+    names = {"kv": kv, "np": np, "time": time, "sys": sys, "control": control}
     say(inside="steps", rank=kv.rank)
     for line in sys.stdin:
         try:

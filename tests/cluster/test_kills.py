@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import threading
+import time
 
 import pytest
 from killing import LATER, WAITS, Processes, until_asleep
@@ -64,6 +65,42 @@ def test_who_hears_of_a_loss_late_is_told_the_one_who_died(make):
     told = cluster.ask("worker 0", f"time.sleep(1) or {PULL}")
     assert told["error"] == "PeerLostError" and "worker 1" in told["text"]
     cluster.finish("worker 1")
+
+
+# ------------------------------------------------------------------------------------ leaving
+
+ROUND = "kv.pushpull('w', np.ones(1 << 20, 'float32'), out=np.empty(1 << 20, 'float32'))"
+ENDS = {
+    "closes": "kv.close()",
+    "closes alone": "kv.set_barrier_before_exit(False) or kv.close()",
+    "ends without close": "sys.exit(0)",
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_the_others_hear_at_once_of_a_worker_that_has_left_early(how, make):
+    cluster = make([("steps", "")] * 3, 2)
+    for line in ("kv.init('w', np.zeros(1 << 20, 'float32'))", ROUND):
+        for name in cluster.workers():
+            cluster.tell(name, line)
+        for name in cluster.workers():
+            assert cluster.hear(name)["value"] is None
+    cluster.tell("worker 0", ROUND)
+    cluster.tell("worker 1", "kv.barrier()")
+    for name in ("worker 0", "worker 1"):
+        until_asleep(cluster.all[name])
+    begin = time.monotonic()
+    cluster.tell("worker 2", ENDS[how])
+    for name in ("worker 0", "worker 1"):
+        told = cluster.hear(name)
+        assert told["error"] == "PeerLostError" and "worker 2" in told["text"], told
+        assert "has left the cluster" in told["text"]
+        assert told["at"] - begin < SOON_S
+    # Nothing is lost: who has not pushed since gets what was complete.
+    assert cluster.ask("worker 1", "kv.pull('w').asnumpy()[-1].item()")["value"] == 3
+    for name in ("worker 0", "worker 1"):
+        assert cluster.ask(name, ROUND)["error"] == "PeerLostError"
+    cluster.finish()
 
 
 # --------------------------------------------------------------------------------- under load

@@ -503,6 +503,21 @@ def test_a_barrier_ends_when_another_worker_leaves(four):
     leaving.result(LONG)
 
 
+def test_servers_hear_at_once_that_a_worker_leaves(four):
+    servers = [node.core for node in four.nodes[2:]]
+    leaving = four.pool.submit(four.nodes[1].close, LONG)
+    until(lambda: all(core.gone == [(1, True)] for core in servers))
+    assert not leaving.done()
+
+    def busy(timeout):
+        raise kvstore.TimeoutError("server 0 has not answered all calls")
+
+    four.nodes[0].core.drain = busy
+    four.nodes[0].close(LONG, together=False)
+    leaving.result(LONG)
+    until(lambda: all(core.gone == [(1, True), (0, False)] for core in servers))
+
+
 def test_after_close_calls_say_closed_and_close_does_nothing(four):
     four.nodes[0].close(LONG, together=False)
     four.nodes[0].close(LONG)

@@ -56,7 +56,16 @@ class Member(Place):
     def close(self, timeout_s, together=None):
         if not self.closed:
             self.closed = True
+            for node in self.cluster.servers:
+                node.left(self.rank, self.is_finished())
             self.core.close()
+
+    def is_finished(self):
+        try:
+            self.core.drain(0.001)
+        except kvstore.TimeoutError:
+            return False
+        return True
 
 
 def each(stores, function):

@@ -138,6 +138,51 @@ def test_a_deadline_ends_a_call_in_time_and_the_store_works_when_the_worker_come
             assert pulled(kv, "v").tolist() == [10, 10, 10]
 
 
+@pytest.mark.parametrize("name", ("init", *WAITING))
+def test_a_worker_that_leaves_early_ends_what_waits_for_it_and_every_later_call(name):
+    gone = 0 if name == "init" else 1
+    with Cluster(3, 2) as cluster:
+        stores = stores_of(cluster)
+        a, b = (kv for kv in stores if kv.rank != gone)
+        each(stores, lambda kv: kv.push(["v", "w"], [np.ones(3), np.ones(BIG)]))
+        out = np.full(3, 9.0)
+        worker = Worker(waiting_calls(a, out)[name])
+        while not any(node.counters()["waiting"] for node in cluster.servers):
+            assert worker.is_alive()
+        begun = time.monotonic()
+        stores[gone].close()
+        words = f"worker {gone} has left the cluster"
+        with pytest.raises(kvstore.PeerLostError, match=f"key '(v|x)'.*{words}"):
+            worker.result()
+        assert out.tolist() == [9, 9, 9]
+        for later in (name, "handle"):
+            with pytest.raises(kvstore.PeerLostError, match=words):
+                waiting_calls(b, np.zeros(3))[later]()
+        assert time.monotonic() - begun < SOON_S
+        # The cluster is not lost, and what all had pushed counts.
+        forget(kvstore.PeerLostError)
+        assert (pulled(b, "w") == 3).all()
+        b.close()
+        forget(kvstore.PeerLostError)
+
+
+def test_a_worker_that_leaves_after_its_last_push_is_missed_by_nobody():
+    with Cluster(3, 2) as cluster:
+        a, b, c = stores_of(cluster)
+        keys, values = ["v", "w"], [np.ones(3), np.ones(BIG)]
+        for _ in range(2):
+            c.push(keys, values)
+        leaving = Worker(c.close)  # it waits until the others have pushed as often
+        for _ in range(2):
+            each([a, b], lambda kv: kv.push(keys, values))
+        leaving.result()
+        for kv in (a, b):
+            assert pulled(kv, "v").tolist() == [3, 3, 3] and (pulled(kv, "w") == 3).all()
+        with pytest.raises(kvstore.PeerLostError, match=r"worker 2 .* after 2 pushes"):
+            a.pushpull("v", np.ones(3))
+        forget(kvstore.PeerLostError)
+
+
 # Of pushes only the third waits, and nobody can tell when it has begun.
 @pytest.mark.parametrize("name", ("pull", "pushpull", "handle"))
 def test_ctrl_c_ends_a_call_and_the_store_works_when_the_worker_comes(name):
