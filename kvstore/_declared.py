@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from . import lr_scheduler
 from ._optimizer import built_in
-from .errors import InvalidArgumentError, KVStoreError, NotBuiltError, TimeoutError
+from .errors import (
+    InvalidArgumentError,
+    KVStoreError,
+    NotBuiltError,
+    PeerLostError,
+    TimeoutError,
+)
 from .optimizer import Optimizer
 
 if TYPE_CHECKING:
@@ -142,12 +148,18 @@ def _agree(member: "Member", timeout_s: float, declaration: Declaration) -> None
             return
         left = deadline - time.monotonic()
         differs = [answer["differs"] for answer in answers if answer["differs"]]
+        alone = any(answer["left"] for answer in answers)  # worker 0 sets none any more
         # While worker 0's call is under way, some servers have heard of it and others have not.
-        if differs and (left <= 0 or (len(differs) == len(answers) and since == 0)):
+        if differs and (left <= 0 or alone or (len(differs) == len(answers) and since == 0)):
             waited = f" (it waited {timeout_s:g} s for worker 0 to set it)" if left <= 0 else ""
             raise InvalidArgumentError(
                 f"the optimizer of worker {member.rank} is not the one that worker 0 has set: "
                 f"{differs[0]}{waited}"
+            )
+        if alone:
+            raise PeerLostError(
+                f"worker 0 has left the cluster, and worker {member.rank} sets an optimizer that "
+                "worker 0 has not set"
             )
         if left <= 0:
             raise TimeoutError(
@@ -198,7 +210,7 @@ def _answer_agreement(member: "Member", body: str | bytes) -> str:
     declared = member.declared
     call = next((call for call, one in declared.known if call >= since and one == number), 0)
     differs = _difference(declaration, declared.newest) if declared.known and not call else ""
-    return _text({"call": call, "differs": differs})
+    return _text({"call": call, "differs": differs, "left": 0 in member.departed})
 
 
 # What servers run: functions of (member, body) that give the answer.

@@ -97,6 +97,7 @@ class Member:
         self._shut_down = False
         self.store: Callable[[], object] | None = None
         self.declared = Declared()
+        self.departed: set[int] = set()  # of a server: the workers that have left
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "broken" if self._broken else "open"
@@ -269,6 +270,7 @@ class Member:
                 protocol.field(frame, "rank", int),
                 protocol.field(frame, "finished", bool),
             )
+            self.departed.add(rank)
             if self.core is not None:
                 self.core.left(rank, finished)
         elif kind == "lost":

@@ -275,6 +275,23 @@ def test_a_loss_ends_the_wait_for_worker_0(four, asked):
         waiting.result(LONG)
 
 
+def test_worker_0_ends_the_wait_for_it_when_it_leaves(four, asked):
+    early = four.pool.submit(declare, four, 1, optimizer.SGD())
+    assert asked.wait(LONG)
+    four.workers[0].close(LONG, together=False)
+    with pytest.raises(kvstore.PeerLostError, match="worker 0 has left the cluster, and worker 1"):
+        early.result(LONG)
+
+
+def test_what_worker_0_had_set_holds_when_it_has_left(four):
+    number = declare(four, 0, optimizer.SGD(lr=0.1))
+    assert declare(four, 1, optimizer.SGD(lr=0.1)) == number
+    four.workers[0].close(LONG, together=False)
+    assert declare(four, 1, optimizer.SGD(lr=0.1)) == number
+    with pytest.raises(kvstore.InvalidArgumentError, match=r"learning_rate is 0\.2"):
+        declare(four, 1, optimizer.SGD(lr=0.2))
+
+
 def test_ctrl_c_ends_the_wait_for_worker_0(make_cluster, asked):
     cluster = make_cluster(2, 1)
     first = cluster.join("worker")

@@ -146,7 +146,11 @@ def test_a_worker_that_leaves_early_ends_what_waits_for_it_and_every_later_call(
         a, b = (kv for kv in stores if kv.rank != gone)
         each(stores, lambda kv: kv.push(["v", "w"], [np.ones(3), np.ones(BIG)]))
         out = np.full(3, 9.0)
-        worker = Worker(waiting_calls(a, out)[name])
+
+        def call(kv, name, out):  # what becomes of a push is told by a pull at the latest
+            return waiting_calls(kv, out)[name](), kv.pull("v", out=out)
+
+        worker = Worker(call, a, name, out)
         while not any(node.counters()["waiting"] for node in cluster.servers):
             assert worker.is_alive()
         begun = time.monotonic()
@@ -157,7 +161,7 @@ def test_a_worker_that_leaves_early_ends_what_waits_for_it_and_every_later_call(
         assert out.tolist() == [9, 9, 9]
         for later in (name, "handle"):
             with pytest.raises(kvstore.PeerLostError, match=words):
-                waiting_calls(b, np.zeros(3))[later]()
+                call(b, later, np.zeros(3))
         assert time.monotonic() - begun < SOON_S
         # The cluster is not lost, and what all had pushed counts.
         forget(kvstore.PeerLostError)
