@@ -196,7 +196,9 @@ def test_ctrl_c_ends_a_push_that_is_held_back_and_its_value_may_be_changed(value
 
 def test_ctrl_c_ends_a_barrier_and_the_next_one_takes_all_again(cluster):
     cluster.interrupt(A, "kv.barrier()")
+    assert cluster.value(A, "kv.num_dead_node()") == 0  # its answer comes behind the withdrawal
     cluster.interrupt(B, "kv.barrier()")
+    assert cluster.value(B, "kv.num_dead_node()") == 0
     cluster.both("kv.barrier()")
 
 
