@@ -6,6 +6,8 @@ and the list of `python -m kvstore`.
 
 import math
 import os
+import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -259,10 +261,10 @@ class _Look:
 def _scheduler(look: _Look, role: str) -> tuple[str, int]:
     where, value = look.find("scheduler")
     if value is None:
+        start = f"`{_launch()}` starts a cluster of its own; for another one, " * (role == "worker")
         raise InvalidArgumentError(
-            f"a {role} must know where the scheduler is: set KVSTORE_SCHEDULER or the option "
-            f"scheduler to host:port, or DMLC_PS_ROOT_URI and {PORT}; "
-            "kvrun sets them for the processes it starts"
+            f"a {role} must know where the scheduler is: {start}set KVSTORE_SCHEDULER or the "
+            f"option scheduler to host:port, or DMLC_PS_ROOT_URI and {PORT}"
         )
     text = look.text("scheduler")
     if where == "DMLC_PS_ROOT_URI":
@@ -277,6 +279,13 @@ def _scheduler(look: _Look, role: str) -> tuple[str, int]:
     if not host or not (port.isascii() and port.isdigit() and lowest <= int(port[:9]) <= 65535):
         raise look.bad("scheduler", f"it is host:port, with a port from {lowest} to 65535")
     return host, int(port)
+
+
+def _launch() -> str:
+    """What starts this program as workers of a cluster on this machine."""
+    script, *rest = sys.argv or [""]
+    program = [script, *rest] if script.endswith(".py") else ["train.py"]
+    return f"kvrun -n 2 -s 2 python {shlex.join(program)}"
 
 
 def _split_address(text: str) -> tuple[str, str]:

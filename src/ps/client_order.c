@@ -107,28 +107,35 @@ void kv_client_queue_locked(kv_client_t *client, kv_client_work_t *work)
     client->held_end = &work->next_held;
 }
 
-/* The pushes that wait behind one that failed because a worker is late: they would be further ahead
- * of it still. */
-static void withdraw_behind_locked(kv_client_t *client, const kv_client_work_t *failed)
+/* What waits behind a call that has ended and cannot go any more: pushes behind one that failed
+ * because a worker is late would be further ahead of it still; a delete has left nothing. */
+static void withdraw_behind_locked(kv_client_t *client, const kv_client_work_t *ended)
     KV_REQUIRES(client->lock)
 {
+    bool deleted = ended->call->verb == KV_CLIENT_DELETE;
     client->walk++;
-    for (int64_t i = 0; i < failed->num_remotes; i++)
-        if (kv_part_pushes(failed->call, i))
-            failed->remotes[i]->mark = client->walk;
+    for (int64_t i = 0; i < ended->num_remotes; i++)
+        if (deleted || kv_part_pushes(ended->call, i))
+            ended->remotes[i]->mark = client->walk;
     kv_client_work_t **link = &client->held;
     while (*link != NULL) {
         kv_client_work_t *work = *link;
-        bool behind = false;
-        for (int64_t i = 0; i < work->num_remotes; i++)
-            behind =
-                behind || (kv_part_pushes(work->call, i) && work->remotes[i]->mark == client->walk);
-        if (!behind) {
+        const kv_remote_t *behind = NULL;
+        for (int64_t i = 0; i < work->num_remotes && behind == NULL; i++)
+            if ((deleted || kv_part_pushes(work->call, i)) &&
+                work->remotes[i]->mark == client->walk)
+                behind = work->remotes[i];
+        if (behind == NULL) {
             link = &work->next_held;
             continue;
         }
         *link = work->next_held;
-        kv_fail(KV_TIMEOUT, "%s; a later push was not sent", failed->error.message);
+        char name[64];
+        if (deleted)
+            kv_fail(KV_NO_KEY, "key %s was deleted before this call came to its turn",
+                    kv_name_format(&behind->name, name, sizeof name));
+        else
+            kv_fail(KV_TIMEOUT, "%s; a later push was not sent", ended->error.message);
         kv_sentence_save(&work->error);
         work->call->unsent = true;
         kv_work_fail_locked(work);
@@ -144,7 +151,8 @@ void kv_client_unqueue_locked(kv_client_t *client, kv_client_work_t *work)
         count_held_locked(work, -1);
     if (client->status != KV_OK)
         return;
-    if (work->started && work->error.code == KV_TIMEOUT && work->call->verb == KV_CLIENT_MOVE)
+    if (work->started && ((work->error.code == KV_TIMEOUT && work->call->verb == KV_CLIENT_MOVE) ||
+                          (work->error.code == KV_OK && work->call->verb == KV_CLIENT_DELETE)))
         withdraw_behind_locked(client, work);
     release_held_locked(client);
 }

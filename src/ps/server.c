@@ -131,6 +131,12 @@ static kv_status_t missing_locked(kv_server_t *server, const kv_request_t *reque
                                 : kv_slice_missing_locked(server, request->slice);
 }
 
+static bool is_push(const kv_request_t *request)
+{
+    uint8_t action = request->header.record.action;
+    return action == KV_WIRE_PUSH || action == KV_WIRE_PUSHPULL;
+}
+
 /* Answers the requests that wait for what nobody will send any more. */
 static void give_up_on_absent_locked(kv_server_t *server) KV_REQUIRES(server->mutex)
 {
@@ -144,7 +150,7 @@ static void give_up_on_absent_locked(kv_server_t *server) KV_REQUIRES(server->mu
         if (status == KV_OK)
             continue;
         kv_error_t *error = kv_error_capture(status);
-        if (request->slice != NULL && request->header.record.action != KV_WIRE_GET) {
+        if (request->slice != NULL && is_push(request)) {
             kv_slice_spoil_locked(server, request, error); /* its data is of no use any more */
         } else {
             give_up_locked(server, request, error);
@@ -202,7 +208,7 @@ static kv_status_t handle_locked(kv_server_t *server, kv_request_t *request)
 {
     uint8_t kind = request->header.kind, action = request->header.record.action;
     kv_status_t status = KV_OK;
-    bool pushes = action == KV_WIRE_PUSH || action == KV_WIRE_PUSHPULL;
+    bool pushes = is_push(request);
     bool expected = kind == KV_WIRE_PULL ? action == KV_WIRE_GET || action == KV_WIRE_GET_STATE
                     : kind == KV_WIRE_DELETE
                         ? action == KV_WIRE_DROP

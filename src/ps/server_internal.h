@@ -194,6 +194,14 @@ static inline bool kv_request_is_state(const kv_request_t *request)
 /* kv_server_lose. */
 void kv_server_lose_locked(kv_server_t *server, const char *why) KV_REQUIRES(server->mutex);
 
+/* ---------------------------------------------------------------------------------- server.c */
+
+/* KV_LEFT with a sentence when this push or pull of the slice needs what a worker that has left
+ * will not send. */
+KV_MUST_CHECK kv_status_t kv_slice_check_left_locked(kv_server_t *server, const kv_slice_t *slice,
+                                                     const kv_request_t *request)
+    KV_REQUIRES(server->mutex);
+
 /* --------------------------------------------------------------------------- server_answer.c */
 
 /* Gives a request in use for its answer; NULL without memory. */

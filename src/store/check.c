@@ -413,7 +413,7 @@ kv_status_t kv_plan_init(kv_store_t *store, const kv_call_t *call, const char *v
         KV_TRY_ALLOC(plan->groups, "the keys of a call");
         group_of = (int64_t *)(plan->groups + call->num_items);
     }
-    kv_mutex_lock(&store->lock);
+    kv_store_lock(store);
     kv_status_t status = resolve_locked(store, call, verb, plan, group_of);
     if (status == KV_OK && call->num_values > 0) {
         plan->codec = store->codec;

@@ -3,21 +3,30 @@
  * Rank 0's values are sent, the others' are only looked at; each call is one exchange with the
  * servers and returns when the keys are known to this worker. Entries have no value of their own,
  * only what the client knows of the key.
+ *
+ * A call whose thread has given up waiting goes on. What it changes on the servers (an init by rank
+ * 0, a delete) it still may: the store keeps such calls in `adrift`, and whoever looks for keys
+ * next lets those that have ended take effect here too (kv_store_lock).
  */
 #include "base/memory.h"
 #include "store/exchange.h"
 
 #include <string.h>
 
-typedef struct agreement {
+typedef kv_agreement_t agreement_t;
+
+struct kv_agreement {
     kv_exchange_t exchange; /* first */
+    bool kept;              /* an init in `adrift`: the entries are the agreement's … */
+    bool taken;             /* store lock: … or the store's */
+    agreement_t *next;      /* store lock: in `adrift` */
     int64_t num_keys;
     kv_entry_t **entries; /* pinned */
     kv_declared_t *keys;  /* of an init */
     kv_buffer_t **staged; /* of an init: strided values */
     kv_row_sum_t *sums;   /* of an init: row-sparse values */
     kv_client_part_t *parts;
-} agreement_t;
+};
 
 static void agreement_free(kv_exchange_t *exchange)
 {
@@ -26,6 +35,8 @@ static void agreement_free(kv_exchange_t *exchange)
         kv_remote_free(agreement->keys[i].remote);
         kv_buffer_rele(agreement->staged[i]);
         kv_row_sum_fini(&agreement->sums[i]);
+        if (agreement->kept && !agreement->taken)
+            kv_var_retire(&agreement->entries[i]->var);
         kv_var_unpin(&agreement->entries[i]->var);
     }
     kv_free(agreement);
@@ -66,8 +77,29 @@ static kv_status_t agreement_new(kv_store_t *store, const kv_group_t *groups, in
     call->keys = agreement->keys;
     call->num_keys = verb == KV_CLIENT_DECLARE ? num_groups : 0;
     call->host = &store->host;
+    if (verb == KV_CLIENT_DELETE)
+        agreement->exchange.may_still = "; it may be deleted all the same";
+    else if (kv_client_rank(store->client) == 0)
+        agreement->exchange.may_still = "; it may be initialised all the same";
     *out = agreement;
     return KV_OK;
+}
+
+/* The caller's share goes, or becomes the store's if nobody has waited for the end of a call that
+ * may change something. True: the entries are not the caller's any more. */
+static bool leave(kv_store_t *store, agreement_t *agreement)
+{
+    if (!atomic_load(&agreement->exchange.given_up) || agreement->exchange.may_still == NULL) {
+        kv_exchange_rele(&agreement->exchange);
+        return false;
+    }
+    bool kept = agreement->exchange.call.verb == KV_CLIENT_DECLARE;
+    agreement->kept = kept;
+    kv_mutex_lock(&store->lock);
+    agreement->next = store->adrift;
+    store->adrift = agreement;
+    kv_mutex_unlock(&store->lock);
+    return kept;
 }
 
 /* -------------------------------------------------------------------------- init, broadcast */
@@ -122,9 +154,10 @@ static kv_status_t declare(kv_store_t *store, agreement_t *agreement, const kv_g
 }
 
 kv_status_t kv_dist_declare(kv_store_t *store, const kv_group_t *groups, int64_t num_groups,
-                            kv_caller_t *caller)
+                            kv_caller_t *caller, bool *kept)
 {
     agreement_t *agreement;
+    *kept = false;
     KV_TRY(agreement_new(store, groups, num_groups, KV_CLIENT_DECLARE, &agreement));
     kv_dep_t *deps = kv_alloc((size_t)num_groups * sizeof *deps);
     kv_status_t status = deps != NULL ? declare(store, agreement, groups, deps, caller)
@@ -134,7 +167,7 @@ kv_status_t kv_dist_declare(kv_store_t *store, const kv_group_t *groups, int64_t
         agreement->keys[i].remote = NULL;
     }
     kv_free(deps);
-    kv_exchange_rele(&agreement->exchange);
+    *kept = leave(store, agreement);
     return status;
 }
 
@@ -164,6 +197,63 @@ kv_status_t kv_dist_delete(kv_store_t *store, const kv_plan_t *plan, kv_caller_t
         }
     }
     kv_free(deps);
-    kv_exchange_rele(&agreement->exchange);
+    leave(store, agreement);
     return status;
+}
+
+/* ------------------------------------------------------------ calls that nobody waits for */
+
+/* False: there is no memory for it now. */
+static bool take_keys_locked(kv_store_t *store, agreement_t *agreement) KV_REQUIRES(&store->lock)
+{
+    if (store->closed)
+        return true;
+    if (kv_table_reserve(&store->table, agreement->num_keys) != KV_OK)
+        return false;
+    for (int64_t i = 0; i < agreement->num_keys; i++) {
+        agreement->entries[i]->remote = agreement->keys[i].remote;
+        agreement->keys[i].remote = NULL;
+        kv_table_insert(&store->table, agreement->entries[i]);
+    }
+    store->key_type = agreement->keys[0].name.text != NULL ? KV_KEYS_TEXT : KV_KEYS_NUMBER;
+    agreement->taken = true;
+    return true;
+}
+
+static bool take_effect_locked(kv_store_t *store, agreement_t *agreement) KV_REQUIRES(&store->lock)
+{
+    if (agreement->kept)
+        return take_keys_locked(store, agreement);
+    for (int64_t i = 0; i < agreement->num_keys; i++) {
+        agreement->entries[i]->deleted = true;
+        kv_store_remove_locked(store, agreement->entries[i]); /* it is pinned here */
+    }
+    return true;
+}
+
+void kv_dist_settle(kv_store_t *store)
+{
+    agreement_t *ended = NULL, *agreement;
+    kv_mutex_lock(&store->lock);
+    for (agreement_t **link = &store->adrift; (agreement = *link) != NULL;) {
+        int outcome = atomic_load(&agreement->exchange.outcome);
+        if (outcome == KV_OUTCOME_OPEN ||
+            (outcome == KV_OUTCOME_GOOD && !take_effect_locked(store, agreement))) {
+            link = &agreement->next;
+            continue;
+        }
+        *link = agreement->next;
+        agreement->next = ended;
+        ended = agreement;
+    }
+    kv_mutex_unlock(&store->lock);
+    kv_agreements_rele(ended);
+}
+
+void kv_agreements_rele(kv_agreement_t *agreement)
+{
+    for (kv_agreement_t *next; agreement != NULL; agreement = next) {
+        next = agreement->next;
+        kv_exchange_rele(&agreement->exchange);
+    }
 }

@@ -23,6 +23,7 @@ static void finish(kv_op_t *op)
 static void done(kv_client_call_t *call, kv_status_t status)
 {
     kv_exchange_t *exchange = (kv_exchange_t *)((char *)call - offsetof(kv_exchange_t, call));
+    atomic_store(&exchange->outcome, status == KV_OK ? KV_OUTCOME_GOOD : KV_OUTCOME_FAILED);
     if (atomic_load(&exchange->given_up))
         status = KV_OK;
     kv_engine_end(exchange->engine, &exchange->op, status, NULL, 0);
@@ -55,8 +56,10 @@ kv_status_t kv_exchange_run(kv_exchange_t *exchange, kv_caller_t *caller)
     }
     atomic_fetch_add(&exchange->refs, 1);
     status = kv_client_start(exchange->client, &exchange->call);
-    if (status != KV_OK)
+    if (status != KV_OK) {
+        atomic_store(&exchange->outcome, KV_OUTCOME_FAILED);
         kv_engine_end(exchange->engine, &exchange->op, status, NULL, 0);
+    }
     status = kv_handle_wait(handle, caller);
     kv_caller_detach(caller);
     if (status == KV_OK) {
@@ -70,9 +73,10 @@ kv_status_t kv_exchange_run(kv_exchange_t *exchange, kv_caller_t *caller)
         kv_name_format(&exchange->name, name, sizeof name);
         if (status == KV_TIMEOUT)
             status =
-                kv_fail(KV_TIMEOUT, "key %s: %s %s not answered within the deadline of %.3g s",
+                kv_fail(KV_TIMEOUT, "key %s: %s %s not answered within the deadline of %.3g s%s",
                         name, missing[0] != '\0' ? missing : "the servers",
-                        missing[0] != '\0' ? "has" : "have", (double)caller->timeout_ns * 1e-9);
+                        missing[0] != '\0' ? "has" : "have", (double)caller->timeout_ns * 1e-9,
+                        exchange->may_still != NULL ? exchange->may_still : "");
         if (kv_handle_done(handle))
             (void)kv_handle_error(handle); /* too late to be told */
     }

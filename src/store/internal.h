@@ -36,7 +36,7 @@ struct kv_entry {
     int64_t row_count; /* elements of a row */
     size_t row_bytes;
     kv_remote_t *remote;     /* of a dist store: what its client knows of the key, which … */
-    bool deleted;            /* … is gone from the servers */
+    _Atomic bool deleted;    /* … is gone from the servers */
     kv_buffer_t *stored;     /* NULL: row-sparse, or on servers */
     kv_rowset_t rows;        /* row-sparse */
     kv_buffer_t *merged;     /* what an updater gets as `recv` or servers are sent, or NULL */
@@ -64,6 +64,8 @@ typedef struct kv_table {
 
 typedef enum kv_key_type { KV_KEYS_OPEN, KV_KEYS_TEXT, KV_KEYS_NUMBER } kv_key_type_t;
 
+typedef struct kv_agreement kv_agreement_t;
+
 struct kv_store {
     kv_runtime_t *runtime;
     kv_kind_t kind;
@@ -75,6 +77,7 @@ struct kv_store {
     _Atomic bool closed; /* written under the lock, read anywhere */
     kv_key_type_t key_type;
     kv_table_t table;
+    kv_agreement_t *adrift; /* of a dist store: calls on keys that nobody waits for any more */
     kv_updater_t *updater;
     kv_optimizer_t *optimizer;
     kv_optim_state_t state; /* of the optimizer … */
@@ -262,12 +265,33 @@ KV_MUST_CHECK kv_status_t kv_plan_submit(kv_store_t *store, const kv_plan_t *pla
 /* Carries out a checked call: as kv_plan_run, over the wire. */
 KV_MUST_CHECK kv_status_t kv_dist_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call,
                                       bool push, kv_caller_t *caller);
-/* Agrees with all workers on new keys; their entries get what the client knows of them. */
+/* Agrees with all workers on new keys; their entries get what the client knows of them. On an
+ * error *kept tells that the entries are not the caller's any more: the call may still succeed, and
+ * then they come into the store. */
 KV_MUST_CHECK kv_status_t kv_dist_declare(kv_store_t *store, const kv_group_t *groups,
-                                          int64_t num_groups, kv_caller_t *caller);
+                                          int64_t num_groups, kv_caller_t *caller, bool *kept);
 /* Agrees with all workers that the keys go. */
 KV_MUST_CHECK kv_status_t kv_dist_delete(kv_store_t *store, const kv_plan_t *plan,
                                          kv_caller_t *caller);
+
+/* Lets calls in `adrift` that have ended take effect on the table of keys. */
+void kv_dist_settle(kv_store_t *store);
+/* Drops the store's shares of a list. */
+void kv_agreements_rele(kv_agreement_t *agreement);
+
+/* Takes the lock for one who looks for keys. */
+static inline void kv_store_lock(kv_store_t *store) KV_ACQUIRES(&store->lock)
+{
+    kv_mutex_lock(&store->lock);
+    if (KV_UNLIKELY(store->adrift != NULL)) {
+        kv_mutex_unlock(&store->lock);
+        kv_dist_settle(store);
+        kv_mutex_lock(&store->lock);
+    }
+}
+
+/* Takes an entry out of the table if it is there. It is pinned. */
+void kv_store_remove_locked(kv_store_t *store, kv_entry_t *entry) KV_REQUIRES(&store->lock);
 
 /* ---------------------------------------------------------------------------- dist_rows.c */
 

@@ -76,6 +76,7 @@ void kv_store_close(kv_store_t *store)
 void kv_store_free(kv_store_t *store)
 {
     kv_store_close(store);
+    kv_agreements_rele(store->adrift);
     kv_mutex_fini(&store->lock);
     kv_free(store);
     kv_count(KV_COUNT_STORES, -1);
@@ -213,13 +214,13 @@ kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *calle
     KV_TRY(kv_store_check_open(store));
     if (call->num_items == 0)
         return KV_OK;
-    kv_mutex_lock(&store->lock);
+    kv_store_lock(store);
     kv_status_t status = check_unknown_locked(store, call);
     kv_mutex_unlock(&store->lock);
     KV_TRY(status);
 
     kv_table_t fresh = {0};
-    bool remote = store->kind.family == KV_KIND_DIST;
+    bool remote = store->kind.family == KV_KIND_DIST, kept = false;
     int64_t made = 0;
     kv_plan_t plan = {.steps = &plan.one_step,
                       .groups = kv_alloc((size_t)call->num_items * sizeof(kv_group_t))};
@@ -230,14 +231,14 @@ kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *calle
     if (status == KV_OK)
         status = kv_groups_check(store->runtime->engine, plan.groups, call->num_items, call, verb);
     if (status == KV_OK && remote)
-        status = kv_dist_declare(store, plan.groups, call->num_items, caller);
+        status = kv_dist_declare(store, plan.groups, call->num_items, caller, &kept);
     for (int64_t i = 0; i < call->num_items && status == KV_OK && !remote; i++)
         status = kv_entry_fill(store, plan.groups[i].entry, &plan.groups[i].values[0], caller);
     kv_table_fini(&fresh);
     if (status == KV_OK)
         status = publish(store, call, plan.groups);
     if (status != KV_OK) {
-        for (int64_t i = 0; i < made; i++)
+        for (int64_t i = 0; i < made && !kept; i++)
             kv_var_retire(&plan.groups[i].entry->var);
         kv_free(plan.groups);
         return status;
@@ -339,6 +340,14 @@ kv_status_t kv_store_check_keys(kv_store_t *store, const kv_call_t *call, const 
     return KV_OK;
 }
 
+void kv_store_remove_locked(kv_store_t *store, kv_entry_t *entry)
+{
+    if (kv_table_find(&store->table, &entry->name, entry->hash) != entry)
+        return;
+    kv_table_remove(&store->table, entry);
+    kv_var_retire(&entry->var); /* frees nothing: it is pinned */
+}
+
 kv_status_t kv_store_delete(kv_store_t *store, const kv_call_t *call, kv_caller_t *caller)
 {
     kv_plan_t plan;
@@ -348,13 +357,8 @@ kv_status_t kv_store_delete(kv_store_t *store, const kv_call_t *call, kv_caller_
     if (store->client != NULL && plan.num_groups > 0)
         status = kv_dist_delete(store, &plan, caller);
     kv_mutex_lock(&store->lock);
-    for (int64_t g = 0; g < plan.num_groups && status == KV_OK; g++) {
-        kv_entry_t *entry = plan.groups[g].entry;
-        if (kv_table_find(&store->table, &entry->name, entry->hash) == entry) {
-            kv_table_remove(&store->table, entry);
-            kv_var_retire(&entry->var); /* frees nothing: the plan has a pin */
-        }
-    }
+    for (int64_t g = 0; g < plan.num_groups && status == KV_OK; g++)
+        kv_store_remove_locked(store, plan.groups[g].entry);
     kv_mutex_unlock(&store->lock);
     kv_plan_fini(&plan);
     return status;
@@ -365,7 +369,7 @@ kv_status_t kv_store_describe(kv_store_t *store, const kv_name_t *name, const ch
 {
     kv_entry_t *entry = NULL;
     KV_TRY(kv_store_check_open(store));
-    kv_mutex_lock(&store->lock);
+    kv_store_lock(store);
     kv_status_t status = find_locked(store, name, verb, &entry);
     if (status == KV_OK) {
         *dtype = entry->dtype;
@@ -392,7 +396,7 @@ bool kv_store_first_skip(kv_store_t *store, const kv_name_t *name)
 
 bool kv_store_contains(kv_store_t *store, const kv_name_t *name)
 {
-    kv_mutex_lock(&store->lock);
+    kv_store_lock(store);
     bool found = kv_table_find(&store->table, name, kv_name_hash(name)) != NULL;
     kv_mutex_unlock(&store->lock);
     return found;
@@ -401,7 +405,7 @@ bool kv_store_contains(kv_store_t *store, const kv_name_t *name)
 kv_status_t kv_store_keys(kv_store_t *store, kv_name_t **names, int64_t *num_names)
 {
     KV_TRY(kv_store_check_open(store));
-    kv_mutex_lock(&store->lock);
+    kv_store_lock(store);
     size_t bytes = 0;
     int64_t count = 0;
     for (const kv_entry_t *entry = store->table.first; entry != NULL; entry = entry->next, count++)

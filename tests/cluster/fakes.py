@@ -157,14 +157,15 @@ print("done", flush=True)
 
 
 class Child(subprocess.Popen):
-    """A Python process with this folder on its path, and no setting but those given."""
+    """A Python process with this folder on its path, and no setting but those given. `by` is the
+    program that starts it, in its place."""
 
-    def __init__(self, *command, pass_fds=(), talks=False, **variables):
+    def __init__(self, *command, by=(), pass_fds=(), talks=False, **variables):
         env = {n: v for n, v in os.environ.items() if n not in settings.variables()}
         paths = [str(HERE), *filter(None, [env.get("PYTHONPATH")])]
         env.update(PYTHONPATH=os.pathsep.join(paths), **variables)
         super().__init__(
-            [sys.executable, *map(str, command)],
+            [*by, sys.executable, *map(str, command)],
             env=env,
             text=True,
             stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
@@ -178,7 +179,7 @@ class Child(subprocess.Popen):
         return cls("-c", NODE, role, address, action)
 
     @classmethod
-    def scheduler(cls, num_workers, num_servers):
+    def scheduler(cls, num_workers, num_servers, host="127.0.0.1", **options):
         """A scheduler as a program, and its address."""
         read_fd, write_fd = os.pipe()
         found = cls(
@@ -186,10 +187,11 @@ class Child(subprocess.Popen):
             "kvstore.server",
             pass_fds=[write_fd],
             KVSTORE_ROLE="scheduler",
-            KVSTORE_SCHEDULER="127.0.0.1:0",
+            KVSTORE_SCHEDULER=settings.join_address(host, 0),
             KVSTORE_NUM_WORKERS=str(num_workers),
             KVSTORE_NUM_SERVERS=str(num_servers),
             KVSTORE_ANNOUNCE_FD=str(write_fd),
+            **options,
         )
         os.close(write_fd)
         with os.fdopen(read_fd) as file:

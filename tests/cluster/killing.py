@@ -8,6 +8,7 @@ monotonic clock, so that the test can tell how long after a kill something was r
 import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -17,10 +18,12 @@ from fakes import LONG, Child
 
 import kvstore
 from kvstore.cluster import control
+from kvstore.cluster.member import of_this_process
 
 SMALL, LARGE = 1 << 8, 1 << 22  # elements of 4 bytes: 16 MiB are cut into slices for all servers
 KEYS = {"small": SMALL, "large": LARGE}
 COMMAND_S = 6
+INSIDE_S = 0.2  # a thread that stands at one place for so long waits in a call of the core
 # What a worker can be in. The victim takes part in none of them, so none can end by itself.
 WAITS = (
     "first init",
@@ -44,7 +47,7 @@ def say(**news):
 
 def controller(head, body):
     """Of a command that outlasts the kill. It must end: a server ends after its controller only."""
-    threading.Event().wait(COMMAND_S)
+    threading.Event().wait(float(body))
 
 
 def ones(size):
@@ -70,7 +73,7 @@ def wait_in(kv, situation):
     elif what == "barrier":
         kv.barrier()
     elif what == "command":
-        kv.send_command_to_servers(1, "wait")
+        kv.send_command_to_servers(1, str(COMMAND_S))
     elif what == "handle":
         out = np.empty(LARGE, "float32")
         kv.pushpull("large", ones(LARGE), out=out, async_op=True).wait()
@@ -87,7 +90,7 @@ LATER = {
     "pushpull": lambda kv: kv.pushpull("large", ones(LARGE), out=ones(LARGE)),
     "handle": lambda kv: kv.pushpull("small", ones(SMALL), out=ones(SMALL), async_op=True).wait(),
     "barrier": lambda kv: kv.barrier(),
-    "command": lambda kv: kv.send_command_to_servers(2, ""),
+    "command": lambda kv: kv.send_command_to_servers(2, "0"),
 }
 
 
@@ -135,15 +138,45 @@ def load(kv, seed):
 
 def main():
     what, argument, timeout = sys.argv[1:]
-    kv = kvstore.create("dist_sync", timeout=float(timeout))
+    kvstore.create("dist_sync")  # joining has the longer deadline of the environment
+    kv = kvstore.KVStore("dist_sync", _member=of_this_process(), timeout=float(timeout))
     {"waiter": waiter, "load": load, "steps": steps}[what](kv, argument)
     kv.close()
     say(closed=True)
 
 
+def interrupted(call):
+    """The seconds from Ctrl-C in the middle of a wait of this call to its KeyboardInterrupt."""
+    main, sent, ended = threading.main_thread().ident, [], threading.Event()
+
+    def interrupt():
+        place, since = None, time.monotonic()
+        while time.monotonic() - since < INSIDE_S:
+            frame = sys._current_frames()[main]
+            now = frame.f_code, frame.f_lasti
+            if now != place:
+                place, since = now, time.monotonic()
+            if ended.wait(0.001):
+                return
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        call()
+        ended.set()
+        thread.join()
+    except KeyboardInterrupt:
+        assert not ended.is_set(), "the call ended by itself"
+        return time.monotonic() - sent[0]
+    raise AssertionError("the call did not wait")
+
+
 def steps(kv, _):
     """Calls that the test asks for by lines; `kv` and `np` are what they may use."""
     names = {"kv": kv, "np": np, "time": time, "sys": sys, "control": control}
+    names["interrupted"] = interrupted
     say(inside="steps", rank=kv.rank)
     for line in sys.stdin:
         try:

@@ -166,3 +166,17 @@ def test_the_report_lists_every_setting_and_hides_the_token():
     assert not [name for name in settings.variables() if f"{name} is set, and no" in done.stdout]
     for setting in settings.TABLE:
         assert any(f"{name}=" in done.stdout for name in setting.variables)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train.py", "--rate", "a b"], "`kvrun -n 2 -s 2 python train.py --rate 'a b'` starts"),
+        (["-c"], "`kvrun -n 2 -s 2 python train.py` starts"),
+    ],
+)
+def test_a_worker_without_a_scheduler_is_told_what_to_type(arguments, told, monkeypatch):
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(kvstore.InvalidArgumentError, match="KVSTORE_SCHEDULER") as caught:
+        settings.read({})
+    assert told in str(caught.value)
