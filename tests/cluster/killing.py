@@ -136,11 +136,27 @@ def load(kv, seed):
     tell(kv, "load", lambda kv: kv.pull("k0", out=np.empty(size["k0"], "float32")))
 
 
+def norms(kv, _):
+    """Rounds whose steps take norms of slices on both servers, until an error."""
+    kv.set_optimizer(kvstore.optimizer.LAMB())
+    kv.init("large", ones(LARGE))
+    out = ones(LARGE)
+    say(inside="norms")
+    with contextlib.suppress(kvstore.PeerLostError):
+        for step in range(1 << 30):
+            kv.push("large", ones(LARGE))
+            kv.pull("large", out=out)
+            if not (out == out[0]).all():
+                say(wrong="large", step=step)
+                return
+    tell(kv, "norms", lambda kv: kv.pull("large", out=out))
+
+
 def main():
     what, argument, timeout = sys.argv[1:]
     kvstore.create("dist_sync")  # joining has the longer deadline of the environment
     kv = kvstore.KVStore("dist_sync", _member=of_this_process(), timeout=float(timeout))
-    {"waiter": waiter, "load": load, "steps": steps}[what](kv, argument)
+    {"waiter": waiter, "load": load, "norms": norms, "steps": steps}[what](kv, argument)
     kv.close()
     say(closed=True)
 

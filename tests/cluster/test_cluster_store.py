@@ -11,6 +11,7 @@ from helpers import same
 from launching import KVRUN, LONG, Marked, read_until
 
 import kvstore
+from kvstore import optimizer
 
 HERE = Path(__file__).parent
 SIZES = [(1, 1), (2, 1), (2, 2), (4, 2)]
@@ -64,6 +65,28 @@ def test_a_local_cluster_gives_the_values_of_a_local_store(capsys, num_workers, 
             out, err = capsys.readouterr()
             assert err == ""
             assert sorted(out.splitlines()) == commands_got(num_servers)
+
+
+def step_with_norms(gradients):
+    with kvstore.create("dist_sync") as kv:
+        kv.set_optimizer(optimizer.LAMB(learning_rate=0.1, wd=0.01))
+        kv.init("w", np.ones_like(gradients[0]))
+        for gradient in gradients:
+            kv.push("w", gradient * (kv.rank + 1))
+        return kv.pull("w").asnumpy()
+
+
+def test_servers_tell_each_other_their_norms():
+    gradients = np.random.default_rng(1).normal(size=(3, 900_000)).astype("float32")
+    local = kvstore.create("local")
+    local.set_optimizer(optimizer.LAMB(learning_rate=0.1, wd=0.01))
+    local.init("w", np.ones_like(gradients[0]))
+    for gradient in gradients:
+        local.push("w", [gradient, gradient * 2])
+    wanted = local.pull("w").asnumpy()
+    with kvstore.LocalCluster(2, 2, timeout=LONG) as cluster:
+        for value in cluster.run(step_with_norms, gradients):
+            assert np.abs(value - wanted).max() <= 3e-7 * np.abs(wanted).max()
 
 
 def keep_a_store(how):

@@ -103,6 +103,16 @@ def test_the_others_hear_at_once_of_a_worker_that_has_left_early(how, make):
     cluster.finish()
 
 
+@pytest.mark.parametrize("victim", ["worker 1", "server 0", "server 1"])
+def test_who_waits_for_norms_of_a_server_hears_who_has_died(victim, make):
+    cluster = make([("norms", "")] * 2, 2)
+    at = cluster.kill(victim)
+    for name, news in cluster.end(victim).items():
+        told, last = news
+        assert told["error"] == "PeerLostError" and named(victim) in told["text"], (name, told)
+        assert last["closed"] and told["at"] - at < SOON_S
+
+
 # --------------------------------------------------------------------------------- under load
 
 KILLS = int(os.environ.get("KVSTORE_KILLS", "10"))
