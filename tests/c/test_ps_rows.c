@@ -156,7 +156,7 @@ static void a_step_takes_the_rows_that_are_there(void)
     cluster_t *cluster = cluster_start((plan_t){.num_workers = 2, .async = true});
     kv_optim_numbers_t given = numbers;
     given.lazy_update = true;
-    CHECK_STATUS(kv_server_add_optimizer(cluster->server, 1, kv_optim_class_find("SGD"), &given),
+    CHECK_STATUS(kv_server_add_optimizer(cluster->server, 1, 1, kv_optim_class_find("SGD"), &given),
                  KV_OK);
     init_rows(cluster, 1, 1, IDS(1), 10);
     check_done(cluster, 0, 1);

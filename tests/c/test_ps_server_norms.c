@@ -16,7 +16,7 @@ static void add_optimizer(cluster_t *cluster, const char *name)
         if (strcmp(optim->params[i].name, "eta") == 0)
             numbers.params[i] = 0.5;
     }
-    CHECK_STATUS(kv_server_add_optimizer(cluster->server, OPTIMIZER, optim, &numbers), KV_OK);
+    CHECK_STATUS(kv_server_add_optimizer(cluster->server, OPTIMIZER, 1, optim, &numbers), KV_OK);
 }
 
 static cluster_t *start(int32_t num_workers, const char *optimizer, bool async)

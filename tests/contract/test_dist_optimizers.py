@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from beside import beside
-from helpers import pulled
+from helpers import pulled, same
 from inside import Cluster, each
 from test_optimizers import VARIANTS
 
@@ -14,8 +14,6 @@ from kvstore import lr_scheduler, optimizer
 
 FLOATS = {"f8": np.float64, "f4": np.float32, "f2": np.float16, "bf": ml_dtypes.bfloat16}
 SHAPES = {"none": (0,), "one": (1,), "some": (20, 50), "zero": (), "no rows": (0, 3)}
-# Norms of a whole value, which servers do not take over slices of several servers.
-NORMS = {"lamb", "lars"}
 ALL = {"wd": 0.05, "rescale_grad": 0.5, "clip_gradient": 0.4}
 HOW = ("push", "pushpull", "handle")
 
@@ -63,7 +61,7 @@ def test_every_class_and_floating_type(name, workers):
                 pair.delete(list(values))
 
 
-@pytest.mark.parametrize("name", sorted({*VARIANTS} - NORMS))
+@pytest.mark.parametrize("name", sorted(VARIANTS))
 def test_values_in_many_slices(name):
     """700 000 elements, of a type and a number of workers that the class's name chooses."""
     number = sorted(VARIANTS).index(name)
@@ -210,6 +208,10 @@ def test_the_same_class_again_keeps_the_state_and_another_begins_anew(sequence, 
             for _ in range(0 if unpushed else 2):
                 pair.push("a f4")
             pair.check()
+            kept = [kv._states_export()["keys"] for kv in (pair.stores[0], pair.local)]
+            for (_, count, _, slots), (_, local_count, _, local_slots) in zip(*kept, strict=True):
+                assert count == local_count
+                assert all(same(slots[name], local_slots[name]) for name in {*slots, *local_slots})
 
 
 def test_a_key_that_was_not_pushed_meanwhile_begins_anew_too():
