@@ -177,6 +177,7 @@ class KVStore:
         whole: tuple[Any, ...] | None,
         entries: list[tuple[_Key, int, dict[str, Any]]],
         share: int = 0,
+        counted: int = 0,
         /,
     ) -> None: ...
     def _states_later(self, entries: dict[Any, Any], /) -> None: ...

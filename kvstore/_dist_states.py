@@ -7,7 +7,9 @@ that loads tells all others. The servers' newest steps would not do: they have n
 of the push before nor how far SGLD has drawn apart from its keys, nor a schedule at all.
 """
 
+import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 ASK, SET, TAKE = -3, -4, -5  # the heads of the commands
 MAX_BODY = 300_000  # characters of the counts in one command
+PATIENCE_S, PAUSE_S = 1.0, 0.02  # another worker may be loading
+BETWEEN = "while another worker loaded states: load between two barriers"
 
 Told = dict[str, Any]
 
@@ -47,6 +51,14 @@ def _give(kv: KVStore, optimizer: Optimizer, training: int) -> None:
     )
 
 
+def _same(packed: Told, other: Told) -> bool:
+    return _declared._describe(_unpack(packed)) == _declared._describe(_unpack(other))
+
+
+def _counted(kv: KVStore) -> int:
+    return int(kv._states_export(_states.COUNTS)["counted"])
+
+
 def _differs(kv: KVStore, optimizer: Optimizer) -> bool:
     own = kv._optimizer_owner()
     return own is None or _declared._describe(own) != _declared._describe(optimizer)
@@ -59,6 +71,9 @@ def _having(kv: KVStore, member: "Member", optimizer: Optimizer, training: int) 
     if not _differs(kv, optimizer):
         yield
         return
+    # One of another class makes the store forget its counts.
+    forgets = before is not None and type(before) is not type(optimizer)
+    kept = kv._states_export(_states.PUSHED) if forgets else None
     _give(kv, optimizer, training)
     try:
         yield
@@ -67,6 +82,9 @@ def _having(kv: KVStore, member: "Member", optimizer: Optimizer, training: int) 
             kv._updater_set(None, None)
         else:
             _give(kv, before, member.declared.training)
+        if kept is not None:
+            counts = {key: count for key, count, _, _ in kept["keys"]}
+            _states.import_counts(kv, tuple(kept[name] for name in _states.NUMBERS), counts)
 
 
 # --------------------------------------------------------------------------- what a worker has
@@ -78,22 +96,23 @@ def _told_by(kv: KVStore, member: "Member") -> Told:
     if optimizer is None:
         raise InvalidArgumentError("the store has no optimizer, so it has no states to save")
     states = kv._states_export(_states.COUNTS)
+    told: Told = {name: states[name] for name in ("counted", "total")}
     whole = [states[name] for name in _states.NUMBERS]
+    told |= {"rank": member.rank, "note": member.loads[-1][0] if member.loads else None}
     training = member.declared.training
-    return {"optimizer": _pack(optimizer), "training": training, "whole": whole}
+    return {"optimizer": _pack(optimizer), "training": training, "whole": whole, **told}
 
 
-def _ask(kv: KVStore, member: "Member", timeout_s: float) -> Told:
-    """The same of worker 0."""
-    if member.rank == 0:
-        return _told_by(kv, member)
-    answers = member.command(ASK, "", timeout_s, workers=[0])
-    if not answers:
-        raise KVStoreError("worker 0, which counts the pushes, has left the cluster")
-    told: Told = json.loads(answers[0])
-    if "refused" in told:
-        raise InvalidArgumentError(f"worker 0: {told['refused']}")
-    return told
+def _ask(member: "Member", timeout_s: float, ranks: list[int]) -> dict[int, Told]:
+    """The same of other workers that have an optimizer, by rank."""
+    answers = [json.loads(text) for text in member.command(ASK, "", timeout_s, workers=ranks)]
+    return {told["rank"]: told for told in answers if told}
+
+
+def _worker_0(told: dict[int, Told]) -> Told:
+    if 0 not in told:
+        raise InvalidArgumentError("worker 0 has no optimizer, so there are no states")
+    return told[0]
 
 
 def _store_of(member: "Member") -> KVStore | None:
@@ -110,24 +129,30 @@ def _store_of(member: "Member") -> KVStore | None:
 
 def _answer_ask(member: "Member", body: str | bytes) -> str:
     kv = _store_of(member)
-    try:
-        if kv is None:
-            raise InvalidArgumentError("its store is closed")
-        return json.dumps(_told_by(kv, member), allow_nan=False)
-    except InvalidArgumentError as error:
-        return json.dumps({"refused": str(error)})
+    if kv is None or kv._optimizer_owner() is None:
+        return "null"
+    return json.dumps(_told_by(kv, member), allow_nan=False)
 
 
 # ---------------------------------------------------------------------------------------- save
 
 
 def save(kv: KVStore, member: "Member", timeout_s: float, fname: Any, dump_optimizer: bool) -> None:
-    told = _ask(kv, member, timeout_s)
+    first = member.rank == 0
+    told = _told_by(kv, member) if first else _worker_0(_ask(member, timeout_s, [0]))
     optimizer = _unpack(told["optimizer"])
     with _having(kv, member, optimizer, told["training"]):
         states = kv._states_export()
+    counts = [count for _, count, _, _ in states["keys"]]
+    if not first:
+        told = _worker_0(_ask(member, timeout_s, [0]))  # now that all pushes of here are through
+        if not (member.asynchronous or told["total"] == sum(counts)):
+            # What is worker 0's would be further on than what is the servers'.
+            raise InvalidArgumentError(
+                f"worker 0 has pushed what worker {member.rank}, which saves, has not: save on "
+                "worker 0, or between two barriers"
+            )
     states.update(zip(_states.NUMBERS, told["whole"], strict=True))
-    counts = (count for _, count, _, _ in states["keys"])
     states["num_update"] = max(states["num_update"], *counts, 0)
     state_file.write(fname, states, _saved.describe(optimizer, dump_optimizer))
 
@@ -140,12 +165,13 @@ def load(kv: KVStore, member: "Member", timeout_s: float, fname: Any) -> None:
     # Residuals belong to the workers: those of another store's values mean nothing to these.
     states |= {"residuals": [], "compression": None}
     dump = about.get("dump") is not None
+    others = [rank for rank in range(member.num_workers) if rank != member.rank]
     with state_file.naming(fname):
+        told = _ask(member, timeout_s, others) if others else {}
         # A file without an optimizer goes on with worker 0's, whatever this worker has.
         before, training = kv._optimizer_owner(), member.declared.training
         if not dump and member.rank != 0:
-            asked = _ask(kv, member, timeout_s)
-            before, training = _unpack(asked["optimizer"]), asked["training"]
+            before, training = _unpack(_worker_0(told)["optimizer"]), told[0]["training"]
         new = _saved.optimizer_of(about, before)
         if not isinstance(new, BuiltIn):
             raise NotBuiltError(
@@ -156,14 +182,87 @@ def load(kv: KVStore, member: "Member", timeout_s: float, fname: Any) -> None:
         states = _states.with_unpushed(kv, states)
         with _having(kv, member, new, training):
             _states.check_states(kv, states)
-        # Nothing has changed up to here.
-        if dump:
-            _set_everywhere(kv, member, timeout_s, new)
-        elif _differs(kv, new):
-            _give(kv, new, training)
+    loaded: Told = {
+        "kind": new._KIND,
+        "optimizer": _pack(new) if dump else None,
+        "schedule": about.get("schedule"),
+        "whole": [states[name] for name in _states.NUMBERS],
+        "note": _note(states, about),
+    }
+    if 0 in told and not member.asynchronous:
+        told = _when_even(kv, member, timeout_s, told, states, loaded)
+        if not told:
+            if _differs(kv, new) and dump:
+                _declared.declare(member, timeout_s, new)
+                _give(kv, new, member.declared.training)
+            return
+    # Nothing has changed up to here.
+    counted = {rank: one["counted"] for rank, one in told.items()}
+    if dump:
+        if member.rank != 0:
+            counted[0] = _set_by_worker_0(member, timeout_s, new, counted.get(0))
+        _declared.declare(member, timeout_s, new)
+        training = member.declared.training
+    if _differs(kv, new):
+        member.declared.training = training
+        _give(kv, new, training)
+    note = loaded["note"], _counted(kv)
+    member.loads.append(note)
+    try:
         _states.import_states(kv, states)
+    except BaseException:
+        member.loads.remove(note)
+        raise
     _place_schedule(kv._optimizer_owner(), position)
-    _tell(member, timeout_s, states, new, about.get("schedule"), dump)
+    loaded |= {"from": member.rank, "training": training}
+    _tell(member, timeout_s, counted, loaded, states["keys"])
+
+
+def _note(states: dict[str, Any], about: dict[str, Any]) -> str:
+    """What tells a file from others."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(repr((about, [states[name] for name in _states.NUMBERS])).encode())
+    for key, count, _, slots in states["keys"]:
+        digest.update(repr((key, count)).encode())
+        for slot in sorted(slots):
+            digest.update(slot.encode() + slots[slot].tobytes())
+    return digest.hexdigest()
+
+
+def _when_even(
+    kv: KVStore,
+    member: "Member",
+    timeout_s: float,
+    told: dict[int, Told],
+    states: dict[str, Any],
+    loaded: Told,
+) -> dict[int, Told]:
+    """What the others say when servers have all that worker 0 has pushed: else its next pushes
+    would be counted as if they came before the load.
+
+    Nothing if the servers have just got the same file by another worker: all workers may load, and
+    the first may go on while the last is still here.
+    """
+    wanted = {key: count for key, count, _, _ in states["keys"] if count >= 0}
+    others = list(told)
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        with _having(kv, member, _unpack(told[0]["optimizer"]), told[0]["training"]):
+            keys = kv._states_export(_states.PUSHED)["keys"]
+        told = _ask(member, timeout_s, others)  # now that all pushes of here are through
+        first = _worker_0(told)
+        on_servers = {key: count for key, count, _, _ in keys}
+        is_set = loaded["optimizer"] is None or _same(loaded["optimizer"], first["optimizer"])
+        if first["note"] == loaded["note"] and on_servers == wanted and is_set:
+            return {}
+        if first["total"] == sum(on_servers.values()):
+            return told
+        if time.monotonic() > until:
+            raise InvalidArgumentError(
+                f"worker 0 has pushed what worker {member.rank}, which loads, has not: load "
+                "between two barriers"
+            )
+        time.sleep(PAUSE_S)
 
 
 def _place_schedule(optimizer: Optimizer | None, position: tuple[Any, ...] | None) -> None:
@@ -172,44 +271,39 @@ def _place_schedule(optimizer: Optimizer | None, position: tuple[Any, ...] | Non
         schedule._position = position
 
 
-def _set_everywhere(kv: KVStore, member: "Member", timeout_s: float, new: Optimizer) -> None:
-    """As if worker 0 had called set_optimizer, and this worker after it."""
-    if member.rank != 0:
-        body = json.dumps({"optimizer": _pack(new)})
-        if not member.command(SET, body, timeout_s, workers=[0]):
-            raise KVStoreError("worker 0, which sets the optimizer, has left the cluster")
-    _declared.declare(member, timeout_s, new)
-    _give(kv, new, member.declared.training)
+def _set_by_worker_0(
+    member: "Member", timeout_s: float, new: Optimizer, counted: int | None
+) -> int:
+    """As if worker 0 had called set_optimizer; returns its `counted` then."""
+    body = json.dumps({"optimizer": _pack(new), "counted": counted})
+    answers = member.command(SET, body, timeout_s, workers=[0])
+    if not answers:
+        raise KVStoreError("worker 0, which sets the optimizer, has left the cluster")
+    return int(answers[0])
 
 
 def _tell(
     member: "Member",
     timeout_s: float,
-    states: dict[str, Any],
-    new: Optimizer,
-    schedule: Any,
-    dump: bool,
+    counted: dict[int, int],
+    told: Told,
+    keys: list[Any],
 ) -> None:
-    """Tell the other workers how far training has come."""
-    others = [rank for rank in range(member.num_workers) if rank != member.rank]
-    if not others:
+    """Tell the other workers how far training has come, in as many pieces as it takes."""
+    if not counted:
         return
-    told: Told = {
-        "kind": new._KIND,
-        "optimizer": _pack(new) if dump else None,
-        "training": member.declared.training,
-        "schedule": schedule,
-        "whole": [states[name] for name in _states.NUMBERS],
-    }
-    counts: list[list[Any]] = []
+    told["counted"] = [[rank, number] for rank, number in counted.items()]
+    pieces: list[list[list[Any]]] = [[]]
     size = 0
-    for key, count, _, _ in states["keys"]:
-        counts.append([key, count])
-        size += len(json.dumps(counts[-1]))
+    for entry in ([key, count] for key, count, _, _ in keys):
+        size += len(json.dumps(entry))
         if size > MAX_BODY:
-            member.command(TAKE, json.dumps({**told, "counts": counts}), timeout_s, workers=others)
-            counts, size = [], 0
-    member.command(TAKE, json.dumps({**told, "counts": counts}), timeout_s, workers=others)
+            pieces.append([])
+            size = 0
+        pieces[-1].append(entry)
+    for i, piece in enumerate(pieces):
+        part = {"counts": piece, "first": i == 0, "last": i == len(pieces) - 1}
+        member.command(TAKE, json.dumps({**told, **part}), timeout_s, workers=list(counted))
 
 
 # ----------------------------------------------------------------------------- the other workers
@@ -220,25 +314,46 @@ def _set_here(member: "Member", body: str | bytes) -> str:
     place = None if kv is None else kv._place()
     if kv is None or place is None:
         raise InvalidArgumentError("its store is closed")
-    new = _unpack(json.loads(body)["optimizer"])
-    _declared.declare(*place, new)
-    _give(kv, new, member.declared.training)
-    return ""
+    told = json.loads(body)
+    new, counted = _unpack(told["optimizer"]), told["counted"]
+    if _differs(kv, new):
+        _declared.declare(*place, new)
+        if counted not in (None, _counted(kv)):
+            raise InvalidArgumentError(f"it has pushed {BETWEEN}")
+        _give(kv, new, member.declared.training)
+        counted = None
+    return str(_counted(kv) if counted is None else counted)
 
 
 def _take(member: "Member", body: str | bytes) -> str:
     told = json.loads(body)
+    if told["first"]:
+        member.taking[told["from"]] = {}
+    counts = member.taking[told["from"]]
+    counts.update(map(tuple, told["counts"]))
+    if not told["last"]:
+        return ""
+    del member.taking[told["from"]]
     kv = _store_of(member)
     own = None if kv is None else kv._optimizer_owner()
     if kv is None or own is None:
         return ""  # it counts nothing
+    counted = dict(told["counted"])[member.rank]
+    if any(note == told["note"] and before >= counted for note, before in member.loads):
+        return ""  # it has loaded the same file by itself since, and may have gone on
     new = None if told["optimizer"] is None else _unpack(told["optimizer"])
     if new is not None and _differs(kv, new):
         member.declared.training = told["training"]
         _give(kv, new, told["training"])
-        own = new
+        own, counted = new, _counted(kv)
     if told["kind"] == own._KIND:
-        _states.import_counts(kv, tuple(told["whole"]), dict(map(tuple, told["counts"])))
+        try:
+            _states.import_counts(kv, tuple(told["whole"]), counts, counted)
+        except InvalidArgumentError as error:
+            if member.rank == 0 or member.asynchronous:
+                raise InvalidArgumentError(f"{error} {BETWEEN}") from error
+            return ""
+        member.loads.append((told["note"], counted))
         _place_schedule(own, _saved.position(told["schedule"], own))
     return ""
 

@@ -6,7 +6,7 @@ from typing import Any
 from ._core import KVStore
 from .errors import InvalidArgumentError
 
-ALL, COUNTS, CHECK = 0, 1, 2  # kv_states_share_t
+ALL, COUNTS, CHECK, PUSHED = 0, 1, 2, 3  # kv_states_share_t
 NUMBERS = ("num_update", "nadam_product", "last_rate", "seed", "draws")
 
 # What is known of a key: its count, -1 if it was not pushed, and its state by the names of a file;
@@ -53,10 +53,15 @@ def check_states(kv: KVStore, states: dict[str, Any]) -> None:
     kv._states_put(_whole(states), known, CHECK)
 
 
-def import_counts(kv: KVStore, whole: tuple[Any, ...], counts: dict[Any, int]) -> None:
-    """Give a dist store what it counts itself; another worker gives the servers the rest."""
+def import_counts(
+    kv: KVStore, whole: tuple[Any, ...], counts: dict[Any, int], counted: int = 0
+) -> None:
+    """Give a dist store what it counts itself; another worker gives the servers the rest.
+
+    It must not have counted since its ``counted`` was this, unless that is 0.
+    """
     known: list[Any] = [(key, count, {}) for key, count in counts.items() if key in kv]
-    kv._states_put(whole, known, COUNTS)
+    kv._states_put(whole, known, COUNTS, counted)
     given = {key for key, _, _ in known}
     _keep(kv, {key: (count, None) for key, count in counts.items() if key not in given})
 

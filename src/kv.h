@@ -261,6 +261,8 @@ typedef struct kv_key_state {
 
 typedef struct kv_states {
     kv_optim_state_t whole;
+    uint64_t counted; /* moves whenever the store counts or its counts are replaced */
+    int64_t total;    /* the counts of all keys, as the store has them */
     kv_codec_t codec;
     int64_t num_keys;
     kv_key_state_t *keys;
@@ -272,6 +274,7 @@ typedef enum kv_states_share {
     KV_STATES_COUNTS, /* what this process counts, no state of keys: of a dist store, whose other
                          workers see to the rest. Never waits */
     KV_STATES_CHECK,  /* of an import: all checks, nothing is changed */
+    KV_STATES_PUSHED, /* of an export: how often keys were pushed, without their states */
 } kv_states_share_t;
 
 /* Gives a copy of everything that training has left, each key between two of its operations. The
@@ -284,7 +287,8 @@ KV_MUST_CHECK kv_status_t kv_store_export_states(kv_store_t *store, kv_states_sh
  * KV_INVALID names key and slot. Counts and slots need a built-in optimizer, residuals do not.
  * `keep_whole`: states->whole is not looked at. In a dist store the states go to the servers and
  * residuals stay as they are; after an error of a server or of the wait the sentence says that a
- * part may have arrived. */
+ * part may have arrived. KV_STATES_COUNTS: KV_INVALID if the store has counted since
+ * states->counted, unless that is 0. */
 KV_MUST_CHECK kv_status_t kv_store_import_states(kv_store_t *store, const kv_states_t *states,
                                                  bool keep_whole, kv_states_share_t share,
                                                  kv_caller_t *caller);

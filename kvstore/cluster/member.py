@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import ClassVar, NamedTuple
 
@@ -66,6 +67,11 @@ class Member:
         A weak reference to the store that uses it.
     declared
         What it knows of the optimizers of the cluster.
+    loads
+        The last files of training states that this worker has loaded: what tells them apart, and
+        the store's `counted` before.
+    taking
+        What other workers have begun to tell of theirs, by rank.
     joined
         Whether any member of this process has joined its cluster.
     """
@@ -98,6 +104,8 @@ class Member:
         self.store: Callable[[], object] | None = None
         self.declared = Declared()
         self.departed: set[int] = set()  # of a server: the workers that have left
+        self.loads: deque[tuple[str, int]] = deque(maxlen=16)
+        self.taking: dict[int, dict[str | int, int]] = {}
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "broken" if self._broken else "open"

@@ -77,11 +77,12 @@ static PyObject *export_all(kv_py_store_t *self, const kv_states_t *states)
         PyObject *last =
             isnan(whole->last_rate) ? Py_NewRef(Py_None) : PyFloat_FromDouble(whole->last_rate);
         if (last != NULL)
-            result = Py_BuildValue("{sLsdsNsKsKsOsOsO}", "num_update", (long long)whole->num_update,
-                                   "nadam_product", whole->nadam_product, "last_rate", last, "seed",
-                                   (unsigned long long)whole->seed, "draws",
-                                   (unsigned long long)whole->draws, "keys", keys, "residuals",
-                                   residuals, "compression", codec);
+            result = Py_BuildValue(
+                "{sKsLsLsdsNsKsKsOsOsO}", "counted", (unsigned long long)states->counted, "total",
+                (long long)states->total, "num_update", (long long)whole->num_update,
+                "nadam_product", whole->nadam_product, "last_rate", last, "seed",
+                (unsigned long long)whole->seed, "draws", (unsigned long long)whole->draws, "keys",
+                keys, "residuals", residuals, "compression", codec);
     }
     Py_XDECREF(codec);
     Py_XDECREF(residuals);
@@ -246,14 +247,16 @@ PyObject *kv_py_store_states_put(PyObject *object, PyObject *args)
     kv_py_store_t *self = as_store(object);
     PyObject *whole, *list;
     int share = KV_STATES_ALL;
+    unsigned long long counted = 0;
     reader_t reader = {.state = self->state};
     if (!kv_py_store_check_open(self) ||
-        !PyArg_ParseTuple(args, "OO!|i", &whole, &PyList_Type, &list, &share))
+        !PyArg_ParseTuple(args, "OO!|iK", &whole, &PyList_Type, &list, &share, &counted))
         return NULL;
     bool good = count_parts(&reader, list);
     for (Py_ssize_t i = 0; good && i < PyList_GET_SIZE(list); i++)
         good = read_key(&reader, PyList_GET_ITEM(list, i));
     bool keep = whole == Py_None;
+    reader.states.counted = counted;
     if (good && !keep)
         good = read_whole(whole, &reader.states.whole);
     kv_status_t status = KV_OK;

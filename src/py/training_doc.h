@@ -150,6 +150,11 @@
     "temporary name\n"                                                                             \
     "and then renamed, so there is the old file or the new one.\n"                                 \
     "\n"                                                                                           \
+    "In a dist store any one worker may call, between two barriers, and the file is that of a "    \
+    "local store\n"                                                                                \
+    "which has had the same pushes; residuals of compression, which lie on the workers, are left " \
+    "out.\n"                                                                                       \
+    "\n"                                                                                           \
     "Parameters\n"                                                                                 \
     "----------\n"                                                                                 \
     "fname : str or os.PathLike\n"                                                                 \
@@ -160,7 +165,9 @@
     "Raises\n"                                                                                     \
     "------\n"                                                                                     \
     "InvalidArgumentError\n"                                                                       \
-    "    Without an optimizer, or for one that cannot be dumped.\n"                                \
+    "    Without an optimizer, or for one that cannot be dumped; on another worker than worker 0 " \
+    "while\n"                                                                                      \
+    "    that one pushes.\n"                                                                       \
     "OSError\n"                                                                                    \
     "    As of any file.\n"                                                                        \
     "NotBuiltError\n"                                                                              \
@@ -188,6 +195,11 @@
     "that are\n"                                                                                   \
     "not initialised yet wait for their init. The values themselves are not in the file.\n"        \
     "\n"                                                                                           \
+    "In a dist store any one worker may call, between two barriers, or all of them; it may have "  \
+    "another number\n"                                                                             \
+    "of servers and workers than the one that wrote the file. States of row-sparse keys are not "  \
+    "in this version there.\n"                                                                     \
+    "\n"                                                                                           \
     "Parameters\n"                                                                                 \
     "----------\n"                                                                                 \
     "fname : str or os.PathLike\n"                                                                 \
@@ -198,7 +210,7 @@
     "InvalidArgumentError\n"                                                                       \
     "    For a file that is damaged or of something else, or whose shapes are not those of the "   \
     "keys;\n"                                                                                      \
-    "    nothing is changed.\n"                                                                    \
+    "    nothing is changed. In a dist store also when worker 0 pushes meanwhile.\n"               \
     "OSError\n"                                                                                    \
     "    As of any file.\n"                                                                        \
     "\n"                                                                                           \

@@ -126,12 +126,16 @@ static kv_status_t take_part(const transfer_t *transfer, int64_t i, const char *
 }
 
 static kv_status_t get_state(transfer_t *transfer, kv_entry_t *entry,
-                             const kv_optimizer_t *optimizer, kv_key_state_t *state,
-                             kv_caller_t *caller)
+                             const kv_optimizer_t *optimizer, kv_states_share_t share,
+                             kv_key_state_t *state, kv_caller_t *caller)
 {
     kv_slot_t described[KV_MAX_SLOTS];
     int num_slots = optimizer->optim->slots(&optimizer->numbers, described);
     bool doubled = kv_dtype_is_narrow(entry->dtype) && optimizer->numbers.multi_precision;
+    if (share == KV_STATES_PUSHED) {
+        num_slots = 0;
+        doubled = false;
+    }
     kv_client_step_t *step = add_key(transfer, entry);
     step->optimizer = optimizer->declared;
     for (int i = 0; i < num_slots; i++)
@@ -153,7 +157,7 @@ static kv_status_t get_state(transfer_t *transfer, kv_entry_t *entry,
 }
 
 kv_status_t kv_dist_get_state(kv_store_t *store, kv_entry_t *entry, const kv_optimizer_t *optimizer,
-                              kv_key_state_t *state, kv_caller_t *caller)
+                              kv_states_share_t share, kv_key_state_t *state, kv_caller_t *caller)
 {
     transfer_t *transfer = NULL;
     state->count = -1;
@@ -161,7 +165,7 @@ kv_status_t kv_dist_get_state(kv_store_t *store, kv_entry_t *entry, const kv_opt
     if (!kv_dtype_is_floating(entry->dtype))
         return KV_OK; /* it cannot have been pushed with an optimizer */
     KV_TRY(transfer_new(store, KV_CLIENT_GET_STATE, 1, &transfer));
-    kv_status_t status = get_state(transfer, entry, optimizer, state, caller);
+    kv_status_t status = get_state(transfer, entry, optimizer, share, state, caller);
     kv_exchange_rele(&transfer->exchange);
     return status;
 }

@@ -348,7 +348,8 @@ KV_MUST_CHECK kv_status_t kv_dist_check_key(const kv_entry_t *entry);
 /* With the key held: its count and its parts as servers have them, -1 and none if it was not pushed
  * with this optimizer. state->parts has room for all parts. */
 KV_MUST_CHECK kv_status_t kv_dist_get_state(kv_store_t *store, kv_entry_t *entry,
-                                            const kv_optimizer_t *optimizer, kv_key_state_t *state,
+                                            const kv_optimizer_t *optimizer,
+                                            kv_states_share_t share, kv_key_state_t *state,
                                             kv_caller_t *caller);
 
 /* What one key will get. */

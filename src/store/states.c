@@ -120,7 +120,7 @@ static kv_status_t export_key(const kv_entry_t *entry, const kv_slots_t *slots,
 }
 
 static kv_status_t export_one(kv_store_t *store, kv_entry_t *entry, uint64_t epoch,
-                              kv_key_state_t *state, kv_caller_t *caller)
+                              kv_states_share_t share, kv_key_state_t *state, kv_caller_t *caller)
 {
     kv_dep_t dep = {.var = &entry->var, .access = KV_READ};
     kv_op_t op;
@@ -143,7 +143,7 @@ static kv_status_t export_one(kv_store_t *store, kv_entry_t *entry, uint64_t epo
     } else {
         status = make_parts(state, 0);
         if (status == KV_OK && optimizer != NULL)
-            status = kv_dist_get_state(store, entry, optimizer, state, caller);
+            status = kv_dist_get_state(store, entry, optimizer, share, state, caller);
     }
     kv_engine_leave(store->runtime->engine, &op);
     kv_slots_rele(slots);
@@ -206,12 +206,15 @@ kv_status_t kv_store_export_states(kv_store_t *store, kv_states_share_t share, k
     kv_mutex_unlock(&store->lock);
     kv_caller_detach(caller);
     for (int64_t k = 0; k < count && status == KV_OK; k++)
-        status = export_one(store, entries[k], epoch, &states.keys[k], caller);
+        status = export_one(store, entries[k], epoch, share, &states.keys[k], caller);
     kv_caller_attach(caller);
     if (status == KV_OK) {
         own_names(entries, &states);
         kv_mutex_lock(&store->lock);
         states.whole = store->state;
+        states.counted = store->counted;
+        for (const kv_entry_t *entry = store->table.first; entry != NULL; entry = entry->next)
+            states.total += entry->updates > 0 ? entry->updates : 0;
         kv_mutex_unlock(&store->lock);
         *out = states;
     } else {
@@ -416,9 +419,13 @@ static kv_status_t import_held(kv_store_t *store, const kv_optimizer_t *optimize
         KV_TRY(give_servers(store, optimizer, states, keep_whole, arrivals, caller));
     kv_mutex_lock(&store->lock);
     bool same = store->optimizer == optimizer;
-    if (same)
+    bool counted =
+        share == KV_STATES_COUNTS && states->counted != 0 && store->counted != states->counted;
+    if (same && !counted)
         arrive_locked(store, states, keep_whole, arrivals);
     kv_mutex_unlock(&store->lock);
+    if (counted)
+        return kv_fail(KV_INVALID, "the store has pushed");
     return same ? KV_OK
                 : kv_fail(KV_INVALID, "the optimizer was replaced while states were loaded");
 }

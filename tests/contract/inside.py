@@ -7,6 +7,7 @@ and no control plane, so these run under every sanitizer.
 import itertools
 import threading
 import weakref
+from collections import deque
 
 import kvstore
 from kvstore import _core, _dist
@@ -41,6 +42,8 @@ class Member(Place):
         self.num_workers = cluster.num_workers
         self.closed = False
         self.store = None
+        self.asynchronous = "async" in cluster.kind
+        self.loads, self.taking = deque(maxlen=16), {}
 
     def command(self, head, body, timeout_s, workers=None):
         if workers is None:

@@ -2,11 +2,12 @@
 cluster, in a local store, and from there."""
 
 import contextlib
+import threading
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from helpers import same
+from helpers import LONG, same
 from inside import Cluster, each
 
 import kvstore
@@ -445,3 +446,75 @@ def test_a_lost_server(rank, file_of, tmp_path):
         ):
             with refused("server 1", kvstore.PeerLostError):
                 call()
+
+
+# ------------------------------------------------------------------------------ many that call
+
+
+@pytest.mark.parametrize("dump", [False, True], ids=["states", "dump"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), None])
+def test_all_workers_may_load_and_go_on_at_once(order, dump, path, trained):
+    """In a row or together (None): nobody waits for the others before the next push."""
+    job = JOBS["nadam"]
+    middle, end = trained("nadam")
+    with place(job, job.first(), (3, 2)) as stores:
+        train(job, stores, range(STOP))
+        stores[0].save_optimizer_states(path, dump_optimizer=dump)
+    with place(job, middle, (3, 2)) as stores:
+        turns = {rank: threading.Event() for rank in range(3)}
+
+        def work(kv):
+            place = order.index(kv.rank) if order else 0
+            if place > 0:
+                assert turns[order[place - 1]].wait(LONG)
+            kv.load_optimizer_states(path)
+            late = kv.push("k0", first if kv.rank == 0 else np.zeros_like(first), async_op=True)
+            turns[kv.rank].set()
+            late.wait()
+
+        first = job.gradient(STOP, "k0")
+        each(stores, work)
+        for key in ("k1", "k2"):
+            gradient = job.gradient(STOP, key)
+            each(stores, lambda kv: kv.push(key, gradient if kv.rank == 0 else 0 * gradient))  # noqa: B023
+        train(job, stores, range(STOP + 1, STEPS))
+        check_same(values_of(stores[1]), end)
+
+
+@pytest.mark.parametrize("verb", ["save", "load"])
+def test_worker_0_is_further_on(verb, file_of, path, tmp_path):
+    """Its pushes that wait for this worker's are in no state on servers, but in its counts."""
+    path = file_of(ADAM)
+    with place(ADAM, ADAM.first(), (2, 2)) as stores:
+        train(ADAM, stores, range(STOP))
+        ahead = stores[0].push("k0", ADAM.gradient(STOP, "k0"), async_op=True)
+        with refused("worker 0 has pushed what worker 1, which .*between two barriers"):
+            if verb == "save":
+                stores[1].save_optimizer_states(tmp_path / "other")
+            else:
+                stores[1].load_optimizer_states(path)
+        assert not (tmp_path / "other").exists()
+        stores[1].push("k0", np.zeros(SMALL, "float32"))
+        ahead.wait()
+        each(stores, lambda kv: kv.push("k1", 0 * ADAM.gradient(STOP, "k1")))
+        stores[1].save_optimizer_states(tmp_path / "other")
+        stores[1].load_optimizer_states(path)
+
+
+def test_a_file_of_another_class_that_is_refused_changes_no_counts(path):
+    with kvstore.create() as kv:
+        kv.set_optimizer(SGD(momentum=0.5))
+        kv.init("k0", np.ones(7, np.float32))
+        kv.push("k0", np.ones(7, np.float32))
+        kv.save_optimizer_states(path, dump_optimizer=True)
+    for loader in (0, 1):
+        with (
+            place(ADAM, ADAM.first(), (2, 2)) as stores,
+            place(ADAM, ADAM.first(), "local") as (kv,),
+        ):
+            train(ADAM, stores, range(STOP))
+            with refused("another shape"):
+                stores[loader].load_optimizer_states(path)
+            train(ADAM, stores, range(STOP, STEPS))
+            train(ADAM, [kv], range(STEPS))
+            check_same(values_of(stores[0]), values_of(kv))
