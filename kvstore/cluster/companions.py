@@ -21,11 +21,11 @@ import threading
 import time
 from typing import Any
 
-from ..errors import InvalidArgumentError, TimeoutError
+from ..errors import ArrayTypeError, InvalidArgumentError, TimeoutError
 from . import control, engines, entry, member, settings
 from .engines import Place
 from .launch import MOST_PROCESSES
-from .processes import Process, Processes, environment
+from .processes import Announced, Process, Processes, environment
 from .settings import Settings, join_address
 
 START_S = 60.0  # for the scheduler to listen
@@ -104,7 +104,7 @@ def from_environment(
             f"{MOST_PROCESSES}"
         )
     serve = [sys.executable, "-c", BOOT.format(path=sys.path)]
-    with_controller = [*serve, "--controller", _checked(controller)] if controller else serve
+    for_server = serve if controller is None else [*serve, "--controller", _checked(controller)]
     entry.check_ucx()
     token = _token(place, found)
     if place.rank == 0:
@@ -119,7 +119,7 @@ def from_environment(
             for rank in servers:
                 own = {**environment("server", rank, place.size, number), **common}
                 own.update(_binding(found, False))
-                companions.processes.start(f"server {rank}", with_controller, own)
+                companions.processes.start(f"server {rank}", for_server, own)
         except BaseException:
             companions.processes.close()
             raise
@@ -207,6 +207,11 @@ def _is_own(address: str) -> bool:
 
 def _checked(controller: str) -> str:
     """A controller as its servers will find it, as far as that can be seen without an import."""
+    if not isinstance(controller, str):
+        raise ArrayTypeError(
+            f"controller={controller!r}: it is MODULE:FUNCTION as a str, for servers are processes "
+            "of their own"
+        )
     module, _, name = controller.partition(":")
     try:
         there = bool(module and name) and importlib.util.find_spec(module) is not None
@@ -226,7 +231,6 @@ class _Companions:
         self.processes = Processes(self._forward, ORPHANS_S)
         self.timeout = timeout
         self._pid = os.getpid()
-        self._listens = False
         self._over = threading.Event()
         self._words: dict[Process, str] = {}  # what each has said last
         self._thread = threading.Thread(target=self._look, name="kvstore-companions", daemon=True)
@@ -242,12 +246,13 @@ class _Companions:
             raise
         finally:
             os.close(write_fd)
-        self.processes.read_from(scheduler, read_fd, self._take_announced)
+        announced = Announced()
+        self.processes.read_from(scheduler, read_fd, announced.take)
         deadline = time.monotonic() + START_S
-        while not self._listens:
+        while not announced.port:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the scheduler does not listen after {START_S:.0f} s")
-            if self.processes.step(self.processes.wait(TICK_S)) and not self._listens:
+            if self.processes.step(self.processes.wait(TICK_S)) and not announced.port:
                 raise InvalidArgumentError(
                     f"the scheduler, which rank 0 starts, {scheduler.ending()}: "
                     f"{self._words.get(scheduler, 'it said nothing')}; another place for it is set "
@@ -258,9 +263,6 @@ class _Companions:
         """Leave them to the thread until this process ends."""
         self._thread.start()
         atexit.register(self._at_exit)
-
-    def _take_announced(self, data: bytes) -> None:
-        self._listens = self._listens or b"\n" in data
 
     def _forward(self, process: Process, stream: int, line: bytes) -> None:
         text = line.decode(errors="replace").rstrip()

@@ -271,11 +271,17 @@ def test_where_nodes_are_not_told_the_number_of_servers_must_be(call):
         ({"num_workers": "x"}, ("num_workers=x|num_workers='x'",)),
         ({"controller": "no_such_module:f"}, ("controller='no_such_module:f'", "MODULE:FUNCTION")),
         ({"controller": "os"}, ("controller='os'",)),
+        ({"controller": ""}, ("controller=''",)),
     ],
 )
 def test_bad_arguments_are_refused(call, options, texts):
     with refused(*texts):
         call(slurm, 0, 2, options=options)
+
+
+def test_a_controller_is_named_and_not_given(call):
+    with pytest.raises(kvstore.ArrayTypeError, match="MODULE:FUNCTION as a str"):
+        call(slurm, 0, 2, options={"controller": print})
 
 
 @pytest.mark.parametrize(
