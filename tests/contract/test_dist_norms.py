@@ -151,7 +151,9 @@ def lars(weight, gradients):
 @pytest.mark.parametrize("seed", range(4))
 def test_all_slices_take_asynchronous_pushes_in_one_order(seed):
     first = randoms(MANY, np.float64, 1)
-    gradients = [[randoms(MANY, np.float64, (rank, i)) * (i + 1) for i in (0, 1)] for rank in (0, 1)]
+    gradients = [
+        [randoms(MANY, np.float64, (rank, i)) * (i + 1) for i in (0, 1)] for rank in (0, 1)
+    ]
     options = {"transport": "faulty", "faults": "delay=2,reorder", "seed": seed}
     with Cluster(2, 3, "dist_async", **options) as cluster:
         stores = cluster.all_stores()

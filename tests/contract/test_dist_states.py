@@ -211,7 +211,7 @@ def test_the_optimizer_of_a_file_is_set_for_all(path):
     with place(job, job.first(), "local") as (kv,):
         train(job, [kv], range(2))
         kv.save_optimizer_states(path, dump_optimizer=True)
-    other = Job(lambda: Adam(), (SMALL,))
+    other = Job(Adam, (SMALL,))
     for loader in (0, 1):
         with place(other, job.first(), (2, 2)) as stores:
             train(job, stores, range(1))
@@ -339,7 +339,7 @@ def pair():
 class TestBad:
     def test_another_optimizer(self, rank, pair, file_of):
         with refused("of the optimizer SGD, the store's is a Adam"):
-            pair[rank].load_optimizer_states(file_of(Job(lambda: SGD(), (SMALL, MANY))))
+            pair[rank].load_optimizer_states(file_of(Job(SGD, (SMALL, MANY))))
 
     def test_another_shape(self, rank, pair, file_of):
         with refused(r"'(m|v)' of key 'k1' .*another shape"):
