@@ -376,7 +376,7 @@ def test_a_pull_waits_for_the_pushes_before_it(pair):
 
 def test_a_pull_that_is_given_up_leaves_its_out_alone():
     with Cluster(2, 2) as cluster:
-        kv, other = cluster.all_stores(timeout=0.4)
+        kv, other = cluster.all_stores(timeout=2)
         each([kv, other], lambda kv: kv.init("s", sparse({1: 1})))
         kv.push("s", sparse({2: 1}))
         out = sparse({5: 5})
