@@ -49,7 +49,7 @@ JOBS = {
     "plain": Job(lambda: SGD(lr=0.1), (SMALL, MANY)),
     "adam": Job(lambda: Adam(lr=0.1, lr_scheduler=halving()), (SMALL, MANY)),
     "nadam": Job(lambda: Nadam(lr=0.1), (SMALL, SMALL, MANY)),
-    "lars": Job(lambda: LARS(lr=0.1, momentum=0.9, lr_scheduler=halving()), (SMALL, (2, 3))),
+    "lars": Job(lambda: LARS(lr=0.1, momentum=0.9, lr_scheduler=halving()), (SMALL, MANY)),
     "rows": Job(lambda: GroupAdaGrad(lr=0.1), ((2, 3), ROWS)),
     "float16": Job(
         lambda: SGD(lr=0.1, momentum=0.9, multi_precision=True), (SMALL, (700_000,)), "float16"
