@@ -15,7 +15,7 @@ static void add(cluster_t *cluster, uint64_t number, const char *name, bool mult
         numbers.params[i] = optim->params[i].fallback;
     if (number == SGD || number == HALF)
         numbers.params[0] = 0.5; /* momentum */
-    CHECK_STATUS(kv_server_add_optimizer(cluster->server, number, optim, &numbers), KV_OK);
+    CHECK_STATUS(kv_server_add_optimizer(cluster->server, number, 1, optim, &numbers), KV_OK);
 }
 
 static cluster_t *start(int32_t num_workers)

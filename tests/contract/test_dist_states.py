@@ -49,7 +49,7 @@ JOBS = {
     "plain": Job(lambda: SGD(lr=0.1), (SMALL, MANY)),
     "adam": Job(lambda: Adam(lr=0.1, lr_scheduler=halving()), (SMALL, MANY)),
     "nadam": Job(lambda: Nadam(lr=0.1), (SMALL, SMALL, MANY)),
-    "lars": Job(lambda: LARS(lr=0.1, momentum=0.9, lr_scheduler=halving()), (SMALL, (2, 3))),
+    "lars": Job(lambda: LARS(lr=0.1, momentum=0.9, lr_scheduler=halving()), (SMALL, MANY)),
     "rows": Job(lambda: GroupAdaGrad(lr=0.1), ((2, 3), ROWS)),
     "float16": Job(
         lambda: SGD(lr=0.1, momentum=0.9, multi_precision=True), (SMALL, (700_000,)), "float16"
@@ -406,6 +406,29 @@ def test_an_optimizer_in_python_is_refused(path):
         with refused("Own, an optimizer in Python.*not built", kvstore.NotBuiltError):
             stores[0].load_optimizer_states(path)
         assert stores[0].optimizer == Adam(lr=0.1)
+
+
+def test_row_sparse_keys_are_refused(file_of, tmp_path):
+    path = file_of(ADAM)
+    rows = kvstore.RowSparse(np.ones((1, 3), "float32"), [1], (4, 3))
+    with place(ADAM, ADAM.first(), (2, 2)) as stores:
+        each(stores, lambda kv: kv.init("rows", rows))
+        for call in (
+            lambda: stores[1].save_optimizer_states(tmp_path / "other"),
+            lambda: stores[1].load_optimizer_states(path),
+        ):
+            with refused("key 'rows'.*row-sparse", kvstore.NotBuiltError):
+                call()
+        assert not (tmp_path / "other").exists()
+
+
+def test_keys_of_integers_have_no_state(path):
+    with place(ADAM, ADAM.first(), (2, 2)) as stores:
+        each(stores, lambda kv: kv.init("count", np.arange(4)))
+        stores[1].save_optimizer_states(path)
+        stores[0].load_optimizer_states(path)
+        assert same(stores[1].pull("count").asnumpy(), np.arange(4))
+    assert numpy_io.load_file(path) == {}
 
 
 @pytest.mark.parametrize("verb", ["save", "load"])
