@@ -101,8 +101,9 @@ static int way_of(const kv_slice_op_t *op)
     return op->sent_bytes <= KV_CLIENT_SMALL_BYTES ? TRAVELS_TOGETHER : TRAVELS_ALONE;
 }
 
-/* A slice of a state: in the wide type, of each element or of each row. */
-static void lay_out_state(const kv_client_work_t *work, kv_slice_op_t *op)
+/* A slice of a state: in the wide type, of each element or of each row, also of those that a
+ * row-sparse key has not stored. */
+static kv_status_t lay_out_state(const kv_client_work_t *work, kv_slice_op_t *op)
 {
     const kv_client_call_t *call = work->call;
     const kv_remote_t *remote = work->remotes[op->part];
@@ -110,9 +111,20 @@ static void lay_out_state(const kv_client_work_t *work, kv_slice_op_t *op)
     size_t wide = kv_dtype_bytes(kv_dtype_wide(remote->dtype));
     size_t unit =
         state->per_row && remote->row_bytes > 0 ? remote->row_bytes : kv_dtype_bytes(remote->dtype);
+    size_t bytes = op->bytes;
+    if (remote->sparse) {
+        int64_t before, rows = kv_remote_slice_rows(remote, op->slice, &before);
+        op->offset = (size_t)before * remote->row_bytes;
+        bytes = (size_t)rows * remote->row_bytes;
+    }
     op->offset = op->sent_offset = op->offset / unit * wide;
-    op->bytes = state->slot == KV_SLOT_NONE ? 0 : (uint32_t)(op->bytes / unit * wide);
+    bytes = state->slot == KV_SLOT_NONE ? 0 : bytes / unit * wide;
+    if (bytes > KV_WIRE_ROWS_BYTES)
+        return kv_fail(KV_INVALID, "a state of %zu bytes does not fit into a message of %d", bytes,
+                       (int)KV_WIRE_ROWS_BYTES);
+    op->bytes = (uint32_t)bytes;
     op->sent_bytes = call->parts[op->part].value != NULL ? op->bytes : 0;
+    return KV_OK;
 }
 
 static void add_op(builder_t *builder, int64_t part, uint32_t slice, uint16_t server,
@@ -141,8 +153,8 @@ static void add_op(builder_t *builder, int64_t part, uint32_t slice, uint16_t se
         .server = server,
         .action = (uint8_t)action,
     };
-    if (kv_call_on_state(work->call))
-        lay_out_state(work, &op);
+    if (kv_call_on_state(work->call) && builder->status == KV_OK)
+        builder->status = lay_out_state(work, &op);
     bool needed = true;
     if (builder->status == KV_OK)
         builder->status = kv_op_add_rows(&op, &needed);
@@ -395,6 +407,8 @@ static void describe(const kv_client_work_t *work, const kv_slice_op_t *op,
     const kv_client_part_t *part = &work->call->parts[op->part];
     if (on_state)
         record->slot = (uint16_t)work->call->states[op->part].slot;
+    if (op->action == KV_WIRE_SET_STATE && remote->sparse)
+        record->flags |= KV_WIRE_ROWS;
     if (op->action == KV_WIRE_GET_STATE) {
         record->optimizer = part->step->optimizer;
         return;

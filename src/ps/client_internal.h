@@ -149,6 +149,8 @@ void kv_remote_count_rows(kv_remote_t *remote);
 /* Adds to an operation what it has to do with rows. *needed: something is asked of its slice.
  * KV_INVALID when there are too many rows for a message. */
 KV_MUST_CHECK kv_status_t kv_op_add_rows(kv_slice_op_t *op, bool *needed);
+/* Rows of the value that a slice of a row-sparse key has, stored or not, and those before them. */
+int64_t kv_remote_slice_rows(const kv_remote_t *remote, uint32_t slice, int64_t *before);
 /* Writes the data of an operation that has rows. */
 void kv_op_put_rows(const kv_slice_op_t *op, void *out);
 /* Checks what is said to be all rows of the operation's slice. */

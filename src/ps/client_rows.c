@@ -54,6 +54,12 @@ static int64_t rows_of_slice(const kv_remote_t *remote, uint32_t slice)
     return left < remote->slice_rows ? left : remote->slice_rows;
 }
 
+int64_t kv_remote_slice_rows(const kv_remote_t *remote, uint32_t slice, int64_t *before)
+{
+    *before = first_row(remote, slice);
+    return rows_of_slice(remote, slice);
+}
+
 /* ---------------------------------------------------------------------------------- going out */
 
 static const kv_row_sum_t *sum_of(const kv_slice_op_t *op)

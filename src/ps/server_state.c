@@ -14,7 +14,14 @@ static kv_status_t measure(const kv_slice_t *slice, const kv_known_optimizer_t *
 {
     kv_slot_t described[KV_MAX_SLOTS];
     int num_slots = known->optim->slots(&known->numbers, described);
+    int64_t wide = (int64_t)kv_dtype_bytes(kv_dtype_wide(slice->dtype));
     int64_t elements = (int64_t)(slice->bytes / kv_dtype_bytes(slice->dtype));
+    if (slice->sparse && slice->row_count > 0 &&
+        slice->num_rows > KV_WIRE_ROWS_BYTES / wide / slice->row_count)
+        return kv_fail(KV_INVALID, "%" PRId64 " rows of state do not fit into a message",
+                       slice->num_rows);
+    if (slice->sparse)
+        elements = slice->num_rows * slice->row_count;
     bool doubled = kv_dtype_is_narrow(slice->dtype) && known->numbers.multi_precision;
     if (number >= (unsigned)num_slots && !(number == KV_SLOT_MASTER && doubled))
         return kv_fail(KV_INVALID, "the optimizer %s keeps no state of number %u with %s",
@@ -35,6 +42,49 @@ static kv_status_t measure(const kv_slice_t *slice, const kv_known_optimizer_t *
 static kv_buffer_t **place_of(kv_slots_t *slots, const kv_slot_t *what)
 {
     return what->name != NULL ? &slots->slot[kv_slots_place(slots, what->name)] : &slots->master;
+}
+
+/* Bytes that a buffer has for each row. */
+static size_t row_bytes_of(const kv_slice_t *slice, const kv_slot_t *what)
+{
+    return (size_t)kv_slot_count(what, 1, slice->row_count) *
+           kv_dtype_bytes(kv_dtype_wide(slice->dtype));
+}
+
+/* All rows of a slice from those for which there is state. */
+static void spread(const kv_slice_t *slice, const kv_slot_t *what, const kv_buffer_t *kept,
+                   size_t bytes, char *out)
+{
+    size_t row_bytes = row_bytes_of(slice, what);
+    const int64_t *ids = slice->slots->num_rows > 0 ? slice->slots->indices->data : NULL;
+    memset(out, 0, bytes);
+    for (int64_t i = 0; i < slice->slots->num_rows; i++)
+        memcpy(out + (size_t)ids[i] * row_bytes, (char *)kept->data + (size_t)i * row_bytes,
+               row_bytes);
+}
+
+/* From all rows those that are stored; the others are zero. */
+static kv_status_t gather(const kv_slice_t *slice, const kv_slot_t *what, const char *data,
+                          kv_buffer_t **out)
+{
+    size_t row_bytes = row_bytes_of(slice, what);
+    const int64_t *ids = kv_rowset_ids(&slice->rows);
+    int64_t i = 0, stored = slice->rows.num_rows;
+    KV_TRY(kv_buffer_new((size_t)stored * row_bytes, out));
+    for (int64_t row = 0; row < slice->num_rows; row++, data += row_bytes) {
+        bool zero = true;
+        if (i < stored && ids[i] == row) {
+            memcpy((char *)(*out)->data + (size_t)i++ * row_bytes, data, row_bytes);
+            continue;
+        }
+        for (size_t at = 0; at < row_bytes; at++)
+            zero = zero && data[at] == 0;
+        if (!zero) {
+            kv_buffer_rele(*out);
+            return kv_fail(KV_INVALID, "the state holds a row that the key's value has not");
+        }
+    }
+    return KV_OK;
 }
 
 static kv_status_t find_optimizer_locked(const kv_server_t *server, const kv_request_t *request,
@@ -67,7 +117,10 @@ static kv_status_t read_locked(kv_server_t *server, const kv_slice_t *slice, kv_
         *bytes = (size_t)count * kv_dtype_bytes(kv_dtype_wide(slice->dtype));
         if (kept != NULL && *bytes > 0) {
             KV_TRY(kv_pool_get(server->pool, *bytes, copy));
-            memcpy((*copy)->data, kept->data, *bytes);
+            if (slice->sparse)
+                spread(slice, &what, kept, *bytes, (*copy)->data);
+            else
+                memcpy((*copy)->data, kept->data, *bytes);
         }
     }
     record->t = (uint64_t)slice->step.t;
@@ -126,11 +179,16 @@ static kv_status_t replace_locked(kv_server_t *server, kv_slice_t *slice,
                        "a state of slice %" PRIu32 " has %zu bytes, worker %" PRId32
                        " sets %" PRIu64,
                        record->slice, bytes, request->worker, record->bytes);
-    if (record->bytes != 0) {
+    if (record->bytes != 0 && slice->sparse) {
+        KV_TRY(gather(slice, &what, request->data, &fresh));
+    } else if (record->bytes != 0) {
         KV_TRY(kv_buffer_new(bytes, &fresh));
         memcpy(fresh->data, request->data, bytes);
     }
     kv_status_t status = adopt(slice, known);
+    if (status == KV_OK && slice->sparse)
+        status =
+            kv_slots_fit(&server->host, slice->slots, slice->dtype, slice->row_count, &slice->rows);
     if (status != KV_OK) {
         kv_buffer_rele(fresh);
         return status;
@@ -150,10 +208,7 @@ void kv_slice_state_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t 
 {
     kv_buffer_t *copy = NULL;
     size_t bytes = 0;
-    kv_status_t status = slice->sparse
-                             ? kv_fail(KV_NOT_BUILT, "states of row-sparse keys cannot be read or "
-                                                     "replaced in servers of this version")
-                         : request->header.record.action == KV_WIRE_SET_STATE
+    kv_status_t status = request->header.record.action == KV_WIRE_SET_STATE
                              ? replace_locked(server, slice, request)
                              : read_locked(server, slice, request, &copy, &bytes);
     if (status == KV_OK)

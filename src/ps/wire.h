@@ -44,7 +44,8 @@
  * the slots of the class of `optimizer`, or KV_SLOT_MASTER, or KV_SLOT_NONE for no buffer. Data is
  * in the wide type of `dtype`. An answer to _GET_STATE has no data where there is no such buffer,
  * and in `t` the newest step of the slice, 0: none. _SET_STATE carries the step that becomes the
- * newest; without data the buffer goes, without an optimizer (KV_SLOT_NONE) the whole state.
+ * newest; of a row-sparse slice both have all rows, stored or not, and _SET_STATE has KV_WIRE_ROWS;
+ * without data the buffer goes, without an optimizer (KV_SLOT_NONE) the whole state.
  *
  * An answer repeats `request` and `tag` of what it answers: the worker's own, opaque to the server.
  * `timeout_ms` is how long the worker will wait, 0: for ever; a server answers shortly before, with

@@ -60,11 +60,6 @@ kv_status_t kv_dist_check_key(const kv_entry_t *entry)
     kv_name_format(&entry->name, name, sizeof name);
     if (entry->deleted)
         return kv_fail(KV_NO_KEY, "key %s was deleted before its state came to its turn", name);
-    if (entry->sparse)
-        return kv_fail(KV_NOT_BUILT,
-                       "key %s: states of row-sparse keys cannot be saved or loaded in a dist "
-                       "store yet; use dense keys, or a local store",
-                       name);
     return KV_OK;
 }
 

@@ -342,7 +342,7 @@ static inline kv_state_layout_t kv_state_layout(const kv_entry_t *entry, bool pe
                    : (kv_state_layout_t){wide * (size_t)entry->row_count, entry->ndim};
 }
 
-/* KV_NOT_BUILT for a row-sparse key, KV_NO_KEY for one that is deleted by now. */
+/* KV_NO_KEY for a key that is deleted by now. */
 KV_MUST_CHECK kv_status_t kv_dist_check_key(const kv_entry_t *entry);
 
 /* With the key held: its count and its parts as servers have them, -1 and none if it was not pushed

@@ -319,7 +319,7 @@ static kv_status_t prepare_part(const kv_optimizer_t *optimizer, const kv_state_
     }
     if (*target != NULL)
         return refuse(entry, part, "stands there twice");
-    if (entry->sparse) {
+    if (entry->sparse && entry->remote == NULL) {
         kv_status_t status =
             take_rows(entry, part, kv_state_layout(entry, what.per_row).row_bytes, &buffer);
         if (status != KV_OK) {
