@@ -113,24 +113,42 @@ def waiter(kv, situation):
         tell(kv, call, function)
 
 
-def load(kv, seed):
-    """Rounds of pushes and pulls in a random order that is every worker's, until an error."""
+LOADS = ("plain", "optimizer", "2bit", "2bit optimizer")
+AGAIN = 40  # steps after which the same optimizer is set again
+
+
+def load(kv, argument):
+    """Rounds of pushes and pulls in a random order that is every worker's, until an error.
+
+    All numbers are such that nothing is rounded: halves, which 2-bit codes stand for as they are.
+    With an optimizer they are added up.
+    """
+    seed, _, kind = argument.partition(" ")
     same, size = np.random.default_rng(int(seed)), {}
+    adds, total = "optimizer" in kind, {}
     for i in range(8):
         size[f"k{i}"] = int(same.choice([1, 100, 5000, 300_000, 1_500_000]))
     for key, number in size.items():
         kv.init(key, np.zeros(number, "float32"))
+    if "2bit" in kind:
+        kv.set_gradient_compression({"type": "2bit", "threshold": 0.5})
+    if adds:
+        kv.set_optimizer(kvstore.optimizer.SGD(learning_rate=-1.0))
     say(inside="load")
     with contextlib.suppress(kvstore.PeerLostError):
         for step in range(1 << 30):
             key = f"k{same.integers(8)}"
-            out = np.full(size[key], -1, "float32")
+            number = (step % 3 - 1) / 2 if "2bit" in kind else step % 1000
+            total[key] = number * kv.num_workers + (total.get(key, 0) if adds else 0)
+            value, out = np.full(size[key], number, "float32"), np.full(size[key], -1, "float32")
+            if adds and step % AGAIN == AGAIN - 1:
+                kv.set_optimizer(kvstore.optimizer.SGD(learning_rate=-1.0))
             if same.integers(2):
-                kv.push(key, np.full(size[key], step, "float32"))
+                kv.push(key, value)
                 kv.pull(key, out=out)
             else:
-                kv.pushpull(key, np.full(size[key], step, "float32"), out=out)
-            if not (out == step * kv.num_workers).all():
+                kv.pushpull(key, value, out=out)
+            if not (out == total[key]).all():
                 say(wrong=key, step=step)
                 return
     tell(kv, "load", lambda kv: kv.pull("k0", out=np.empty(size["k0"], "float32")))

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from killing import LATER, WAITS, Processes, until_asleep
+from killing import LATER, LOADS, WAITS, Processes, until_asleep
 
 # Two seconds are meant; the rest is for a loaded machine. What was measured is printed.
 SOON_S = 5.0
@@ -124,7 +124,7 @@ def test_random_kills_under_load_are_told_and_leave_no_wrong_value(make, capsys)
     chance, slowest, victims = random.Random(KILLS), 0.0, {}
     for seed in range(KILLS):
         workers = chance.choice((2, 3))
-        cluster = make([("load", seed)] * workers, 2)
+        cluster = make([("load", f"{seed} {LOADS[seed % len(LOADS)]}")] * workers, 2)
         threading.Event().wait(chance.uniform(0, 0.4))
         victim = chance.choice(list(cluster.all))
         at = cluster.kill(victim)
