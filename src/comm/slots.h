@@ -68,5 +68,10 @@ KV_MUST_CHECK kv_status_t kv_slots_fit(const kv_host_t *host, kv_slots_t *slots,
 KV_MUST_CHECK kv_status_t kv_rows_step(const kv_host_t *host, const kv_step_t *step,
                                        kv_slots_t *slots, const kv_row_sum_t *sum,
                                        kv_rowset_t *rows);
+/* The part of it that can fail: makes room for all rows of the sum, and gives the value as a weight
+ * and where in it they stand, which the caller frees. */
+KV_MUST_CHECK kv_status_t kv_rows_begin(const kv_host_t *host, const kv_step_t *step,
+                                        kv_slots_t *slots, const kv_row_sum_t *sum,
+                                        kv_rowset_t *rows, kv_weight_t *weight, int64_t **where);
 
 #endif

@@ -112,10 +112,10 @@ static kv_status_t insert_rows(const kv_host_t *host, kv_slots_t *slots, const k
     return KV_OK;
 }
 
-kv_status_t kv_rows_step(const kv_host_t *host, const kv_step_t *step, kv_slots_t *slots,
-                         const kv_row_sum_t *sum, kv_rowset_t *rows)
+kv_status_t kv_rows_begin(const kv_host_t *host, const kv_step_t *step, kv_slots_t *slots,
+                          const kv_row_sum_t *sum, kv_rowset_t *rows, kv_weight_t *weight,
+                          int64_t **out)
 {
-    kv_weight_t weight;
     int64_t *where = kv_alloc((size_t)sum->num_rows * sizeof *where);
     KV_TRY_ALLOC(where, "the places of rows");
     kv_status_t status = KV_OK;
@@ -129,10 +129,22 @@ kv_status_t kv_rows_step(const kv_host_t *host, const kv_step_t *step, kv_slots_
         status = kv_slots_fit(host, slots, sum->dtype, sum->row_count, rows);
     if (status == KV_OK)
         status = kv_slots_weight(slots, host, step, sum->dtype, rows->num_rows, sum->row_count,
-                                 kv_rowset_data(rows), &weight);
+                                 kv_rowset_data(rows), weight);
     if (status == KV_OK)
-        kv_host_update_rows(host, step, &weight, sum, where,
-                            kv_optim_is_lazy(step->optim, &step->numbers, true));
-    kv_free(where);
+        *out = where;
+    else
+        kv_free(where);
     return status;
+}
+
+kv_status_t kv_rows_step(const kv_host_t *host, const kv_step_t *step, kv_slots_t *slots,
+                         const kv_row_sum_t *sum, kv_rowset_t *rows)
+{
+    kv_weight_t weight;
+    int64_t *where;
+    KV_TRY(kv_rows_begin(host, step, slots, sum, rows, &weight, &where));
+    kv_host_update_rows(host, step, &weight, sum, where,
+                        kv_optim_is_lazy(step->optim, &step->numbers, true));
+    kv_free(where);
+    return KV_OK;
 }

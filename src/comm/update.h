@@ -64,12 +64,13 @@ int64_t kv_host_update_part(const kv_host_t *host, const kv_step_t *step, const 
 void kv_host_update_rows(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
                          const kv_row_sum_t *sum, const int64_t *where, bool lazy);
 
-/* The same for a dense weight that lies in slices: see kv_host_measure. */
+/* The same for a weight that lies in slices: see kv_host_measure. */
 void kv_host_measure_rows(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
-                          const kv_row_sum_t *sum, bool lazy, kv_norm_sums_t *out);
+                          const kv_row_sum_t *sum, const int64_t *where, bool lazy,
+                          kv_norm_sums_t *out);
 void kv_host_update_rows_part(const kv_host_t *host, const kv_step_t *step,
-                              const kv_weight_t *weight, const kv_row_sum_t *sum, bool lazy,
-                              const kv_norm_sums_t *sums);
+                              const kv_weight_t *weight, const kv_row_sum_t *sum,
+                              const int64_t *where, bool lazy, const kv_norm_sums_t *sums);
 
 /* Without an optimizer: every dst = the sum of the gradients, which have passed through the codec
  * or are decoded, rounded once. Returns how many residuals are not finite. `dst` may be a source

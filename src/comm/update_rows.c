@@ -233,18 +233,19 @@ void kv_host_update_rows(const kv_host_t *host, const kv_step_t *step, const kv_
 }
 
 void kv_host_update_rows_part(const kv_host_t *host, const kv_step_t *step,
-                              const kv_weight_t *weight, const kv_row_sum_t *sum, bool lazy,
-                              const kv_norm_sums_t *sums)
+                              const kv_weight_t *weight, const kv_row_sum_t *sum,
+                              const int64_t *where, bool lazy, const kv_norm_sums_t *sums)
 {
-    update_rows(host, step, weight, sum, NULL, lazy, sums);
+    update_rows(host, step, weight, sum, where, lazy, sums);
 }
 
 void kv_host_measure_rows(const kv_host_t *host, const kv_step_t *step, const kv_weight_t *weight,
-                          const kv_row_sum_t *sum, bool lazy, kv_norm_sums_t *out)
+                          const kv_row_sum_t *sum, const int64_t *where, bool lazy,
+                          kv_norm_sums_t *out)
 {
     rows_source_t anywhere;
     kv_update_t update;
-    unsigned how = rows_init(&anywhere, host, weight, sum, NULL, lazy);
+    unsigned how = rows_init(&anywhere, host, weight, sum, where, lazy);
     kv_update_prepare(&update, host, step, weight, &anywhere.base, how);
     kv_update_measure_apart(&update, out);
 }

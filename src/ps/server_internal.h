@@ -118,7 +118,7 @@ struct kv_slice {
     kv_phase_t phase;
     kv_norm_sums_t sums;       /* of its own; KV_PHASE_ENDS: of all slices */
     kv_buffer_t *made;         /* the next version; may be `stored`, which nobody may read then */
-    kv_rowset_t made_rows;     /* the same of a row-sparse slice, unless a step changes `rows` */
+    kv_rowset_t made_rows;     /* the same of a row-sparse slice; empty: `rows` is changed itself */
     kv_row_round_t *row_round; /* of a round of rows, between its phases */
     bool ran;                  /* the engine has run what it was given */
     kv_error_t *failure;       /* what became of it in the engine, or on another slice */

@@ -107,11 +107,6 @@ static kv_status_t check_step(const kv_slice_t *slice, const kv_step_t *step,
                        "the optimizer %s needs norms of the whole value, and worker %" PRId32
                        " pushed without it; call set_optimizer there, too",
                        title, push->worker);
-    if (slice->phase == KV_PHASE_MEASURES && slice->sparse && kv_step_needs_norms(step))
-        return kv_fail(KV_NOT_BUILT,
-                       "the optimizer %s needs norms of the whole value, and this value is "
-                       "row-sparse and cut into slices: not in servers of this version",
-                       title);
     if (num_slots > 0 && slots[0].per_row && slice->bytes > 0 && cut && !slice->sparse)
         return kv_fail(KV_NOT_BUILT,
                        "the optimizer %s keeps a number for each row, and rows of this value are "

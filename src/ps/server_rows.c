@@ -172,13 +172,40 @@ typedef struct pushed {
 
 struct kv_row_round {
     kv_row_sum_t sum;
+    kv_weight_t weight; /* of a row-sparse slice, between two halves of a round … */
+    int64_t *where;     /* … and where the sum's rows are in it */
     pushed_t pushed[];
 };
 
-static kv_status_t run_sum(kv_slice_t *slice, const kv_host_t *host, const kv_row_sum_t *sum)
+/* A step of a row-sparse slice. In a round of two halves the first does all that can fail, and new
+ * rows lie apart until both are over. */
+static kv_status_t step_rows(kv_slice_t *slice, const kv_host_t *host, kv_row_round_t *round)
 {
+    const kv_step_t *step = &slice->step;
+    const kv_row_sum_t *sum = &round->sum;
+    bool lazy = kv_optim_is_lazy(step->optim, &step->numbers, true);
+    if (slice->phase == KV_PHASE_WHOLE)
+        return kv_rows_step(host, step, slice->slots, sum, &slice->rows);
+    if (slice->phase == KV_PHASE_ENDS) {
+        kv_host_update_rows_part(host, step, &round->weight, sum, round->where, lazy, &slice->sums);
+        return KV_OK;
+    }
+    slice->made_rows = slice->rows;
+    if (slice->rows.indices != NULL)
+        kv_buffer_hold(slice->rows.indices);
+    if (slice->rows.data != NULL)
+        kv_buffer_hold(slice->rows.data);
+    KV_TRY(kv_rows_begin(host, step, slice->slots, sum, &slice->made_rows, &round->weight,
+                         &round->where));
+    kv_host_measure_rows(host, step, &round->weight, sum, round->where, lazy, &slice->sums);
+    return KV_OK;
+}
+
+static kv_status_t run_sum(kv_slice_t *slice, const kv_host_t *host, kv_row_round_t *round)
+{
+    const kv_row_sum_t *sum = &round->sum;
     if (slice->sparse && slice->steps)
-        return kv_rows_step(host, &slice->step, slice->slots, sum, &slice->rows);
+        return step_rows(slice, host, round);
     if (slice->sparse) {
         KV_TRY(kv_rowset_make(&slice->made_rows, sum->num_rows, sum->row_bytes));
         if (sum->num_rows > 0)
@@ -201,9 +228,9 @@ static kv_status_t run_sum(kv_slice_t *slice, const kv_host_t *host, const kv_ro
     KV_TRY(kv_slots_weight(slice->slots, host, &slice->step, slice->dtype, num_rows, sum->row_count,
                            measures ? slice->stored->data : made, &weight));
     if (measures)
-        kv_host_measure_rows(host, &slice->step, &weight, sum, lazy, &slice->sums);
+        kv_host_measure_rows(host, &slice->step, &weight, sum, NULL, lazy, &slice->sums);
     else if (slice->phase == KV_PHASE_ENDS)
-        kv_host_update_rows_part(host, &slice->step, &weight, sum, lazy, &slice->sums);
+        kv_host_update_rows_part(host, &slice->step, &weight, sum, NULL, lazy, &slice->sums);
     else
         kv_host_update_rows(host, &slice->step, &weight, sum, NULL, lazy);
     return KV_OK;
@@ -258,6 +285,7 @@ void kv_row_round_free(kv_row_round_t *round)
     if (round == NULL)
         return;
     kv_row_sum_fini(&round->sum);
+    kv_free(round->where);
     kv_free(round);
 }
 
@@ -266,7 +294,7 @@ kv_status_t kv_round_run_rows(kv_slice_t *slice, const kv_host_t *host)
     kv_row_round_t *round = slice->row_round;
     if (round == NULL)
         KV_TRY(row_round_new(slice, host, &round));
-    kv_status_t status = run_sum(slice, host, &round->sum);
+    kv_status_t status = run_sum(slice, host, round);
     bool keeps = status == KV_OK && slice->phase == KV_PHASE_MEASURES;
     slice->row_round = keeps ? round : NULL;
     if (!keeps)

@@ -77,6 +77,7 @@ void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *er
         kv_rowset_fini(&slice->rows);
     }
     kv_buffer_rele(slice->made);
+    kv_rowset_fini(&slice->made_rows);
     kv_row_round_free(slice->row_round);
     kv_error_rele(slice->failure);
     kv_slots_rele(slice->slots);
@@ -261,7 +262,7 @@ static void publish_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *e
     KV_REQUIRES(server->mutex)
 {
     if (slice->sparse) {
-        if (error == NULL && !slice->steps) {
+        if (error == NULL && (!slice->steps || slice->made_rows.indices != NULL)) {
             kv_rowset_fini(&slice->rows);
             slice->rows = slice->made_rows;
         } else {

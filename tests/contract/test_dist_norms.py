@@ -160,19 +160,6 @@ def test_of_row_sparse_gradients_too(size, made):
     assert worst <= BOUND
 
 
-def test_of_row_sparse_values_in_slices_not_yet():
-    with Cluster(1, 2) as cluster:
-        kv = cluster.store(0)
-        kv.set_optimizer(CASES["lamb"]())
-        data = randoms((5_000, 100), np.float32, 1)
-        rows = kvstore.RowSparse(data, np.arange(5_000), data.shape)
-        kv.init("w", rows)
-        with pytest.raises(kvstore.NotBuiltError, match="row-sparse and cut into slices"):
-            kv.push("w", rows)
-            kv.pull("w")
-            kvstore.wait_all()
-
-
 # -------------------------------------------------------------------------------- asynchronous
 
 

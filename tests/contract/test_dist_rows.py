@@ -1,6 +1,8 @@
 """Row-sparse values in dist stores: a cluster does what one process does that is given the values
 of all workers, and only the rows that are meant travel."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from helpers import Worker, has_rows, pulled, same, sparse
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from inside import Cluster, each
 
 import kvstore
-from kvstore import optimizer
+from kvstore import _core, optimizer
 
 # Of one slice, of rows of one element, of rows of none, of a slice on each server (at least).
 SHAPES = [(6, 2), (7, 1), (5, 0, 3), (40_000, 2), (0, 4)]
@@ -20,6 +22,15 @@ WIDE = (100_000, 64)
 def pair():
     with Cluster(2, 2) as cluster:
         yield cluster.all_stores(timeout=5)
+
+
+def forget():
+    """Takes the errors away that nobody has been told of."""
+    while True:
+        try:
+            return kvstore.wait_all()
+        except (MemoryError, kvstore.KVStoreError):
+            pass
 
 
 def rows_of(array):
@@ -417,9 +428,67 @@ def test_faults_of_the_wire_end_every_call_with_the_right_rows_or_a_typed_error(
     with cluster:
         errors = cluster.run(work)
         assert seed % 4 or errors == [None, None]
-    while True:
-        try:
-            kvstore.wait_all()
-        except kvstore.KVStoreError:
-            continue
-        break
+    forget()
+
+
+LAYERED = {
+    "lars": lambda: optimizer.LARS(learning_rate=0.5, momentum=0.5, wd=0.25),
+    "lars, not lazy": lambda: optimizer.LARS(learning_rate=0.5, momentum=0.5, lazy_update=False),
+    "lamb": lambda: optimizer.LAMB(learning_rate=0.25, wd=0.125),
+    "lbsgd": lambda: optimizer.LBSGD(learning_rate=0.5, momentum=0.5, warmup_strategy="lars"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERED)
+@pytest.mark.parametrize("kind", ["dist_sync", "dist_async"])
+def test_norms_of_a_row_sparse_value_are_those_of_all_its_slices(name, kind):
+    shape, workers = (40_000, 3), 1 if kind == "dist_async" else 2
+    rng = np.random.default_rng(4)
+    values = [[some_rows(rng, shape, "float64") for _ in range(workers)] for _ in range(6)]
+    first = some_rows(rng, shape, "float64")
+
+    def work(kv):
+        found = []
+        kv.init("s", first)
+        kv.set_optimizer(LAYERED[name]())
+        for step in values:
+            kv.push("s", step if kv.type == "local" else step[kv.rank])
+            found.append(kv.pull("s"))
+        return found
+
+    with kvstore.create("local") as one:
+        right = work(one)
+    with Cluster(workers, 3, kind=kind) as cluster:
+        for found in cluster.run(work):
+            for value, due in zip(found, right, strict=True):
+                assert same(value.indices, due.indices)
+                np.testing.assert_allclose(value.data, due.data, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_without_memory_all_slices_take_the_rows_of_a_round_or_none_does(seed):
+    shape, failed, seen = (40_000, 2), 0, set()
+    ids = np.arange(0, shape[0], 1000)
+    rows = kvstore.RowSparse(np.ones((ids.size, 2), "float32"), ids, shape)
+    for nth in range(seed, 80, 4):
+        with Cluster(1, 2) as cluster:
+            kv = cluster.store(timeout=10)
+            kv.set_optimizer(LAYERED["lamb"]())
+            kv.init("s", kvstore.RowSparse.zeros(shape, "float32"))
+            kv.push("s", rows)
+            before = pulled(kv, "s")[ids[0], 0]
+            _core.fault_set("alloc", nth + 1)
+            try:
+                kv.push("s", rows)
+                kv.pull("s").wait_to_read()
+            except (MemoryError, kvstore.PeerLostError):
+                failed += 1
+            finally:
+                _core.fault_set("alloc", 0)
+            forget()
+            with contextlib.suppress(kvstore.PeerLostError):
+                value = pulled(kv, "s")[ids]
+                assert (value == value[0, 0]).all()
+                seen.add(float(value[0, 0]) == float(before))
+    assert failed > 0
+    assert False in seen
