@@ -10,6 +10,7 @@ from inside import Cluster
 
 import kvstore
 from kvstore import _core
+from kvstore.cluster import entry
 
 # Set by the sanitizers' runs: PyTorch is much code that no sanitizer has seen.
 if os.environ.get("KVSTORE_TESTS_WITHOUT_TORCH"):
@@ -39,6 +40,17 @@ QUIET_S = 5.0  # how long a worker thread may take to drop the last reference of
 def pytest_report_header():
     info = _core.build_info()
     return f"kvstore {kvstore.__version__}: {info['flavour']} build, {_core.__file__}"
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked `ucx` are left out where stores of a dist kind cannot be made."""
+    try:
+        entry.check_ucx()
+    except kvstore.NotBuiltError as error:
+        skip = pytest.mark.skip(reason=str(error))
+        for item in items:
+            if item.get_closest_marker("ucx"):
+                item.add_marker(skip)
 
 
 def forget_modules():

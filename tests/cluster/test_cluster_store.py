@@ -13,6 +13,8 @@ from launching import KVRUN, LONG, Marked, read_until
 import kvstore
 from kvstore import optimizer
 
+pytestmark = pytest.mark.ucx
+
 HERE = Path(__file__).parent
 SIZES = [(1, 1), (2, 1), (2, 2), (4, 2)]
 

@@ -12,6 +12,8 @@ import kvstore
 from kvstore import _core, base
 from kvstore.cluster import member
 
+pytestmark = pytest.mark.ucx
+
 
 class FakeStore:
     """What the core is given for a dist kind; for a local one it is the core's own class."""

@@ -8,6 +8,8 @@ import pytest
 from kvstore.demo import __main__ as command
 from kvstore.demo import cluster, digits, scenes, words, words_cluster
 
+pytestmark = pytest.mark.ucx
+
 EPOCHS = 3
 
 

@@ -19,6 +19,8 @@ from helpers import same
 from launching import KVRUN, LONG, Marked, read_until
 from placing import NAMES, by_hand, free_address, mpich, open_mpi, slurm, torchrun, variables
 
+pytestmark = pytest.mark.ucx
+
 HERE = Path(__file__).parent
 
 BEGIN = """

@@ -8,6 +8,8 @@ import pytest
 from fakes import LONG, until
 from killing import Processes
 
+pytestmark = pytest.mark.ucx
+
 SOON_S, HASTY_S = 2.0, 2.0
 A, B = "worker 0", "worker 1"
 SERVERS = ("server 0", "server 1")

@@ -9,6 +9,8 @@ import time
 import pytest
 from killing import LATER, LOADS, WAITS, Processes, until_asleep
 
+pytestmark = pytest.mark.ucx
+
 # Two seconds are meant; the rest is for a loaded machine. What was measured is printed.
 SOON_S = 5.0
 PULL = "kv.pull('w', out=np.empty(4, 'float32'))"

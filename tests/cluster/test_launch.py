@@ -12,6 +12,8 @@ from launching import KVRUN, LONG, Marked, read_until, until
 
 from kvstore.cluster import launch
 
+pytestmark = pytest.mark.ucx
+
 # A worker that joins the cluster and leaves it again, with a data plane that moves nothing.
 MEMBER = """
 from kvstore.cluster import member, settings

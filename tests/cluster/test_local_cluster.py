@@ -19,6 +19,8 @@ import kvstore
 from kvstore import LocalCluster
 from kvstore.cluster import run as runs
 
+pytestmark = pytest.mark.ucx
+
 HERE = Path(__file__).parent
 
 

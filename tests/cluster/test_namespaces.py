@@ -7,6 +7,8 @@ import subprocess
 import pytest
 from fakes import LONG, Child
 
+pytestmark = pytest.mark.ucx
+
 NEAR, FAR = "near", "far"  # scheduler and server; workers
 ADDRESSES = {4: {NEAR: "10.77.0.1", FAR: "10.77.0.2"}, 6: {NEAR: "fd77::1", FAR: "fd77::2"}}
 ANY = {4: "0.0.0.0", 6: "::"}

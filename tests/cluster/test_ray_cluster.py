@@ -183,6 +183,7 @@ def push_for_ever(go):
 
 
 @needs_ray
+@pytest.mark.ucx
 def test_it_gives_the_values_of_a_local_store_in_one_session_after_the_other(shared):
     expected = store_program.alone(2)
     assert repr(shared) == "<kvstore.RayCluster: 2 workers, 2 servers, ready>"
@@ -197,6 +198,7 @@ def test_it_gives_the_values_of_a_local_store_in_one_session_after_the_other(sha
 
 
 @needs_ray
+@pytest.mark.ucx
 def test_results_come_by_rank_from_the_main_threads(shared):
     factor = 10
 
@@ -211,6 +213,7 @@ def test_results_come_by_rank_from_the_main_threads(shared):
 
 
 @needs_ray
+@pytest.mark.ucx
 def test_a_store_that_a_run_has_kept_is_there_in_the_next(shared):
     def keep():
         sys.kept = kvstore.create("dist_sync")
@@ -226,6 +229,7 @@ def test_a_store_that_a_run_has_kept_is_there_in_the_next(shared):
 
 
 @needs_ray
+@pytest.mark.ucx
 def test_an_exception_is_raised_here_with_its_rank(shared):
     def fail_in_one():
         if rank() == 1:
@@ -242,6 +246,7 @@ def test_an_exception_is_raised_here_with_its_rank(shared):
 
 
 @needs_ray
+@pytest.mark.ucx
 def test_signals_do_not_end_what_serves(shared):
     for pid in pids(shared):
         os.kill(pid, signal.SIGINT)
@@ -249,6 +254,7 @@ def test_signals_do_not_end_what_serves(shared):
 
 
 @needs_ray
+@pytest.mark.ucx
 def test_the_nodes_are_spread_and_the_token_is_in_no_file(shared, nodes):
     import ray
     from ray.util import placement_group_table
@@ -266,6 +272,7 @@ def test_the_nodes_are_spread_and_the_token_is_in_no_file(shared, nodes):
 
 
 @needs_ray
+@pytest.mark.ucx
 def test_this_process_joins_as_rank_0(make):
     cluster = make(2, 1, join=True, controller=store_program.controller)
     assert cluster.run(rank) == [1]
@@ -277,6 +284,7 @@ def test_this_process_joins_as_rank_0(make):
 
 
 @needs_ray
+@pytest.mark.ucx
 def test_too_few_resources_are_told_before_anything_is_asked_for(make):
     with pytest.raises(
         kvstore.InvalidArgumentError,
@@ -286,6 +294,7 @@ def test_too_few_resources_are_told_before_anything_is_asked_for(make):
 
 
 @needs_ray
+@pytest.mark.ucx
 def test_resources_that_others_hold_are_waited_for_until_the_deadline(make):
     make(1, 1, resources_per_worker={"rare": 1})
     with pytest.raises(
@@ -295,6 +304,7 @@ def test_resources_that_others_hold_are_waited_for_until_the_deadline(make):
 
 
 @needs_ray
+@pytest.mark.ucx
 def test_an_error_in_the_block_ends_the_cluster_at_once(make):
     with pytest.raises(KeyError), make(1, 1) as cluster:
         run = cluster.submit(signal.pause)
@@ -306,6 +316,7 @@ def test_an_error_in_the_block_ends_the_cluster_at_once(make):
 
 
 @needs_ray
+@pytest.mark.ucx
 def test_ctrl_c_ends_the_run_and_the_cluster_but_not_this_process(make):
     cluster = make(2, 1)
 
@@ -322,6 +333,7 @@ def test_ctrl_c_ends_the_run_and_the_cluster_but_not_this_process(make):
 
 
 @needs_ray
+@pytest.mark.ucx
 def test_a_run_that_fails_in_one_worker_does_not_wait_for_ever_for_the_others(make, monkeypatch):
     cluster = make(2, 1)
     monkeypatch.setattr(runs, "FAILED_S", 0.1)
@@ -337,6 +349,7 @@ def test_a_run_that_fails_in_one_worker_does_not_wait_for_ever_for_the_others(ma
 
 
 @needs_ray
+@pytest.mark.ucx
 @pytest.mark.parametrize("which", ["worker 1", "server 0", "scheduler"])
 def test_an_actor_that_dies_under_work_ends_the_run(make, which, tmp_path):
     cluster = make(2, 1)
@@ -349,6 +362,7 @@ def test_an_actor_that_dies_under_work_ends_the_run(make, which, tmp_path):
 
 
 @needs_ray
+@pytest.mark.ucx
 @pytest.mark.parametrize("which", ["worker 0", "server 0", "scheduler"])
 def test_an_actor_that_dies_when_nothing_runs_is_missed_by_the_next_run(make, which):
     cluster = make(1, 1)
@@ -359,6 +373,7 @@ def test_an_actor_that_dies_when_nothing_runs_is_missed_by_the_next_run(make, wh
 
 
 @needs_ray
+@pytest.mark.ucx
 @pytest.mark.parametrize(
     ("on_it", "who"),
     [("resources_per_server", "server 0|scheduler"), ("resources_per_worker", "worker 0")],
@@ -397,6 +412,7 @@ assert made.why_ended and not made.thread.is_alive()
 
 
 @needs_ray
+@pytest.mark.ucx
 @pytest.mark.parametrize(
     ("then", "status"),
     [
@@ -421,6 +437,7 @@ def test_a_script_leaves_nothing_however_it_ends(nodes, make, then, status):
 
 
 @needs_ray
+@pytest.mark.ucx
 def test_the_program_of_the_readme_runs(nodes, make):
     section = README.read_text(encoding="utf-8").partition("\n## On Ray\n")[2]
     (program,) = re.findall(r"^```py\n(.*?)^```$", section.partition("\n## ")[0], re.M | re.S)

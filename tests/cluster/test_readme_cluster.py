@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from launching import KVRUN, Marked
 
+pytestmark = pytest.mark.ucx
+
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SECTION = re.search(r"^## Several processes\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
 PROGRAMS = re.findall(r"^```py\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL)

@@ -73,6 +73,7 @@ def assert_sum(done, size):
 
 
 @pytest.mark.parametrize("line", ON_ONE_HOST.splitlines(), ids=lambda line: line.split()[0])
+@pytest.mark.ucx
 def test_the_program_runs_on_one_host(marked, tmp_path, line):
     program, *words = line.partition("#")[0].split()
     if program == "kvrun":
@@ -89,6 +90,7 @@ def test_the_program_runs_on_one_host(marked, tmp_path, line):
     assert_sum(marked.run(*command, cwd=tmp_path), 2)
 
 
+@pytest.mark.ucx
 def test_the_batch_script_runs_with_what_it_asks_for(marked, tmp_path):
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\d+)$", SBATCH, re.MULTILINE))
     assert SBATCH.startswith("#!/bin/bash\n#SBATCH ")
@@ -179,6 +181,7 @@ def test_the_parts_of_the_manifest_refer_to_each_other(manifest):
     assert container["command"] == ["python", "job.py"]
 
 
+@pytest.mark.ucx
 def test_the_variables_of_the_manifest_make_a_cluster(manifest, marked, tmp_path):
     """With what Kubernetes puts in for references, and pod 0 on this machine."""
     job = manifest["Job"]["spec"]

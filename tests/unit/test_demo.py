@@ -383,6 +383,7 @@ NEIGHBOURS = {
 }
 
 
+@pytest.mark.ucx
 @pytest.mark.parametrize("scene", command.SCENES)
 def test_a_scene_may_be_shown_alone(scene, monkeypatch):
     shown = []
