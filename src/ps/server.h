@@ -7,6 +7,8 @@
  * slice. What is being sent out is never written: a version is a buffer of its own. With one worker
  * the received buffer becomes the version.
  *
+ * Servers talk to each other only for steps that take norms of a whole value (server_norms.c).
+ *
  * Answers to one worker that come from one message are sent together, in the priority of their
  * requests.
  */

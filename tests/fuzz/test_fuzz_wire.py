@@ -22,6 +22,7 @@ FLAGS = (
 def test_any_bytes_are_read_as_a_message_or_refused(tmp_path):
     program = tmp_path / "fuzz_wire"
     sources = ["tests/fuzz/fuzz_wire.c", "src/ps/wire.c", *sorted((ROOT / "src/base").glob("*.c"))]
+    sources += [f"src/{name}.c" for name in ("array/dtype", "compress/codec", "optim/step")]
     subprocess.run(["clang", *FLAGS, *map(str, sources), "-o", str(program)], cwd=ROOT, check=True)
     length = f"-max_total_time={SECONDS}" if SECONDS > 0 else "-runs=50000"
     done = subprocess.run(
