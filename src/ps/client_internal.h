@@ -3,6 +3,7 @@
  *   client.c         the client, the start and the end of calls, their order
  *   client_build.c   a call taken apart into operations on slices, and these put into messages
  *   client_rows.c    rows on their way out and in
+ *   client_codes.c   compressed values
  *   client_answer.c  what servers send
  *
  * A call's work is built before the lock is taken: all of its memory is there before the first
@@ -161,6 +162,9 @@ static inline bool kv_op_finds(const kv_slice_op_t *op)
     const kv_client_call_t *call = op->work->call;
     return call->verb == KV_CLIENT_MOVE && op->action != 0 && call->parts[op->part].found != NULL;
 }
+
+/* client_codes.c: from one slice's codes to the next one's. */
+size_t kv_remote_coded_stride(const kv_remote_t *remote, kv_codec_type_t codec);
 
 /* client.c */
 void kv_client_message_done(kv_net_message_t *message, kv_status_t status);
