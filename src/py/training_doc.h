@@ -197,8 +197,7 @@
     "\n"                                                                                           \
     "In a dist store any one worker may call, between two barriers, or all of them; it may have "  \
     "another number\n"                                                                             \
-    "of servers and workers than the one that wrote the file. States of row-sparse keys are not "  \
-    "in this version there.\n"                                                                     \
+    "of servers and workers than the one that wrote the file.\n"                                   \
     "\n"                                                                                           \
     "Parameters\n"                                                                                 \
     "----------\n"                                                                                 \

@@ -408,20 +408,6 @@ def test_an_optimizer_in_python_is_refused(path):
         assert stores[0].optimizer == Adam(lr=0.1)
 
 
-def test_row_sparse_keys_are_refused(file_of, tmp_path):
-    path = file_of(ADAM)
-    rows = kvstore.RowSparse(np.ones((1, 3), "float32"), [1], (4, 3))
-    with place(ADAM, ADAM.first(), (2, 2)) as stores:
-        each(stores, lambda kv: kv.init("rows", rows))
-        for call in (
-            lambda: stores[1].save_optimizer_states(tmp_path / "other"),
-            lambda: stores[1].load_optimizer_states(path),
-        ):
-            with refused("key 'rows'.*row-sparse", kvstore.NotBuiltError):
-                call()
-        assert not (tmp_path / "other").exists()
-
-
 def test_keys_of_integers_have_no_state(path):
     with place(ADAM, ADAM.first(), (2, 2)) as stores:
         each(stores, lambda kv: kv.init("count", np.arange(4)))

@@ -525,6 +525,7 @@ def test_dense_outs_of_a_row_sparse_key_may_have_any_layout(sd, layout):
     assert (base[:, 1::2] == 7).all()
 
 
+@pytest.mark.one_process  # elsewhere messages may still have some
 def test_memory_of_rows_goes_with_the_key(kv):
     def live():
         kvstore.wait_all()
