@@ -492,3 +492,43 @@ def test_without_memory_all_slices_take_the_rows_of_a_round_or_none_does(seed):
                 seen.add(float(value[0, 0]) == float(before))
     assert failed > 0
     assert False in seen
+
+
+CUT = (2, 100_003)
+MANY_CALLS = {
+    "push": lambda kv: kv.push("s", [sparse({0: 1}), sparse({1: 1})]),
+    "pull": lambda kv: kv.pull("s", out=[sparse({}), sparse({})], ignore_sparse=False),
+    "pull dense": lambda kv: pulled(kv, "s"),
+    "pushpull": lambda kv: kv.pushpull("d", sparse({2: 1}), out=[sparse({}), np.zeros((6, 2))]),
+    "row_sparse_pull": lambda kv: kv.row_sparse_pull(
+        "d", out=[sparse({}), sparse({})], row_ids=[np.array([1]), np.array([1, 2])]
+    ),
+    "cut": lambda kv: kv.pushpull(
+        "cut", sparse({1: 1}, CUT, "float32"), out=sparse({}, CUT, "float32")
+    ),
+    "cut, by row": lambda kv: kv.row_sparse_pull("cut", row_ids=np.array([1])),
+    "init": lambda kv: kv.init("new", sparse({1: 1})),
+}
+
+
+@pytest.mark.parametrize("call", MANY_CALLS)
+def test_every_allocation_of_a_call_may_fail(call):
+    nth, failed = 0, 0
+    while True:
+        nth += 1
+        with Cluster(1, 2) as cluster:
+            kv = cluster.store(timeout=10)
+            kv.init("s", sparse({1: 1}))
+            kv.init("d", np.ones((6, 2)))
+            kv.init("cut", np.zeros(CUT, "float32"))
+            _core.fault_set("alloc", nth)
+            try:
+                MANY_CALLS[call](kv)
+                kvstore.wait_all()
+            except (MemoryError, kvstore.PeerLostError, kvstore.TimeoutError):
+                failed += 1
+            passed = _core.fault_set("alloc", 0)
+            forget()
+        if passed < nth:
+            break
+    assert failed > 3
