@@ -269,6 +269,32 @@ def test_pushes_under_way_keep_the_step_that_they_were_counted_with():
         assert pulled(second, "w").tolist() == pulled(local, "w").tolist()
 
 
+@pytest.mark.parametrize("size", [3, 200_000])
+def test_a_push_under_way_is_of_the_training_in_which_it_was_made(size):
+    """Rank 0 comes back to an equal optimizer before its last push of the first one is applied."""
+    one = np.ones(size, np.float32)
+    with Cluster(2, 2) as cluster, kvstore.create("local") as local:
+        first, second = cluster.all_stores()
+        each([first, second, local], lambda kv: kv.init("w", 0 * one))
+        for kv in (first, local):
+            kv.set_optimizer(optimizer.SGD(learning_rate=1.0, momentum=0.5))
+        for kv in (first, second):
+            kv.push("w", one)
+        local.push("w", [one, one])
+        assert same(pulled(first, "w"), pulled(local, "w"))
+        first.push("w", one)
+        local.push("w", [one, one])
+        for kv in (first, local):
+            kv.set_optimizer(optimizer.NAG())
+            kv.set_optimizer(optimizer.SGD(learning_rate=1.0, momentum=0.5))
+        first.push("w", one)
+        local.push("w", [one, one])
+        for _ in range(2):
+            second.push("w", one)
+        assert same(pulled(second, "w"), pulled(local, "w"))
+        assert same(pulled(first, "w"), pulled(local, "w"))
+
+
 def test_value_lists_of_each_worker_are_summed_before():
     rounds = [[(1.0, 2.0), (0.5,)], [(4.0,), (0.25, 0.25, 8.0)]]
     with Cluster(2, 2) as cluster, kvstore.create("local") as local:
