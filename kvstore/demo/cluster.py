@@ -11,9 +11,9 @@ workers the synchronous training ends with the same bits as that by threads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -33,6 +33,9 @@ from kvstore.demo.digits import (
     first_weights,
     gradients,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SAME = digits.WAYS[1]  # what the first way does, by threads
 WAYS = (
@@ -140,27 +143,40 @@ def _end() -> None:
     _here.pop().kv.close()
 
 
-class Training:
-    """The cluster, seen from the process that has started it. Use it in a `with` statement."""
+class Processes:
+    """A cluster whose workers keep something between its runs. Use it in a `with` statement.
 
-    def __init__(self, images: Images, workers: int = 4, seed: int = 0, way: Way = WAYS[0]) -> None:
-        self.images = images
+    `begin(*arguments)` makes that in each worker, and `end()` ends it.
+    """
+
+    def __init__(
+        self, workers: int, begin: Callable[..., None], end: Callable[[], None], *arguments: object
+    ) -> None:
         self.cluster = kvstore.LocalCluster(workers, SERVERS, timeout=TIMEOUT_S)
+        self._end = end
         try:
-            self.cluster.run(_begin, images, seed, way)
+            self.cluster.run(begin, *arguments)
         except BaseException:
             self.cluster.close()
             raise
 
-    def __enter__(self) -> Training:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         try:
             if kind is None:
-                self.cluster.run(_end)
+                self.cluster.run(self._end)
         finally:
             self.cluster.__exit__(kind, *rest)
+
+
+class Training(Processes):
+    """The cluster, seen from the process that has started it."""
+
+    def __init__(self, images: Images, workers: int = 4, seed: int = 0, way: Way = WAYS[0]) -> None:
+        self.images = images
+        super().__init__(workers, _begin, _end, images, seed, way)
 
     def epoch(self) -> list[Step]:
         """The steps; their times are the mean of the workers'."""

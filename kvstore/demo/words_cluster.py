@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import kvstore
-from kvstore.demo.cluster import SERVERS, TIMEOUT_S, Wire, counted
+from kvstore.demo.cluster import Processes, Wire, counted
 from kvstore.demo.words import Step, Text, Training
 
 KIND = "dist_sync"
@@ -41,26 +40,11 @@ def _end() -> None:
     _here.pop().__exit__()
 
 
-class Cluster:
-    """The cluster, seen from the process that has started it. Use it in a `with` statement."""
+class Cluster(Processes):
+    """The cluster, seen from the process that has started it."""
 
     def __init__(self, text: Text, workers: int = 4, seed: int = 0) -> None:
-        self.cluster = kvstore.LocalCluster(workers, SERVERS, timeout=TIMEOUT_S)
-        try:
-            self.cluster.run(_begin, text, seed)
-        except BaseException:
-            self.cluster.close()
-            raise
-
-    def __enter__(self) -> Cluster:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        try:
-            if kind is None:
-                self.cluster.run(_end)
-        finally:
-            self.cluster.__exit__(kind, *rest)
+        super().__init__(workers, _begin, _end, text, seed)
 
     def epoch(self) -> list[Epoch]:
         """One of each worker."""
