@@ -22,6 +22,8 @@
 
 typedef struct kv_server kv_server_t;
 
+enum { KV_KNOWN_OPTIMIZERS = 4096 };
+
 typedef struct kv_server_config {
     kv_engine_t *engine; /* borrowed */
     kv_host_t host;
@@ -35,9 +37,9 @@ void kv_server_attach(kv_server_t *server, kv_net_t *net); /* borrowed */
 
 /* Makes an optimizer known by the number that pushes name it with: the same on all servers, never
  * 0. The newest is what pushes get that name none but must have one (dist_async). A number that is
- * known becomes the newest. What a slice has kept for an earlier `training`, or another class,
- * begins anew with the first push that names this one. KV_INVALID for numbers that are none of the
- * class.
+ * known becomes the newest; of more than KV_KNOWN_OPTIMIZERS the oldest is forgotten. What a slice
+ * has kept for an earlier `training`, or another class, begins anew with the first push that names
+ * this one. KV_INVALID for numbers that are none of the class.
  */
 KV_MUST_CHECK kv_status_t kv_server_add_optimizer(kv_server_t *server, uint64_t number,
                                                   int64_t training, const kv_optim_class_t *optim,

@@ -31,8 +31,12 @@ kv_status_t kv_server_add_optimizer(kv_server_t *server, uint64_t number, int64_
         .number = number, .training = training, .optim = optim, .numbers = *numbers};
     kv_mutex_lock(&server->mutex);
     kv_known_optimizer_t **link = &server->optimizers, *earlier;
-    while ((earlier = *link) != NULL && earlier->number != number)
+    for (int kept = 1; kept < KV_KNOWN_OPTIMIZERS && (earlier = *link) != NULL; kept++) {
+        if (earlier->number == number)
+            break;
         link = &earlier->next;
+    }
+    earlier = *link; /* the same one, or the oldest */
     if (earlier != NULL)
         *link = earlier->next;
     added->next = server->optimizers;

@@ -145,6 +145,27 @@ static void numbers_that_are_none_of_the_class_are_refused(void)
     cluster_end(cluster);
 }
 
+static void the_oldest_of_too_many_is_forgotten(void)
+{
+    cluster_t *cluster = cluster_start((plan_t){.num_workers = 1});
+    for (uint64_t number = 1; number <= KV_KNOWN_OPTIMIZERS + 1; number++) {
+        add(cluster, number, "sgd", 0);
+        add(cluster, 2, "sgd", 0); /* is asked for again and again */
+    }
+    init(cluster, 1, 0, 4, 0);
+    push(cluster, 0, with_step(floats(KV_WIRE_PUSHPULL, 2, 0, 0, 4), 1, 1, 1), 3);
+    check_failed(cluster, 0, 2, KV_INVALID,
+                 "worker 0 pushed with an optimizer that server 0 has not got");
+    for (uint64_t number = 2; number <= KV_KNOWN_OPTIMIZERS + 1; number += 1024) {
+        uint64_t round = (number - 2) / 1024 + 1;
+        push(cluster, 0,
+             with_step(floats(KV_WIRE_PUSHPULL, 2 + round, 0, round, 4), number, 1, (int64_t)round),
+             1);
+        check_floats(await(cluster, 0, 2 + round), 4, -(float)round);
+    }
+    cluster_end(cluster);
+}
+
 /* ---------------------------------------------------------------------------------- dist_async */
 
 static void an_async_server_applies_each_push_in_its_workers_order(void)
@@ -327,6 +348,7 @@ static const test_t tests[] = {
     TEST(state_is_of_one_training),
     TEST(steps_that_cannot_be_taken_fail_their_round),
     TEST(numbers_that_are_none_of_the_class_are_refused),
+    TEST(the_oldest_of_too_many_is_forgotten),
     TEST(an_async_server_applies_each_push_in_its_workers_order),
     TEST(without_any_step_an_optimizer_begins_with_its_own_rate),
     TEST(what_is_being_sent_is_never_written),
