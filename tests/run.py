@@ -293,7 +293,12 @@ def faults(options):
 
 
 def fuzz(options):
-    pytest(*existing("fuzz"), env={"KVSTORE_FUZZ_SECONDS": str(options.seconds)})
+    pytest(*existing("fuzz"), env={"KVSTORE_FUZZ_SECONDS": str(options.seconds or 60)})
+
+
+def soak(options):
+    seconds = {"KVSTORE_SOAK_SECONDS": str(options.seconds or 600)}
+    pytest(*existing("cluster/test_soak.py"), env=seconds)
 
 
 def bench(options):
@@ -354,8 +359,8 @@ def pythons():
 
 # ------------------------------------------------------------------------------------- choosing
 
-HABITS = (lint, asan, tsan, engine, golden, faults, fuzz, versions, bench, large, gpu)
-NEEDS_PACKAGE = (lint, golden, faults, fuzz, bench, large)
+HABITS = (lint, asan, tsan, engine, golden, faults, fuzz, soak, versions, bench, large, gpu)
+NEEDS_PACKAGE = (lint, golden, faults, fuzz, soak, bench, large)
 
 
 def main():
@@ -363,7 +368,7 @@ def main():
     parser.add_argument("habit", choices=[habit.__name__ for habit in HABITS])
     parser.add_argument("--seeds", type=int, default=2000, help="engine: how many programs")
     parser.add_argument("--kills", type=int, default=200, help="faults: of random processes")
-    parser.add_argument("--seconds", type=int, default=60, help="fuzz: for how long")
+    parser.add_argument("--seconds", type=int, help="fuzz (60), soak (600): for how long")
     options = parser.parse_args()
     habit = next(habit for habit in HABITS if habit.__name__ == options.habit)
     start = time.monotonic()

@@ -170,11 +170,56 @@ def norms(kv, _):
     tell(kv, "norms", lambda kv: kv.pull("large", out=out))
 
 
+TABLE, LIFE = (2000, 16), 50  # of the rows; steps after which keys are made anew
+
+
+def soak(kv, states):
+    """All kinds of traffic until the test has had enough, every value compared. Worker 0 hears of
+    that, and the others by a value that it pushes."""
+    enough, same = threading.Event(), np.random.default_rng(1)
+    threading.Thread(target=lambda: (sys.stdin.readline(), enough.set()), daemon=True).start()
+    kv.set_optimizer(kvstore.optimizer.SGD(learning_rate=-1.0))
+    kv.init("enough", np.zeros(1, "float32"))
+    say(inside="soak")
+    asked, rate, step = np.zeros(1, "float32"), 1, 0
+    while asked[0] == 0:
+        if step % LIFE == 0:
+            if step > 0:
+                kv.delete(["dense", "rows"])
+            size = int(same.choice([1, 5000, 300_000, 1_500_000]))
+            kv.init("dense", np.zeros(size, "float32"))
+            kv.init("rows", kvstore.RowSparse.zeros(TABLE))
+            total, table = 0.0, np.zeros(TABLE, "float32")
+            kv.set_gradient_compression({"type": same.choice(["2bit", "none"]), "threshold": 0.5})
+        if step % 100 == 60:
+            rate = 3 - rate  # 1 or 2
+            if kv.rank == 0:
+                kv.set_optimizer_params(learning_rate=-float(rate))
+        number = (step % 3 - 1) / 2  # 2-bit codes stand for it as it is
+        total += number * kv.num_workers * rate
+        out = np.empty(size, "float32")
+        kv.pushpull("dense", np.full(size, number, "float32"), out=out)
+        ids = np.sort(same.choice(TABLE[0], 50, replace=False))
+        table[ids] += number * kv.num_workers * rate
+        kv.push("rows", kvstore.RowSparse(np.full((50, TABLE[1]), number, "float32"), ids, TABLE))
+        rows = kv.row_sparse_pull("rows", row_ids=ids)
+        if not ((out == total).all() and (rows.data == table[ids]).all()):
+            say(wrong=step)
+            return
+        if kv.rank == 0 and step % 200 == 150:
+            kv.save_optimizer_states(states)
+        asked_here = kv.rank == 0 and enough.is_set()
+        kv.pushpull("enough", np.array([asked_here], "float32"), out=asked)
+        step += 1
+    say(steps=step)
+
+
 def main():
     what, argument, timeout = sys.argv[1:]
     kvstore.create("dist_sync")  # joining has the longer deadline of the environment
     kv = kvstore.KVStore("dist_sync", _member=of_this_process(), timeout=float(timeout))
-    {"waiter": waiter, "load": load, "norms": norms, "steps": steps}[what](kv, argument)
+    programs = {"waiter": waiter, "load": load, "norms": norms, "soak": soak, "steps": steps}
+    programs[what](kv, argument)
     kv.close()
     say(closed=True)
 
