@@ -406,7 +406,7 @@ def test_a_real_torchrun_that_starts_all_again_after_a_failure(run_by_torch, tmp
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and kv.rank == 1:
     os.kill(os.getpid(), signal.SIGKILL)
 kv.push("w", np.ones(3, "float32"))
-print("sum", kv.pull("w").asnumpy(), flush=True)
+sys.stdout.write(f"sum {{kv.pull('w').asnumpy()}}\\n")  # as a whole, beside the other worker's
 kv.close()
 """
     out = run_by_torch(code, "--nproc-per-node=2", "--max-restarts=1")
