@@ -352,7 +352,8 @@ def test_a_python_without_the_text_leaves_the_words_out(names, said, monkeypatch
 
 def test_the_scenes_of_one_process_learn_and_the_plot_is_saved(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scenes, "show_cluster", lambda *_: True)  # tests/cluster has its tests
+    for by_processes in ("show_cluster", "show_words_cluster"):  # tests/cluster has their tests
+        monkeypatch.setattr(scenes, by_processes, lambda *_: True)
     assert command.main([]) == 0
     out = capsys.readouterr().out
     found = re.search(r"Lowest test accuracy ([\d.]+)%, at least 95%", out)
@@ -387,12 +388,14 @@ NEIGHBOURS = {
 @pytest.mark.parametrize("scene", command.SCENES)
 def test_a_scene_may_be_shown_alone(scene, monkeypatch):
     shown = []
-    for name in command.SCENES:
+    for name in (*command.SCENES, "words_cluster"):
         monkeypatch.setattr(scenes, f"show_{name}", lambda *_, n=name: shown.append(n) or True)
+    both = ["words", "words_cluster"]
+    due = both if scene == "words" else [scene]
     assert command.main([scene]) == 0
-    assert shown == [scene]
+    assert shown == due
     assert command.main([]) == 0
-    assert shown == [scene, "digits", "cluster", "words"]
+    assert shown == [*due, "digits", "cluster", *both]
 
 
 def test_a_machine_without_the_transport_leaves_the_cluster_out(monkeypatch, capsys):
