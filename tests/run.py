@@ -13,6 +13,7 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -267,12 +268,29 @@ def suites(*folders):
     return [*existing(*folders), *ignored]
 
 
+def contract(*patterns):
+    """The contract tests of these names."""
+    found = [
+        str(p.relative_to(TESTS)) for n in patterns for p in TESTS.glob(f"contract/test_{n}.py")
+    ]
+    return sorted(set(found))
+
+
+# What several threads do, and what comes from other processes.
+THREADED = ("dist_*", "*async*", "*threads", "updater*", "signals")
+
+
 def asan(options):
-    sanitized("asan", suites("unit", "contract", "golden", "faults", "fuzz"))
+    quick = ("unit", "faults", "fuzz", *contract(*THREADED, "row_sparse*", "fork", "exit"))
+    sanitized(
+        "asan",
+        suites(*(quick if options.quick else ("unit", "contract", "golden", "faults", "fuzz"))),
+    )
 
 
 def tsan(options):
-    sanitized("tsan", suites("unit", "contract", "golden", "fuzz"))
+    quick = ("fuzz", *contract(*THREADED))
+    sanitized("tsan", suites(*(quick if options.quick else ("unit", "contract", "golden", "fuzz"))))
 
 
 # -------------------------------------------------------------------------------- other habits
@@ -369,7 +387,14 @@ def main():
     parser.add_argument("--seeds", type=int, default=2000, help="engine: how many programs")
     parser.add_argument("--kills", type=int, default=200, help="faults: of random processes")
     parser.add_argument("--seconds", type=int, help="fuzz (60), soak (600): for how long")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="asan, tsan: of the Python tests those they are for most",
+    )
     options = parser.parse_args()
+    # A shell's background job ignores Ctrl-C, and so would the tests of it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     habit = next(habit for habit in HABITS if habit.__name__ == options.habit)
     start = time.monotonic()
     try:
