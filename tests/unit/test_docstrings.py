@@ -38,7 +38,17 @@ def documented():
 DOCUMENTED = dict(documented())
 
 
-@pytest.mark.parametrize("name", DOCUMENTED)
+# Their examples start a cluster.
+CLUSTERS = ("LocalCluster", "cluster.LocalCluster")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.ucx] if name in CLUSTERS else [])
+        for name in DOCUMENTED
+    ],
+)
 def test_the_examples_of_a_docstring_run(name):
     text = inspect.getdoc(DOCUMENTED[name]) or ""
     assert text, "no docstring"
