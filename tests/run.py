@@ -281,7 +281,7 @@ THREADED = ("dist_*", "*async*", "*threads", "updater*", "signals")
 
 
 def asan(options):
-    quick = ("unit", "faults", "fuzz", *contract(*THREADED, "row_sparse*", "fork", "exit"))
+    quick = ("unit", "faults", *contract(*THREADED, "row_sparse*", "fork", "exit"))
     sanitized(
         "asan",
         suites(*(quick if options.quick else ("unit", "contract", "golden", "faults", "fuzz"))),
@@ -289,7 +289,7 @@ def asan(options):
 
 
 def tsan(options):
-    quick = ("fuzz", *contract(*THREADED))
+    quick = contract(*THREADED)
     sanitized("tsan", suites(*(quick if options.quick else ("unit", "contract", "golden", "fuzz"))))
 
 
