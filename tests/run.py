@@ -289,7 +289,7 @@ def asan(options):
 
 
 def tsan(options):
-    quick = contract(*THREADED)
+    quick = contract("*threads", "async", "dist_rounds", "dist_failures")
     sanitized("tsan", suites(*(quick if options.quick else ("unit", "contract", "golden", "fuzz"))))
 
 
