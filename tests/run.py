@@ -334,7 +334,12 @@ def gpu(options):
 
 # The oldest NumPy that the package runs on, tried where it has wheels.
 OLD_NUMPY = {"3.10": "numpy==1.26.*"}
-SHORT_SUITE = ("unit/test_package.py", "contract")
+# What depends on the interpreter: callbacks, threads, lifetimes, start and end.
+SHORT_SUITE = (
+    "unit/test_package.py",
+    *contract("init_push_pull", "*async", "*threads", "updater*", "signals", "fork", "exit"),
+    *contract("start", "row_sparse", "dist_rounds", "dist_set_optimizer"),
+)
 
 
 def versions(options):
