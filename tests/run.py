@@ -334,17 +334,23 @@ def gpu(options):
 
 # The oldest NumPy that the package runs on, tried where it has wheels.
 OLD_NUMPY = {"3.10": "numpy==1.26.*"}
-# What depends on the interpreter: callbacks, threads, lifetimes, start and end.
-SHORT_SUITE = (
-    "unit/test_package.py",
-    *contract("init_push_pull", "*async", "*threads", "updater*", "signals", "fork", "exit"),
-    *contract("start", "row_sparse", "dist_rounds", "dist_set_optimizer"),
+# Of the contract what depends on the interpreter: callbacks, threads, lifetimes, start and end.
+INTERPRETED = (
+    "init_push_pull",
+    "*async",
+    "*threads",
+    "updater*",
+    "signals",
+    "fork",
+    "exit",
+    "start",
 )
 
 
 def versions(options):
     """Build, import and a short suite on every CPython from 3.10 on that is found."""
-    suite = existing(*SHORT_SUITE)
+    quick = contract(*INTERPRETED, "row_sparse", "dist_rounds", "dist_set_optimizer")
+    suite = existing("unit/test_package.py", *(quick if options.quick else ["contract"]))
     found = pythons()
     if not found:
         raise Failed("no CPython from 3.10 on was found")
@@ -395,7 +401,7 @@ def main():
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="asan, tsan: of the Python tests those they are for most",
+        help="asan, tsan, versions: of the Python tests those they are for most",
     )
     options = parser.parse_args()
     # A shell's background job ignores Ctrl-C, and so would the tests of it.

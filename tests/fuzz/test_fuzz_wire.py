@@ -18,7 +18,9 @@ FLAGS = (
 ).split()
 
 
-@pytest.mark.skipif(shutil.which("clang") is None, reason="libFuzzer comes with clang")
+@pytest.mark.skipif(
+    shutil.which("clang") is None, reason="clang, which brings libFuzzer, is not installed"
+)
 def test_any_bytes_are_read_as_a_message_or_refused(tmp_path):
     program = tmp_path / "fuzz_wire"
     sources = ["tests/fuzz/fuzz_wire.c", "src/ps/wire.c", *sorted((ROOT / "src/base").glob("*.c"))]

@@ -94,7 +94,9 @@ def test_foreign_element_types_are_named(kv, dtype, torch):
 
 
 def test_tensors_without_memory_of_their_own_are_refused(kv, torch, numbers):
-    fake = pytest.importorskip("torch._subclasses.fake_tensor", reason="no fake tensors")
+    fake = pytest.importorskip(
+        "torch._subclasses.fake_tensor", reason="this PyTorch has no fake tensors"
+    )
     with fake.FakeTensorMode():
         unreal = torch.ones(3)
     for a in (numbers().to_sparse(), numbers().to("meta"), unreal):
