@@ -67,13 +67,8 @@ PyObject *kv_py_store_place(PyObject *object, PyObject *unused)
 
 PyObject *kv_py_store_barrier(PyObject *object, PyObject *unused)
 {
-    (void)unused;
-    kv_py_store_t *self = as_store(object);
-    if (!kv_py_store_check_open(self))
-        return NULL;
-    if (self->member == NULL)
-        Py_RETURN_NONE;
-    return in_cluster("barrier", Py_BuildValue("(Od)", self->member, timeout_s(self)));
+    PyObject *place = kv_py_store_place(object, unused);
+    return place == NULL || place == Py_None ? place : in_cluster("barrier", place);
 }
 
 static const kv_param_t BARRIER_BEFORE_EXIT_PARAMS[] = {{"barrier_before_exit", false}};
