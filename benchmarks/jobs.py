@@ -140,6 +140,12 @@ DIST_TRAINING = {
     ),
 }
 
+DIST_ROWS = {
+    "rows_adagrad": Job(
+        "push + pull of 10,000 rows of 1,000,000 × 64, AdaGrad on the servers", None, {"mxnet": 5}
+    ),
+}
+
 DIST_MANY = {
     "resnet50": Job(
         "push + pull of ResNet-50's keys, 8 workers and 4 servers, the work of 2 workers",
@@ -195,6 +201,14 @@ FAMILIES = {
             "mxnet": ("mxnet", "mxnet_dist.py", "--optimizer"),
         },
         DIST_TRAINING,
+    ),
+    "dist_rows": Family(
+        "limit_dist",
+        {
+            "kvstore": ("", "kvstore_dist.py", "--rows"),
+            "mxnet": ("mxnet", "mxnet_dist.py", "--rows"),
+        },
+        DIST_ROWS,
     ),
     "dist_many": Family(
         "limit_dist",

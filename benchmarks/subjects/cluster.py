@@ -31,6 +31,7 @@ UNITS = {
     "push_pull_64MiB": 1,
     "resnet50": 1,
     "push_resnet50": 1,
+    "rows_adagrad": 1,
     "pushpull_4KiB": 1,
     "list_1000x4KiB": 1000,
     "processor_64MiB": 2 * 64 * MIB,  # bytes that the workers push, each of which they pull too

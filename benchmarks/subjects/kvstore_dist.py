@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 from cluster import LIBC, MIB, SERVERS, WORKERS, lead, resnet50, work
+from rows import SHAPE, gradients, in_turn
 from worker import repeated
 
 import kvstore
@@ -25,6 +26,7 @@ def parse():
     parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--servers", type=int, default=SERVERS)
     parser.add_argument("--optimizer", action="store_true", help="momentum SGD on the servers")
+    parser.add_argument("--rows", action="store_true", help="AdaGrad on the servers")
     parser.add_argument("--compress", action="store_true", help="2-bit pushes")
     parser.add_argument("--slow", action="store_true", help="200 Mbit/s; needs root, ip and tc")
     return parser.parse_args()
@@ -34,6 +36,8 @@ def play(options):
     with kvstore.create("dist_sync") as kv:
         if options.optimizer:
             kv.set_optimizer(kvstore.optimizer.SGD(learning_rate=1e-6, momentum=0.9))
+        if options.rows:
+            kv.set_optimizer(kvstore.optimizer.AdaGrad(learning_rate=0.01))
         if options.compress:
             kv.set_gradient_compression({"type": "2bit", "threshold": 0.5})
 
@@ -70,6 +74,19 @@ def play(options):
 
             return run
 
+        def rows_adagrad():
+            kv.init("table", kvstore.RowSparse.from_dense(np.ones(SHAPE, "float32")))
+            out = kvstore.RowSparse.zeros(SHAPE)
+            batches = [(ids, kvstore.RowSparse(data, ids, SHAPE)) for ids, data in gradients()]
+
+            def call(batch):
+                ids, gradient = batch
+                kv.push("table", gradient)
+                kv.row_sparse_pull("table", out, row_ids=ids)
+                kvstore.wait_all()
+
+            return in_turn(call, batches[kv.rank :] + batches[: kv.rank])
+
         # However many workers there are, together they push as much as two.
         sizes = [max(1, WORKERS * size // kv.num_workers) for size in resnet50()]
         work(
@@ -77,6 +94,7 @@ def play(options):
                 "push_pull_64MiB": lambda: push_pull("large", [64 * MIB // 4]),
                 "resnet50": lambda: push_pull("resnet50", sizes),
                 "push_resnet50": lambda: push("pushed", sizes),
+                "rows_adagrad": rows_adagrad,
                 "pushpull_4KiB": pushpull_4KiB,
                 "list_1000x4KiB": lambda: push_pull("list", [1024] * 1000),
             }

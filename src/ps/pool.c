@@ -12,6 +12,7 @@ enum {
     SIZES = 15, /* 64 bytes to a slice */
     SMALL_SLAB = 64 << 10,
     LARGE_SLAB = 4 << 20,
+    HALF_PAGE = 2048,
 };
 _Static_assert(SMALLEST << (SIZES - 1) == KV_WIRE_SLICE_BYTES, "the largest size is a slice");
 
@@ -127,10 +128,12 @@ static slab_t *slab_new(kv_pool_t *pool, int size, size_t bytes)
         bytes = (size_t)SMALLEST << size;
         num_parts = (int32_t)((bytes < SMALL_SLAB ? SMALL_SLAB : LARGE_SLAB) / bytes);
     }
-    slab_t *slab = slab_try(bytes * (size_t)num_parts, num_parts);
+    size_t begin = bytes < SMALL_SLAB ? 0 : HALF_PAGE;
+    size_t memory_bytes = begin + bytes * (size_t)num_parts;
+    slab_t *slab = slab_try(memory_bytes, num_parts);
     /* What is kept in other sizes may be what is missing. */
     if (slab == NULL && trim(pool))
-        slab = slab_try(bytes * (size_t)num_parts, num_parts);
+        slab = slab_try(memory_bytes, num_parts);
     if (slab == NULL)
         return NULL;
     slab->pool = pool;
@@ -138,7 +141,8 @@ static slab_t *slab_new(kv_pool_t *pool, int size, size_t bytes)
     slab->num_free = num_parts;
     for (int32_t i = 0; i < num_parts; i++)
         slab->parts[i] =
-            (pooled_t){.buffer = {.data = slab->memory + (size_t)i * bytes, .release = give_back},
+            (pooled_t){.buffer = {.data = slab->memory + begin + (size_t)i * bytes,
+                                  .release = give_back},
                        .slab = slab,
                        .is_free = true};
     return slab;
