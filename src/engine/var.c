@@ -45,19 +45,52 @@ bool kv_var_held_here(const kv_var_t *var)
     return atomic_load(&var->actor) == kv_actor_self();
 }
 
-void kv_op_init(kv_op_t *op, kv_dep_t *deps, int32_t num_deps, int32_t priority)
+/* What may be among many variables: a bit for each that is, so that what has none need not be
+ * looked for. */
+enum { MANY = 16, SEEN_BITS = 1 << 16 };
+
+static bool may_be_seen(uint64_t *seen, const kv_var_t *var)
+{
+    uint64_t bit = (uint64_t)(uintptr_t)var * UINT64_C(0x9e3779b97f4a7c15) >> 48;
+    bool before = (seen[bit / 64] >> bit % 64 & 1) != 0;
+    seen[bit / 64] |= UINT64_C(1) << bit % 64;
+    return before;
+}
+
+static int32_t find(const kv_dep_t *deps, int32_t count, const kv_var_t *var)
+{
+    int32_t i = 0;
+    while (i < count && deps[i].var != var)
+        i++;
+    return i;
+}
+
+/* Each variable once, where it came first; returns how many there are. */
+static int32_t unite(kv_op_t *op, kv_dep_t *deps, int32_t num_deps, uint64_t *seen)
 {
     int32_t kept = 0;
     for (int32_t i = 0; i < num_deps; i++) {
-        int32_t same = 0;
-        while (same < kept && deps[same].var != deps[i].var)
-            same++;
+        bool looks = seen == NULL || may_be_seen(seen, deps[i].var);
+        int32_t same = looks ? find(deps, kept, deps[i].var) : kept;
         /* A read and an overwrite together look at what was there. */
         if (same < kept && deps[same].access != deps[i].access)
             deps[same].access = KV_WRITE;
         else if (same == kept)
             deps[kept++] = (kv_dep_t){.var = deps[i].var, .access = deps[i].access, .op = op};
     }
+    return kept;
+}
+
+static int32_t unite_many(kv_op_t *op, kv_dep_t *deps, int32_t num_deps)
+{
+    uint64_t seen[SEEN_BITS / 64] = {0};
+    return unite(op, deps, num_deps, seen);
+}
+
+void kv_op_init(kv_op_t *op, kv_dep_t *deps, int32_t num_deps, int32_t priority)
+{
+    int32_t kept =
+        num_deps > MANY ? unite_many(op, deps, num_deps) : unite(op, deps, num_deps, NULL);
     *op = (kv_op_t){.deps = deps, .num_deps = kept, .priority = priority, .caller_run = true};
 }
 

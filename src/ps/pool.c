@@ -140,11 +140,10 @@ static slab_t *slab_new(kv_pool_t *pool, int size, size_t bytes)
     slab->size = size;
     slab->num_free = num_parts;
     for (int32_t i = 0; i < num_parts; i++)
-        slab->parts[i] =
-            (pooled_t){.buffer = {.data = slab->memory + begin + (size_t)i * bytes,
-                                  .release = give_back},
-                       .slab = slab,
-                       .is_free = true};
+        slab->parts[i] = (pooled_t){
+            .buffer = {.data = slab->memory + begin + (size_t)i * bytes, .release = give_back},
+            .slab = slab,
+            .is_free = true};
     return slab;
 }
 
