@@ -128,7 +128,7 @@ static slab_t *slab_new(kv_pool_t *pool, int size, size_t bytes)
         bytes = (size_t)SMALLEST << size;
         num_parts = (int32_t)((bytes < SMALL_SLAB ? SMALL_SLAB : LARGE_SLAB) / bytes);
     }
-    size_t begin = bytes < SMALL_SLAB ? 0 : HALF_PAGE;
+    size_t begin = bytes < SMALL_SLAB || bytes > SIZE_MAX - HALF_PAGE ? 0 : HALF_PAGE;
     size_t memory_bytes = begin + bytes * (size_t)num_parts;
     slab_t *slab = slab_try(memory_bytes, num_parts);
     /* What is kept in other sizes may be what is missing. */
