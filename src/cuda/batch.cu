@@ -40,8 +40,7 @@ kv_device_code_t kv_packer_add(kv_packer *packer, int64_t blocks, int num_words,
     int job = batch->num_jobs++;
     batch->at[job] = (uint16_t)packer->num_words;
     batch->first[job + 1] =
-        batch->first[job] +
-        (uint32_t)(blocks < packer->most_blocks ? blocks : packer->most_blocks);
+        batch->first[job] + (uint32_t)(blocks < packer->most_blocks ? blocks : packer->most_blocks);
     *words = batch->words + packer->num_words;
     packer->num_words += num_words;
     return KV_DEVICE_OK;

@@ -48,8 +48,7 @@ KV_INSIDE kv_place kv_find_place(const kv_batch &batch)
     return place;
 }
 
-template <typename RECORD>
-KV_INSIDE RECORD kv_record_of(const uint64_t *words)
+template <typename RECORD> KV_INSIDE RECORD kv_record_of(const uint64_t *words)
 {
     RECORD record;
     memcpy(&record, words, sizeof record);
@@ -57,8 +56,7 @@ KV_INSIDE RECORD kv_record_of(const uint64_t *words)
 }
 
 /* Words that a structure takes in a record. */
-template <typename RECORD>
-struct kv_words_of {
+template <typename RECORD> struct kv_words_of {
     enum { COUNT = (sizeof(RECORD) + 7) / 8 };
 };
 

@@ -47,14 +47,14 @@ __global__ void encode_kernel(const __grid_constant__ kv_batch batch)
     for (int64_t at = place.block * KV_THREADS + threadIdx.x; at < bytes;
          at += place.blocks * KV_THREADS) {
         unsigned byte = 0;
-#pragma unroll
+        KV_UNROLL
         for (int part = 0; part < PER_BYTE; part += N) {
             int64_t i = at * PER_BYTE + part;
             real gradient[N], residual[N];
             kv_load<T, N>((int)job.aligned, (const char *)job.gradient, i, job.count, gradient);
             kv_load<wide_t, N>((int)job.aligned, (const char *)job.residual, i, job.count,
                                residual);
-#pragma unroll
+            KV_UNROLL
             for (int k = 0; k < N; k++) {
                 unsigned code = quantise(BITS, gradient[k], (real)job.threshold, residual + k);
                 if (i + k >= job.count)
@@ -76,8 +76,7 @@ void launch_encode(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
     KV_LAUNCH((encode_kernel<T, BITS>), blocks, KV_THREADS, stream, batch);
 }
 
-template <typename T>
-kv_launch_t *encode_of(int bits)
+template <typename T> kv_launch_t *encode_of(int bits)
 {
     return bits == 2 ? launch_encode<T, 2> : bits == 1 ? launch_encode<T, 1> : NULL;
 }
@@ -134,7 +133,7 @@ KV_INSIDE void load_source(const decode_source &source, int aligned, int64_t i, 
     }
     const int per_byte = 8 / bits;
     const unsigned byte = ((const uint8_t *)source.data)[i / per_byte];
-#pragma unroll
+    KV_UNROLL
     for (int k = 0; k < N; k++) {
         int shift = 8 - bits - ((int)(i % per_byte) + k) * bits;
         value[k] = restore(bits, byte >> shift & ((1u << bits) - 1), (real)source.threshold);
@@ -157,9 +156,9 @@ __global__ void decode_kernel(const __grid_constant__ kv_batch batch)
         for (int j = 1; j < job.num_src; j++) {
             real more[N];
             load_source<T, N>(
-                kv_record_of<decode_source>(src + j * kv_words_of<decode_source>::COUNT), job.aligned,
-                i, job.count, more);
-#pragma unroll
+                kv_record_of<decode_source>(src + j * kv_words_of<decode_source>::COUNT),
+                job.aligned, i, job.count, more);
+            KV_UNROLL
             for (int k = 0; k < N; k++)
                 sum[k] += more[k];
         }
@@ -174,8 +173,7 @@ void launch_decode(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
     KV_LAUNCH((decode_kernel<T, TO>), blocks, KV_THREADS, stream, batch);
 }
 
-template <typename T>
-kv_launch_t *decode_of(bool wide)
+template <typename T> kv_launch_t *decode_of(bool wide)
 {
     return wide ? launch_decode<T, typename T::wide_type> : launch_decode<T, T>;
 }
@@ -274,8 +272,8 @@ kv_device_code_t kv_cuda_decode(int device, void *stream, kv_dtype_t dtype, kv_d
                                 (int)dtype, (int)to);
     for (int i = 0; i < num_jobs; i++) {
         const kv_device_decode_t *job = jobs + i;
-        KV_DEVICE_TRY(kv_check_job("decode", i, job->count, job->num_src, 1, job->num_dst, 1,
-                                   sentence));
+        KV_DEVICE_TRY(
+            kv_check_job("decode", i, job->count, job->num_src, 1, job->num_dst, 1, sentence));
         for (int j = 0; j < job->num_src; j++)
             if (job->src[j].bits < 0 || job->src[j].bits > 2)
                 return kv_device_refuse(sentence, "decode, job %d: codes have 1 or 2 bits, not %d",

@@ -12,7 +12,7 @@ namespace
 struct {
     int count;
     int processors[KV_CUDA_DEVICES];
-    int error[KV_CUDA_DEVICES];     /* that killed it, else cudaSuccess */
+    int error[KV_CUDA_DEVICES];      /* that killed it, else cudaSuccess */
     bool is_pooled[KV_CUDA_DEVICES]; /* its pool keeps what is freed */
 } devices;
 
@@ -134,8 +134,8 @@ kv_device_code_t stream_new(int device, void **out, char *sentence)
 {
     KV_DEVICE_TRY(kv_device_enter(device, sentence));
     cudaStream_t stream;
-    KV_CUDA_TRY(device, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking),
-                "make a stream", sentence);
+    KV_CUDA_TRY(device, cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "make a stream",
+                sentence);
     *out = stream;
     return KV_DEVICE_OK;
 }
@@ -159,8 +159,8 @@ kv_device_code_t event_new(int device, void **out, char *sentence)
 {
     KV_DEVICE_TRY(kv_device_enter(device, sentence));
     cudaEvent_t event;
-    KV_CUDA_TRY(device, cudaEventCreateWithFlags(&event, cudaEventDisableTiming),
-                "make an event", sentence);
+    KV_CUDA_TRY(device, cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "make an event",
+                sentence);
     *out = event;
     return KV_DEVICE_OK;
 }
@@ -347,10 +347,9 @@ kv_device_code_t kv_device_open(uint32_t abi, size_t bytes, kv_device_api_t *api
     memset(&devices, 0, sizeof devices);
     devices.count = count < KV_CUDA_DEVICES ? count : (int)KV_CUDA_DEVICES;
     for (int i = 0; i < devices.count; i++)
-        KV_CUDA_TRY(i,
-                    cudaDeviceGetAttribute(&devices.processors[i],
-                                           cudaDevAttrMultiProcessorCount, i),
-                    "be looked at", sentence);
+        KV_CUDA_TRY(
+            i, cudaDeviceGetAttribute(&devices.processors[i], cudaDevAttrMultiProcessorCount, i),
+            "be looked at", sentence);
     kv_device_api_t table = {};
     table.abi = KV_DEVICE_ABI;
     table.bytes = sizeof table;

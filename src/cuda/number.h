@@ -18,6 +18,13 @@
 
 #define KV_INSIDE static __device__ __forceinline__
 
+/* The next loop has few rounds, and what it indexes stays in registers. */
+#ifdef __CUDACC__
+#define KV_UNROLL _Pragma("unroll")
+#else
+#define KV_UNROLL
+#endif
+
 KV_INSIDE uint32_t kv_bits_of(float x)
 {
     uint32_t bits;
@@ -126,8 +133,7 @@ struct kv_bfloat16 {
 };
 
 /* Integers wrap, so the signed ones are added as these. */
-template <typename STORE, typename WIDE>
-struct kv_integer {
+template <typename STORE, typename WIDE> struct kv_integer {
     typedef STORE store;
     typedef WIDE wide;
     KV_INSIDE WIDE widen(STORE x)
@@ -143,12 +149,10 @@ typedef kv_integer<uint8_t, uint32_t> kv_uint8;
 typedef kv_integer<uint32_t, uint32_t> kv_uint32;
 typedef kv_integer<uint64_t, uint64_t> kv_uint64;
 
-template <typename A, typename B>
-struct kv_is_same {
+template <typename A, typename B> struct kv_is_same {
     enum { YES = 0 };
 };
-template <typename A>
-struct kv_is_same<A, A> {
+template <typename A> struct kv_is_same<A, A> {
     enum { YES = 1 };
 };
 
@@ -158,28 +162,22 @@ struct kv_is_same<A, A> {
 typedef enum kv_aligned { KV_ALIGNED_NOT, KV_ALIGNED_ELEMENTS, KV_ALIGNED_TILES } kv_aligned_t;
 
 /* What moves so many bytes at once. */
-template <int BYTES>
-struct kv_word;
-template <>
-struct kv_word<2> {
+template <int BYTES> struct kv_word;
+template <> struct kv_word<2> {
     typedef uint16_t type;
 };
-template <>
-struct kv_word<4> {
+template <> struct kv_word<4> {
     typedef uint32_t type;
 };
-template <>
-struct kv_word<8> {
+template <> struct kv_word<8> {
     typedef uint2 type;
 };
-template <>
-struct kv_word<16> {
+template <> struct kv_word<16> {
     typedef uint4 type;
 };
 
 /* Elements of a tile of this type that is computed with. */
-template <typename WIDE>
-struct kv_tile {
+template <typename WIDE> struct kv_tile {
     enum { COUNT = 16 / sizeof(WIDE) };
 };
 
@@ -194,7 +192,7 @@ KV_INSIDE void kv_load_raw(int aligned, const char *from, int64_t i, int64_t cou
         memcpy(out, &word, sizeof word);
         return;
     }
-#pragma unroll
+    KV_UNROLL
     for (int k = 0; k < N; k++) {
         out[k] = 0;
         if (i + k >= count)
@@ -217,7 +215,7 @@ KV_INSIDE void kv_store_raw(int aligned, char *to, int64_t i, int64_t count, con
         *(word_t *)to = word;
         return;
     }
-#pragma unroll
+    KV_UNROLL
     for (int k = 0; k < N; k++) {
         if (i + k >= count)
             continue;
@@ -234,7 +232,7 @@ KV_INSIDE void kv_load(int aligned, const char *from, int64_t i, int64_t count,
 {
     typename T::store raw[N];
     kv_load_raw<typename T::store, N>(aligned, from, i, count, raw);
-#pragma unroll
+    KV_UNROLL
     for (int k = 0; k < N; k++)
         out[k] = T::widen(raw[k]);
 }
@@ -244,7 +242,7 @@ KV_INSIDE void kv_store(int aligned, char *to, int64_t i, int64_t count,
                         const typename T::wide *from)
 {
     typename T::store raw[N];
-#pragma unroll
+    KV_UNROLL
     for (int k = 0; k < N; k++)
         raw[k] = T::narrow(from[k]);
     kv_store_raw<typename T::store, N>(aligned, to, i, count, raw);
@@ -263,7 +261,7 @@ KV_INSIDE void kv_load_sum(int aligned, int num_src, const uint64_t *src, int64_
     for (int j = 1; j < num_src; j++) {
         typename T::wide more[N];
         kv_load<T, N>(aligned, (const char *)src[j], i, count, more);
-#pragma unroll
+        KV_UNROLL
         for (int k = 0; k < N; k++)
             sum[k] += more[k];
     }

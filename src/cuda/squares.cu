@@ -13,8 +13,7 @@ struct squares_record {
 };
 
 /* The squares of 64 elements. */
-template <typename T>
-struct squares_leaf {
+template <typename T> struct squares_leaf {
     const squares_record &job;
     const uint64_t *src;
 
@@ -31,11 +30,11 @@ struct squares_leaf {
             if (job.waiting != 0) {
                 kv_load<typename T::wide_type, N>(job.aligned, (const char *)job.waiting, i,
                                                   job.count, waiting);
-#pragma unroll
+                KV_UNROLL
                 for (int k = 0; k < N; k++)
                     x[k] = (waiting[k] + x[k]) / (real)job.batch;
             }
-#pragma unroll
+            KV_UNROLL
             for (int k = 0; k < N; k++) {
                 if (i + k >= end)
                     continue;
@@ -47,8 +46,7 @@ struct squares_leaf {
     }
 };
 
-template <typename T>
-__global__ void squares_kernel(const __grid_constant__ kv_batch batch)
+template <typename T> __global__ void squares_kernel(const __grid_constant__ kv_batch batch)
 {
     const kv_place place = kv_find_place(batch);
     const squares_record job = kv_record_of<squares_record>(place.record);
@@ -56,7 +54,8 @@ __global__ void squares_kernel(const __grid_constant__ kv_batch batch)
     const int64_t leaves = (job.count + KV_LEAF - 1) / KV_LEAF;
     for (int64_t part = place.block; part * KV_THREADS < leaves; part += place.blocks) {
         int64_t first = part * KV_THREADS;
-        double sum = kv_tree(leaf, first, leaves - first < KV_THREADS ? leaves - first : KV_THREADS);
+        double sum =
+            kv_tree(leaf, first, leaves - first < KV_THREADS ? leaves - first : KV_THREADS);
         if (threadIdx.x == 0)
             ((double *)job.room)[part] = sum;
     }
@@ -83,8 +82,7 @@ __global__ void parts_kernel(const __grid_constant__ kv_batch batch)
         *(double *)job.out = sum;
 }
 
-template <typename T>
-void launch(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
+template <typename T> void launch(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
 {
     KV_LAUNCH((squares_kernel<T>), blocks, KV_THREADS, stream, batch);
 }
@@ -118,14 +116,11 @@ kv_device_code_t add(kv_packer *packer, kv_dtype_t dtype, const kv_device_square
     int num_src = with_src ? job->num_src : 0;
     kv_aligned_t aligned = kv_aligned_for(KV_ALIGNED_TILES, num_src, job->src, bytes, n);
     aligned = kv_aligned_for(aligned, 1, &job->waiting, wide, n);
-    squares_record record = {job->count,
-                             (uint64_t)job->waiting,
-                             (uint64_t)job->room,
-                             (uint64_t)job->out,
-                             job->batch,
-                             (int16_t)num_src,
-                             (int16_t)aligned,
-                             (int16_t)(job->rounded && kv_dtype_is_narrow(dtype))};
+    squares_record record = {
+        job->count,          (uint64_t)job->waiting,
+        (uint64_t)job->room, (uint64_t)job->out,
+        job->batch,          (int16_t)num_src,
+        (int16_t)aligned,    (int16_t)(job->rounded && kv_dtype_is_narrow(dtype))};
     const int head = kv_words_of<squares_record>::COUNT;
     uint64_t *words;
     KV_DEVICE_TRY(kv_packer_add(packer, blocks, head + num_src, &words));

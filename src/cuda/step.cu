@@ -29,8 +29,7 @@ kv_launch_t *launch_of(kv_step_kind_t kind, kv_dtype_t dtype)
 kv_device_code_t check(kv_step_kind_t kind, kv_dtype_t dtype, int i, const kv_device_step_t *job,
                        char *sentence)
 {
-    KV_DEVICE_TRY(
-        kv_check_job("step", i, job->count, job->num_src, 0, job->num_dst, 0, sentence));
+    KV_DEVICE_TRY(kv_check_job("step", i, job->count, job->num_src, 0, job->num_dst, 0, sentence));
     if (job->count == 0)
         return KV_DEVICE_OK;
     for (int s = 0; s < states_of(kind); s++)
@@ -40,8 +39,7 @@ kv_device_code_t check(kv_step_kind_t kind, kv_dtype_t dtype, int i, const kv_de
         return kv_device_refuse(sentence, "step, job %d: weight or factors are missing", i);
     if (job->master != NULL && !kv_dtype_is_narrow(dtype))
         return kv_device_refuse(sentence, "step, job %d: only 16-bit weights have a master", i);
-    if (kind == KV_STEP_group_adagrad &&
-        (job->row_count <= 0 || job->count % job->row_count != 0))
+    if (kind == KV_STEP_group_adagrad && (job->row_count <= 0 || job->count % job->row_count != 0))
         return kv_device_refuse(sentence, "step, job %d: %lld elements are no rows of %lld", i,
                                 (long long)job->count, (long long)job->row_count);
     return KV_DEVICE_OK;
@@ -70,16 +68,13 @@ kv_device_code_t add(kv_packer *packer, kv_step_kind_t kind, kv_dtype_t dtype,
                              (int16_t)job->wide};
     for (int s = 0; s < num_states; s++)
         record.states[s] = (uint64_t)job->states[s];
-    size_t bytes_of_factors =
-        is_double ? sizeof(kv_factors_t_double) : sizeof(kv_factors_t_float);
+    size_t bytes_of_factors = is_double ? sizeof(kv_factors_t_double) : sizeof(kv_factors_t_float);
     const int head = kv_words_of<kv_step_record>::COUNT;
-    const int sources = head + (is_double ? kv_words_of<kv_factors_t_double>::COUNT
-                                          : kv_words_of<kv_factors_t_float>::COUNT);
-    int64_t blocks = kind == KV_STEP_group_adagrad ? job->count / job->row_count
-                                                   : kv_blocks_for(job->count, n);
+    const int sources = head + (int)((bytes_of_factors + 7) / 8);
+    int64_t blocks =
+        kind == KV_STEP_group_adagrad ? job->count / job->row_count : kv_blocks_for(job->count, n);
     uint64_t *words;
-    KV_DEVICE_TRY(
-        kv_packer_add(packer, blocks, sources + job->num_src + job->num_dst, &words));
+    KV_DEVICE_TRY(kv_packer_add(packer, blocks, sources + job->num_src + job->num_dst, &words));
     memcpy(words, &record, sizeof record);
     memcpy(words + head, job->factors, bytes_of_factors);
     memcpy(words + sources, job->src, (size_t)job->num_src * 8);
@@ -92,8 +87,7 @@ kv_device_code_t add(kv_packer *packer, kv_step_kind_t kind, kv_dtype_t dtype,
 kv_device_code_t kv_cuda_step(int device, void *stream, kv_dtype_t dtype, kv_step_kind_t kind,
                               int num_jobs, const kv_device_step_t *jobs, char *sentence)
 {
-    kv_launch_t *launch =
-        kind >= 0 && kind < KV_STEP_COUNT ? launch_of(kind, dtype) : NULL;
+    kv_launch_t *launch = kind >= 0 && kind < KV_STEP_COUNT ? launch_of(kind, dtype) : NULL;
     if (launch == NULL)
         return kv_device_refuse(sentence, "there is no step of kind %d for type %d", (int)kind,
                                 (int)dtype);

@@ -51,7 +51,7 @@ KV_INSIDE void kv_store_weight(const kv_step_record &job, const uint64_t *dst, i
     typename T::store result[N];
     if (job.master != 0)
         kv_store<typename T::wide_type, N>(aligned, (char *)job.master, i, job.count, weight);
-#pragma unroll
+    KV_UNROLL
     for (int k = 0; k < N; k++)
         result[k] = T::narrow(weight[k]);
     kv_store_raw<typename T::store, N>(aligned, (char *)job.weight, i, job.count, result);
@@ -75,14 +75,14 @@ __global__ void kv_step_kernel(const __grid_constant__ kv_batch batch)
         real gradient[N], weight[N], states[ROOM][N];
         kv_load_gradient<T, N>(job, src, job.aligned, i, job.count, gradient);
         kv_load_weight<T, N>(job, job.aligned, i, weight);
-#pragma unroll
+        KV_UNROLL
         for (int s = 0; s < STEP::STATES; s++)
             kv_load<typename T::wide_type, N>(job.aligned, (const char *)job.states[s], i,
                                               job.count, states[s]);
-#pragma unroll
+        KV_UNROLL
         for (int k = 0; k < N; k++)
             STEP::apply(&factors, i + k, gradient[k], weight + k, states, k);
-#pragma unroll
+        KV_UNROLL
         for (int s = 0; s < STEP::STATES; s++)
             kv_store<typename T::wide_type, N>(job.aligned, (char *)job.states[s], i, job.count,
                                                states[s]);
@@ -97,8 +97,7 @@ void kv_step_launch(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
     KV_LAUNCH((kv_step_kernel<STEP, T>), blocks, KV_THREADS, stream, batch);
 }
 
-template <typename STEP>
-kv_launch_t *kv_step_launch_of(kv_dtype_t dtype)
+template <typename STEP> kv_launch_t *kv_step_launch_of(kv_dtype_t dtype)
 {
     switch (dtype) {
     case KV_FLOAT64:
@@ -122,11 +121,10 @@ kv_launch_t *kv_step_launch_of(kv_dtype_t dtype)
 #define KV_STEP_APPLY(name, num, real)                                                             \
     template <int N>                                                                               \
     KV_INSIDE void apply(const kv_factors_t_##real *factors, int64_t i, real gradient,             \
-                         real *weight, real (*states)[N], int k)                                   \
+                         real *weight, real(*states)[N], int k)                                    \
     {                                                                                              \
         (void)states, (void)k;                                                                     \
-        kv_##name##_##real(factors, factors->clip, i, gradient,                                    \
-                           weight KV_STEP_PLACES_##num);                                           \
+        kv_##name##_##real(factors, factors->clip, i, gradient, weight KV_STEP_PLACES_##num);      \
     }
 
 /* A kind as a type: how many states it has, and its function for float and for double. */

@@ -40,8 +40,7 @@ __device__ void apply(const kv_factors_t_double *factors, int64_t i, double grad
 }
 
 /* The squares of 64 elements of a row. */
-template <typename T>
-struct row_leaf {
+template <typename T> struct row_leaf {
     const kv_step_record &job;
     const typename T::factors &factors;
     const uint64_t *src;
@@ -64,8 +63,7 @@ struct row_leaf {
     }
 };
 
-template <typename T>
-__global__ void group_kernel(const __grid_constant__ kv_batch batch)
+template <typename T> __global__ void group_kernel(const __grid_constant__ kv_batch batch)
 {
     typedef typename T::wide real;
     typedef typename T::factors factors_t;
@@ -96,8 +94,7 @@ __global__ void group_kernel(const __grid_constant__ kv_batch batch)
     }
 }
 
-template <typename T>
-void launch(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
+template <typename T> void launch(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
 {
     KV_LAUNCH((group_kernel<T>), blocks, KV_THREADS, stream, batch);
 }

@@ -10,8 +10,7 @@ struct sum_record {
 };
 
 /* Elements of a tile: of the larger of the two types 16 bytes. */
-template <typename FROM, typename TO>
-struct sum_tile {
+template <typename FROM, typename TO> struct sum_tile {
     enum {
         COUNT = 16 / (sizeof(typename FROM::store) > sizeof(typename TO::store)
                           ? sizeof(typename FROM::store)
@@ -38,7 +37,7 @@ __global__ void sum_kernel(const __grid_constant__ kv_batch batch)
         } else {
             typename FROM::wide sum[N];
             kv_load_sum<FROM, N>(job.aligned, job.num_src, src, i, job.count, sum);
-#pragma unroll
+            KV_UNROLL
             for (int k = 0; k < N; k++)
                 result[k] = TO::narrow(sum[k]);
         }
@@ -59,8 +58,7 @@ struct choice {
     kv_launch_t *launch;
 };
 
-template <typename FROM, typename TO>
-choice choose(kv_dtype_t from, kv_dtype_t to)
+template <typename FROM, typename TO> choice choose(kv_dtype_t from, kv_dtype_t to)
 {
     choice chosen = {from,
                      to,
@@ -113,10 +111,9 @@ kv_device_code_t kv_cuda_sum(int device, void *stream, kv_dtype_t from, kv_dtype
         const kv_device_sum_t *job = jobs + i;
         if (job->count == 0)
             continue;
-        kv_aligned_t aligned = kv_aligned_for(KV_ALIGNED_TILES, job->num_src, job->src,
-                                              chosen.from_bytes, chosen.n);
-        aligned =
-            kv_aligned_for(aligned, job->num_dst, job->dst, chosen.to_bytes, chosen.n);
+        kv_aligned_t aligned =
+            kv_aligned_for(KV_ALIGNED_TILES, job->num_src, job->src, chosen.from_bytes, chosen.n);
+        aligned = kv_aligned_for(aligned, job->num_dst, job->dst, chosen.to_bytes, chosen.n);
         sum_record record = {job->count, (int16_t)job->num_src, (int16_t)job->num_dst,
                              (int16_t)aligned};
         const int head = kv_words_of<sum_record>::COUNT;

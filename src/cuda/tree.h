@@ -16,8 +16,7 @@ static_assert((KV_THREADS & (KV_THREADS - 1)) == 0, "subtrees are whole only the
 
 /* leaf(first) + … + leaf(first + leaves - 1), as a tree; at least one. Called by all threads of a
  * block, which all get the sum. */
-template <typename LEAF>
-__device__ double kv_tree(const LEAF &leaf, int64_t first, int64_t leaves)
+template <typename LEAF> __device__ double kv_tree(const LEAF &leaf, int64_t first, int64_t leaves)
 {
     __shared__ double sums[KV_THREADS];
     double level[KV_LEVELS]; /* thread 0's */

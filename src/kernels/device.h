@@ -80,11 +80,11 @@ typedef struct kv_device_sum {
 typedef struct kv_device_step {
     int64_t count;
     void *weight;
-    float *master;                   /* of a 16-bit weight, or NULL: the weight itself is read */
-    void *states[KV_DEVICE_STATES];  /* as many as the kind has, in the wide type */
-    const void *factors;             /* kv_factors_t_float, for float64 weights …_double */
-    int num_src;                     /* 0: the gradient is 0 */
-    bool wide;                       /* the sources are of the wide type, not of the weight's */
+    float *master;                  /* of a 16-bit weight, or NULL: the weight itself is read */
+    void *states[KV_DEVICE_STATES]; /* as many as the kind has, in the wide type */
+    const void *factors;            /* kv_factors_t_float, for float64 weights …_double */
+    int num_src;                    /* 0: the gradient is 0 */
+    bool wide;                      /* the sources are of the wide type, not of the weight's */
     const void *const *src;
     int num_dst;
     void *const *dst;
@@ -148,7 +148,8 @@ typedef struct kv_device_api {
     const char *name; /* "cuda" */
 
     kv_device_code_t (*info)(int device, kv_device_info_t *out, char *sentence);
-    /* Whether copies go straight from one device to the other, which it switches on if it can be. */
+    /* Whether copies go straight from one device to the other, which it switches on if it can be.
+     */
     kv_device_code_t (*peer)(int device, int other, bool *direct, char *sentence);
     /* Whose memory this is: the device, or -1 for the host's, also if it is unknown. */
     kv_device_code_t (*owner)(const void *pointer, int *device, char *sentence);
