@@ -1,0 +1,46 @@
+/* What tests may ask of the emulation. Plain C, for ctypes and for modules in C. */
+#ifndef EMU_CONTROL_H
+#define EMU_CONTROL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#define EMU_CONTROL __attribute__((visibility("default")))
+
+/* Begins anew: all devices, streams, events and memory are new ones; old handles are invalid. No
+ * call may be under way. `peer`: whether devices can be given access to each other. Without this
+ * call the emulation begins with EMU_SEED (0), EMU_DEVICES (2), EMU_BYTES (64 MiB a device) and
+ * EMU_PEER (1) of the environment. */
+EMU_CONTROL void emu_reset(uint64_t seed, int devices, size_t bytes_per_device, int peer);
+
+/* The n-th allocation from now, and those after it, `times` in all, find no memory: on devices and
+ * of pinned memory. n = 0: none. */
+EMU_CONTROL void emu_fail_alloc(int64_t n, int64_t times);
+
+/* The n-th kernel that the device runs from now kills it; n = 0: at once. What is queued is
+ * dropped, its memory is spoilt, and each later call on it returns cudaErrorIllegalAddress. */
+EMU_CONTROL void emu_kill_device(int device, int64_t n);
+
+/* The n-th call of this name from now does nothing and returns `error`. A launch is
+ * "cudaLaunchKernel". */
+EMU_CONTROL void emu_fail_call(const char *name, int64_t n, int error);
+
+/* Runs everything that is queued. */
+EMU_CONTROL void emu_run_all(void);
+
+/* How many: "launches" (kernels run), "copies" (done), "queued" (operations not run yet),
+ * "mistakes" (sentences written), "live_allocations", "live_bytes" (of devices that live),
+ * "live_pinned", "live_streams", "live_events"; or, by the name of one of the runtime's calls, how
+ * often it was called. */
+EMU_CONTROL int64_t emu_counter(const char *name);
+
+/* The last sentence about a mistake, "" if there is none since emu_reset. Valid until the next. */
+EMU_CONTROL const char *emu_report(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
