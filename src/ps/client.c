@@ -74,7 +74,8 @@ static void fail_locked(kv_client_work_t *work)
         kv_fail(client->status, "key %s: %s", name, client->why);
         kv_sentence_save(&work->error);
     }
-    work->call->unsent = work->call->unsent || !work->started;
+    if (!work->started)
+        work->call->unsent = true;
     kv_work_fail_locked(work);
 }
 

@@ -166,8 +166,8 @@ struct kv_client_call {
      * call names the key and the node in its sentence (kv_status_message of this thread). Outs of a
      * call that failed may have been written in part. */
     void (*done)(kv_client_call_t *call, kv_status_t status);
-    /* Out, before `sent`: it failed before anything of it went out. */
-    bool unsent;
+    /* Out, before `sent`: it failed before anything of it went out. May be read at any time. */
+    _Atomic bool unsent;
     /* The client's own: */
     struct kv_client_work *work;
     kv_client_call_t *next, *prev;
