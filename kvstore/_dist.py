@@ -14,7 +14,7 @@ Controller = Callable[[int, Any], object]
 
 ROLES = ("worker", "server", "scheduler")
 MASKS = {1: "scheduler", 2: "server", 4: "worker"}  # MXNet's groups of nodes
-LOSS_S = 1.0
+LOSS_S = 5.0  # of a busy machine; it is a moment else
 HEADS = range(-(2**63), 2**63)
 
 # The package's own commands, by the role of who runs them and their negative heads: functions of
@@ -62,8 +62,8 @@ def close(member: Member, timeout_s: float, together: bool | None = None) -> Non
         if member.core is not None:
             member.core.drain(timeout_s)
     except PeerLostError:
-        # The scheduler will know in a moment; a worker that has left before that would be taken
-        # for the one that is missing.
+        # The scheduler will know in a moment. A worker that left before that would be taken for
+        # the one that is missing, and if all did, the cluster would have ended well.
         member.await_loss(LOSS_S)
     except BaseException:  # its time is over, or somebody wants it to end
         together = False

@@ -485,7 +485,7 @@ class Member:
         try:
             if self.core is not None:
                 self.core.drain(SHORT_S)
-        except TimeoutError:
+        except (TimeoutError, PeerLostError):
             return False
         return True
 

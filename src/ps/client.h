@@ -57,8 +57,8 @@ void kv_client_free(kv_client_t *client); /* after close; all remotes are freed 
 /* +1: somebody will start a call soon, -1: has done so or will not. A drain waits for those too. */
 void kv_client_expect(kv_client_t *client, int32_t sign);
 
-/* Waits until no call is under way. KV_TIMEOUT, KV_INTERRUPTED, KV_CALLBACK as any wait; detaches
- * the caller meanwhile. */
+/* Waits until no call is under way. KV_PEER_LOST if a server is lost by then; KV_TIMEOUT,
+ * KV_INTERRUPTED, KV_CALLBACK as any wait; detaches the caller meanwhile. */
 KV_MUST_CHECK kv_status_t kv_client_drain(kv_client_t *client, kv_caller_t *caller);
 
 /* KV_OK, or why no call can work: KV_PEER_LOST, KV_CLOSED. */

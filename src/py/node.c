@@ -390,7 +390,9 @@ static PyMethodDef METHODS[] = {
      "On a server: a worker leaves; what needs more of it fails.\n\n"
      "`finished`: all its calls have been answered. Else it has left when its session ends."},
     {"drain", node_drain, METH_O,
-     "drain($self, timeout, /)\n--\n\nWait until every call of this worker has its answers."},
+     "drain($self, timeout, /)\n--\n\n"
+     "Wait until every call of this worker has its answers; PeerLostError if a server is lost "
+     "then."},
     {"add_optimizer", node_add_optimizer, METH_VARARGS,
      "add_optimizer($self, number, kind, numbers, flags, begin_num_update, training, /)\n--\n\n"
      "On a server: let pushes name a built-in optimizer by this number."},

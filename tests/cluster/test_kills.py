@@ -13,6 +13,8 @@ pytestmark = pytest.mark.ucx
 
 # Two seconds are meant; the rest is for a loaded machine. What was measured is printed.
 SOON_S = 5.0
+MEMBER = "__import__('kvstore.cluster.member').cluster.member.of_this_process()"
+LOSE = f"{MEMBER}.core.lose('server 0 is gone')"
 PULL = "kv.pull('w', out=np.empty(4, 'float32'))"
 
 
@@ -67,6 +69,18 @@ def test_who_hears_of_a_loss_late_is_told_the_one_who_died(make):
     told = cluster.ask("worker 0", f"time.sleep(1) or {PULL}")
     assert told["error"] == "PeerLostError" and "worker 1" in told["text"]
     cluster.finish("worker 1")
+
+
+def test_workers_that_hear_of_a_loss_first_do_not_end_the_cluster_well(make):
+    """A server's memory is gone before its connections close: workers that read it know first."""
+    cluster = make([("steps", "")] * 2, 2)
+    for name in cluster.workers():
+        assert cluster.ask(name, LOSE)["value"] is None
+        assert cluster.ask(name, PULL)["error"] == "PeerLostError"
+    dies = threading.Timer(0.5, cluster.kill, ("server 0",))
+    dies.start()
+    cluster.finish("server 0")
+    dies.join()
 
 
 # ------------------------------------------------------------------------------------ leaving

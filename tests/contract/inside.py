@@ -67,7 +67,7 @@ class Member(Place):
     def is_finished(self):
         try:
             self.core.drain(0.001)
-        except kvstore.TimeoutError:
+        except (kvstore.TimeoutError, kvstore.PeerLostError):
             return False
         return True
 

@@ -286,7 +286,7 @@ def test_every_allocation_may_fail(name):
                 pass
             finally:
                 cluster_lost = False
-                with contextlib.suppress(MemoryError):
+                with contextlib.suppress(MemoryError, kvstore.PeerLostError):
                     cluster.members[0].core.drain(LONG)
                 hit = _core.fault_set("alloc", 0) >= nth
             with contextlib.suppress(MemoryError, kvstore.PeerLostError):
