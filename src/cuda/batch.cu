@@ -25,6 +25,7 @@ kv_device_code_t kv_packer_end(kv_packer *packer)
     kv_batch *batch = &packer->batch;
     if (batch->num_jobs == 0)
         return KV_DEVICE_OK;
+    (void)cudaGetLastError(); /* what others in this thread have left is not this launch's */
     packer->launch(packer->stream, batch->first[batch->num_jobs], *batch);
     batch->num_jobs = 0;
     packer->num_words = 0;

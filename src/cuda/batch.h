@@ -64,6 +64,36 @@ template <typename RECORD> struct kv_words_of {
 
 typedef void kv_launch_t(cudaStream_t stream, unsigned blocks, const kv_batch &batch);
 
+/* The launch for a floating type, NULL for another; `launch` is a template over the type. */
+#define KV_LAUNCH_FOR(dtype, launch)                                                               \
+    ((dtype) == KV_FLOAT64    ? launch<kv_float64>                                                 \
+     : (dtype) == KV_FLOAT32  ? launch<kv_float32>                                                 \
+     : (dtype) == KV_FLOAT16  ? launch<kv_float16>                                                 \
+     : (dtype) == KV_BFLOAT16 ? launch<kv_bfloat16>                                                \
+                              : (kv_launch_t *)NULL)
+
+/* Bytes of an element, and of one of the type that a floating type is computed with. */
+static inline int kv_bytes_of(kv_dtype_t dtype)
+{
+    static const int bytes[] = {
+#define KV_BYTES(id, name, bytes, code, bits) bytes,
+        KV_DTYPE_LIST(KV_BYTES)
+#undef KV_BYTES
+    };
+    return bytes[dtype];
+}
+
+static inline int kv_wide_bytes_of(kv_dtype_t dtype)
+{
+    return kv_bytes_of(kv_dtype_wide(dtype));
+}
+
+/* Elements of a tile of a floating type. */
+static inline int kv_tile_of(kv_dtype_t dtype)
+{
+    return KV_TILE_BYTES / kv_wide_bytes_of(dtype);
+}
+
 /* Fills batches and launches each when it is full. */
 struct kv_packer {
     int device;

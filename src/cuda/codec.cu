@@ -70,31 +70,19 @@ __global__ void encode_kernel(const __grid_constant__ kv_batch batch)
         atomicAdd((unsigned long long *)job.unfinite, unfinite);
 }
 
-template <typename T, int BITS>
-void launch_encode(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
-{
-    KV_LAUNCH((encode_kernel<T, BITS>), blocks, KV_THREADS, stream, batch);
-}
-
-template <typename T> kv_launch_t *encode_of(int bits)
-{
-    return bits == 2 ? launch_encode<T, 2> : bits == 1 ? launch_encode<T, 1> : NULL;
-}
+template <int BITS> struct encoder {
+    template <typename T>
+    static void launch(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
+    {
+        KV_LAUNCH((encode_kernel<T, BITS>), blocks, KV_THREADS, stream, batch);
+    }
+};
 
 kv_launch_t *encode_of(kv_dtype_t dtype, int bits)
 {
-    switch (dtype) {
-    case KV_FLOAT64:
-        return encode_of<kv_float64>(bits);
-    case KV_FLOAT32:
-        return encode_of<kv_float32>(bits);
-    case KV_FLOAT16:
-        return encode_of<kv_float16>(bits);
-    case KV_BFLOAT16:
-        return encode_of<kv_bfloat16>(bits);
-    default:
-        return NULL;
-    }
+    return bits == 2   ? KV_LAUNCH_FOR(dtype, encoder<2>::launch)
+           : bits == 1 ? KV_LAUNCH_FOR(dtype, encoder<1>::launch)
+                       : NULL;
 }
 
 /* ----------------------------------------------------------------------------------- decode */
@@ -167,50 +155,35 @@ __global__ void decode_kernel(const __grid_constant__ kv_batch batch)
     }
 }
 
-template <typename T, typename TO>
-void launch_decode(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
+template <typename T>
+void decode_to_itself(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
 {
-    KV_LAUNCH((decode_kernel<T, TO>), blocks, KV_THREADS, stream, batch);
+    KV_LAUNCH((decode_kernel<T, T>), blocks, KV_THREADS, stream, batch);
 }
 
-template <typename T> kv_launch_t *decode_of(bool wide)
+template <typename T>
+void decode_to_wide(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
 {
-    return wide ? launch_decode<T, typename T::wide_type> : launch_decode<T, T>;
+    KV_LAUNCH((decode_kernel<T, typename T::wide_type>), blocks, KV_THREADS, stream, batch);
 }
 
 kv_launch_t *decode_of(kv_dtype_t dtype, kv_dtype_t to)
 {
-    if (!kv_dtype_is_floating(dtype) || (to != dtype && to != kv_dtype_wide(dtype)))
-        return NULL;
-    switch (dtype) {
-    case KV_FLOAT64:
-        return decode_of<kv_float64>(true);
-    case KV_FLOAT32:
-        return decode_of<kv_float32>(true);
-    case KV_FLOAT16:
-        return decode_of<kv_float16>(to != dtype);
-    case KV_BFLOAT16:
-        return decode_of<kv_bfloat16>(to != dtype);
-    default:
-        return NULL;
-    }
-}
-
-int bytes_of(kv_dtype_t dtype)
-{
-    return dtype == KV_FLOAT64 ? 8 : kv_dtype_is_narrow(dtype) ? 2 : 4;
+    return to == dtype                  ? KV_LAUNCH_FOR(dtype, decode_to_itself)
+           : to == kv_dtype_wide(dtype) ? KV_LAUNCH_FOR(dtype, decode_to_wide)
+                                        : NULL;
 }
 
 kv_device_code_t add_decode(kv_packer *packer, kv_dtype_t dtype, kv_dtype_t to,
                             const kv_device_decode_t *job)
 {
-    const int n = dtype == KV_FLOAT64 ? 2 : 4, head = kv_words_of<decode_record>::COUNT;
+    const int n = kv_tile_of(dtype), head = kv_words_of<decode_record>::COUNT;
     const int each = kv_words_of<decode_source>::COUNT, results = head + each * job->num_src;
     kv_aligned_t aligned =
-        kv_aligned_for(KV_ALIGNED_TILES, job->num_dst, job->dst, bytes_of(to), n);
+        kv_aligned_for(KV_ALIGNED_TILES, job->num_dst, job->dst, kv_bytes_of(to), n);
     for (int i = 0; i < job->num_src; i++)
         if (job->src[i].bits == 0)
-            aligned = kv_aligned_for(aligned, 1, &job->src[i].data, bytes_of(dtype), n);
+            aligned = kv_aligned_for(aligned, 1, &job->src[i].data, kv_bytes_of(dtype), n);
     decode_record record = {job->count, (int16_t)job->num_src, (int16_t)job->num_dst,
                             (int16_t)aligned};
     uint64_t *words;
@@ -243,10 +216,10 @@ kv_device_code_t kv_cuda_encode(int device, void *stream, kv_dtype_t dtype, int 
         const kv_device_encode_t *job = jobs + i;
         if (job->count == 0)
             continue;
-        const int tile = dtype == KV_FLOAT64 ? 2 : 4, wide = dtype == KV_FLOAT64 ? 8 : 4;
+        const int tile = kv_tile_of(dtype), wide = kv_wide_bytes_of(dtype);
         const void *const residuals[] = {job->residual};
         kv_aligned_t aligned =
-            kv_aligned_for(KV_ALIGNED_TILES, 1, &job->gradient, bytes_of(dtype), tile);
+            kv_aligned_for(KV_ALIGNED_TILES, 1, &job->gradient, kv_bytes_of(dtype), tile);
         aligned = kv_aligned_for(aligned, 1, residuals, wide, tile);
         encode_record record = {job->count,
                                 job->threshold,

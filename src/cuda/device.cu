@@ -51,8 +51,9 @@ kv_device_code_t kv_device_failed(int device, cudaError_t error, const char *doi
 {
     (void)cudaGetLastError();
     size_t unused, total;
-    /* An error that stays is what every later call answers, whatever it is about. */
-    bool stays = error != cudaErrorMemoryAllocation && cudaMemGetInfo(&unused, &total) == error;
+    /* An error that stays is what every later call on the device answers, whatever it is about. */
+    bool stays = error != cudaErrorMemoryAllocation &&
+                 (cudaSetDevice(device) == error || cudaMemGetInfo(&unused, &total) == error);
     (void)cudaGetLastError();
     snprintf(sentence, KV_DEVICE_SENTENCE, "device %d could not %s: %s (%s)", device, doing,
              cudaGetErrorString(error), cudaGetErrorName(error));
@@ -102,28 +103,63 @@ kv_device_code_t info(int device, kv_device_info_t *out, char *sentence)
     return KV_DEVICE_OK;
 }
 
+/* The pool of a device. It keeps what is freed, or every wait would give it back to the system. */
+kv_device_code_t pool_of(int device, cudaMemPool_t *out, char *sentence)
+{
+    KV_CUDA_TRY(device, cudaDeviceGetDefaultMemPool(out, device), "find its pool of memory",
+                sentence);
+    if (!__atomic_load_n(&devices.is_pooled[device], __ATOMIC_RELAXED)) {
+        uint64_t most = UINT64_MAX;
+        KV_CUDA_TRY(device, cudaMemPoolSetAttribute(*out, cudaMemPoolAttrReleaseThreshold, &most),
+                    "set up its pool of memory", sentence);
+        __atomic_store_n(&devices.is_pooled[device], true, __ATOMIC_RELAXED);
+    }
+    return KV_DEVICE_OK;
+}
+
+/* Lets the device see the other one's pool, which peer access of the devices does not do. */
+kv_device_code_t open_pool(int device, int other, char *sentence)
+{
+    cudaMemPool_t pool;
+    KV_DEVICE_TRY(pool_of(other, &pool, sentence));
+    cudaMemAccessDesc access = {};
+    access.location.type = cudaMemLocationTypeDevice;
+    access.location.id = device;
+    access.flags = cudaMemAccessFlagsProtReadWrite;
+    KV_CUDA_TRY(device, cudaMemPoolSetAccess(pool, &access, 1), "open its way to a peer's pool",
+                sentence);
+    return KV_DEVICE_OK;
+}
+
 kv_device_code_t peer(int device, int other, bool *direct, char *sentence)
 {
     KV_DEVICE_TRY(kv_device_enter(other, sentence));
     KV_DEVICE_TRY(kv_device_enter(device, sentence));
-    int can = device == other;
-    if (device != other) {
+    int can = 0;
+    if (device != other)
         KV_CUDA_TRY(device, cudaDeviceCanAccessPeer(&can, device, other), "ask for a peer",
                     sentence);
-        cudaError_t error = can ? cudaDeviceEnablePeerAccess(other, 0) : cudaSuccess;
-        if (error == cudaErrorPeerAccessAlreadyEnabled)
+    if (can != 0) {
+        cudaError_t error = cudaDeviceEnablePeerAccess(other, 0);
+        can = error != cudaErrorTooManyPeers;
+        if (error == cudaErrorPeerAccessAlreadyEnabled || error == cudaErrorTooManyPeers)
             (void)cudaGetLastError();
         else
             KV_CUDA_TRY(device, error, "open its way to a peer", sentence);
     }
-    *direct = can != 0;
+    if (can != 0)
+        KV_DEVICE_TRY(open_pool(device, other, sentence));
+    *direct = can != 0 || device == other;
     return KV_DEVICE_OK;
 }
 
 kv_device_code_t owner(const void *pointer, int *device, char *sentence)
 {
     cudaPointerAttributes attributes;
-    KV_CUDA_TRY(0, cudaPointerGetAttributes(&attributes, pointer), "look at a pointer", sentence);
+    int current = 0;
+    KV_CUDA_TRY(current, cudaGetDevice(&current), "be asked for", sentence);
+    KV_CUDA_TRY(current, cudaPointerGetAttributes(&attributes, pointer), "look at a pointer",
+                sentence);
     *device = attributes.type == cudaMemoryTypeDevice ? attributes.device : -1;
     return KV_DEVICE_OK;
 }
@@ -193,20 +229,6 @@ kv_device_code_t event_done(int device, void *event, bool *done, char *sentence)
 }
 
 /* ----------------------------------------------------------------------------------- memory */
-
-/* The pool of a device. It keeps what is freed, or every wait would give it back to the system. */
-kv_device_code_t pool_of(int device, cudaMemPool_t *out, char *sentence)
-{
-    KV_CUDA_TRY(device, cudaDeviceGetDefaultMemPool(out, device), "find its pool of memory",
-                sentence);
-    if (!__atomic_load_n(&devices.is_pooled[device], __ATOMIC_RELAXED)) {
-        uint64_t most = UINT64_MAX;
-        KV_CUDA_TRY(device, cudaMemPoolSetAttribute(*out, cudaMemPoolAttrReleaseThreshold, &most),
-                    "set up its pool of memory", sentence);
-        __atomic_store_n(&devices.is_pooled[device], true, __ATOMIC_RELAXED);
-    }
-    return KV_DEVICE_OK;
-}
 
 kv_device_code_t alloc(int device, void *stream, int64_t bytes, void **out, char *sentence)
 {

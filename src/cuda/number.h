@@ -39,33 +39,22 @@ KV_INSIDE float kv_float_of(uint32_t bits)
     return x;
 }
 
-struct kv_float64 {
-    typedef double store, wide;
-    typedef kv_float64 wide_type;
-    typedef kv_factors_t_double factors;
-    KV_INSIDE double widen(double x)
+/* Computed with as they lie in memory. */
+template <typename REAL, typename FACTORS> struct kv_real {
+    typedef REAL store, wide;
+    typedef kv_real wide_type;
+    typedef FACTORS factors;
+    KV_INSIDE REAL widen(REAL x)
     {
         return x;
     }
-    KV_INSIDE double narrow(double x)
-    {
-        return x;
-    }
-};
-
-struct kv_float32 {
-    typedef float store, wide;
-    typedef kv_float32 wide_type;
-    typedef kv_factors_t_float factors;
-    KV_INSIDE float widen(float x)
-    {
-        return x;
-    }
-    KV_INSIDE float narrow(float x)
+    KV_INSIDE REAL narrow(REAL x)
     {
         return x;
     }
 };
+typedef kv_real<double, kv_factors_t_double> kv_float64;
+typedef kv_real<float, kv_factors_t_float> kv_float32;
 
 struct kv_float16 {
     typedef uint16_t store;
@@ -177,8 +166,9 @@ template <> struct kv_word<16> {
 };
 
 /* Elements of a tile of this type that is computed with. */
+enum { KV_TILE_BYTES = 16 };
 template <typename WIDE> struct kv_tile {
-    enum { COUNT = 16 / sizeof(WIDE) };
+    enum { COUNT = KV_TILE_BYTES / sizeof(WIDE) };
 };
 
 /* Elements [i, i + N) of an array of `count`, zeros past its end. */

@@ -53,9 +53,8 @@ template <typename T> __global__ void squares_kernel(const __grid_constant__ kv_
     const squares_leaf<T> leaf = {job, place.record + kv_words_of<squares_record>::COUNT};
     const int64_t leaves = (job.count + KV_LEAF - 1) / KV_LEAF;
     for (int64_t part = place.block; part * KV_THREADS < leaves; part += place.blocks) {
-        int64_t first = part * KV_THREADS;
-        double sum =
-            kv_tree(leaf, first, leaves - first < KV_THREADS ? leaves - first : KV_THREADS);
+        const int64_t first = part * KV_THREADS, left = leaves - first;
+        double sum = kv_tree(leaf, first, left < KV_THREADS ? left : (int64_t)KV_THREADS);
         if (threadIdx.x == 0)
             ((double *)job.room)[part] = sum;
     }
@@ -92,30 +91,13 @@ void launch_parts(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
     KV_LAUNCH((parts_kernel), blocks, KV_THREADS, stream, batch);
 }
 
-kv_launch_t *launch_of(kv_dtype_t dtype)
-{
-    switch (dtype) {
-    case KV_FLOAT64:
-        return launch<kv_float64>;
-    case KV_FLOAT32:
-        return launch<kv_float32>;
-    case KV_FLOAT16:
-        return launch<kv_float16>;
-    case KV_BFLOAT16:
-        return launch<kv_bfloat16>;
-    default:
-        return NULL;
-    }
-}
-
 kv_device_code_t add(kv_packer *packer, kv_dtype_t dtype, const kv_device_squares_t *job,
                      int64_t blocks, bool with_src)
 {
-    bool is_double = dtype == KV_FLOAT64;
-    int wide = is_double ? 8 : 4, bytes = kv_dtype_is_narrow(dtype) ? 2 : wide, n = 16 / wide;
-    int num_src = with_src ? job->num_src : 0;
-    kv_aligned_t aligned = kv_aligned_for(KV_ALIGNED_TILES, num_src, job->src, bytes, n);
-    aligned = kv_aligned_for(aligned, 1, &job->waiting, wide, n);
+    int num_src = with_src ? job->num_src : 0, n = kv_tile_of(dtype);
+    kv_aligned_t aligned =
+        kv_aligned_for(KV_ALIGNED_TILES, num_src, job->src, kv_bytes_of(dtype), n);
+    aligned = kv_aligned_for(aligned, 1, &job->waiting, kv_wide_bytes_of(dtype), n);
     squares_record record = {
         job->count,          (uint64_t)job->waiting,
         (uint64_t)job->room, (uint64_t)job->out,
@@ -134,7 +116,7 @@ kv_device_code_t add(kv_packer *packer, kv_dtype_t dtype, const kv_device_square
 kv_device_code_t kv_cuda_squares(int device, void *stream, kv_dtype_t dtype, int num_jobs,
                                  const kv_device_squares_t *jobs, char *sentence)
 {
-    kv_launch_t *first = launch_of(dtype);
+    kv_launch_t *first = KV_LAUNCH_FOR(dtype, launch);
     if (first == NULL)
         return kv_device_refuse(sentence, "there are no norms of type %d", (int)dtype);
     for (int i = 0; i < num_jobs; i++)

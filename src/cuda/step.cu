@@ -48,8 +48,7 @@ kv_device_code_t check(kv_step_kind_t kind, kv_dtype_t dtype, int i, const kv_de
 kv_device_code_t add(kv_packer *packer, kv_step_kind_t kind, kv_dtype_t dtype,
                      const kv_device_step_t *job)
 {
-    bool is_double = dtype == KV_FLOAT64;
-    int wide = is_double ? 8 : 4, bytes = kv_dtype_is_narrow(dtype) ? 2 : wide, n = 16 / wide;
+    int wide = kv_wide_bytes_of(dtype), bytes = kv_bytes_of(dtype), n = kv_tile_of(dtype);
     const void *const mine[] = {job->weight};
     const void *const masters[] = {job->master, job->states[0], job->states[1], job->states[2]};
     int num_states = states_of(kind);
@@ -68,7 +67,8 @@ kv_device_code_t add(kv_packer *packer, kv_step_kind_t kind, kv_dtype_t dtype,
                              (int16_t)job->wide};
     for (int s = 0; s < num_states; s++)
         record.states[s] = (uint64_t)job->states[s];
-    size_t bytes_of_factors = is_double ? sizeof(kv_factors_t_double) : sizeof(kv_factors_t_float);
+    size_t bytes_of_factors =
+        dtype == KV_FLOAT64 ? sizeof(kv_factors_t_double) : sizeof(kv_factors_t_float);
     const int head = kv_words_of<kv_step_record>::COUNT;
     const int sources = head + (int)((bytes_of_factors + 7) / 8);
     int64_t blocks =

@@ -86,32 +86,18 @@ __global__ void kv_step_kernel(const __grid_constant__ kv_batch batch)
         for (int s = 0; s < STEP::STATES; s++)
             kv_store<typename T::wide_type, N>(job.aligned, (char *)job.states[s], i, job.count,
                                                states[s]);
-        if (STEP::KIND != KV_STEP_lamb_moments)
+        if (STEP::WRITES)
             kv_store_weight<T, N>(job, dst, job.aligned, i, weight);
     }
 }
 
-template <typename STEP, typename T>
-void kv_step_launch(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
-{
-    KV_LAUNCH((kv_step_kernel<STEP, T>), blocks, KV_THREADS, stream, batch);
-}
-
-template <typename STEP> kv_launch_t *kv_step_launch_of(kv_dtype_t dtype)
-{
-    switch (dtype) {
-    case KV_FLOAT64:
-        return kv_step_launch<STEP, kv_float64>;
-    case KV_FLOAT32:
-        return kv_step_launch<STEP, kv_float32>;
-    case KV_FLOAT16:
-        return kv_step_launch<STEP, kv_float16>;
-    case KV_BFLOAT16:
-        return kv_step_launch<STEP, kv_bfloat16>;
-    default:
-        return NULL;
+template <typename STEP> struct kv_step_launch {
+    template <typename T>
+    static void launch(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
+    {
+        KV_LAUNCH((kv_step_kernel<STEP, T>), blocks, KV_THREADS, stream, batch);
     }
-}
+};
 
 #define KV_STEP_PLACES_0
 #define KV_STEP_PLACES_1 , states[0] + k
@@ -127,17 +113,18 @@ template <typename STEP> kv_launch_t *kv_step_launch_of(kv_dtype_t dtype)
         kv_##name##_##real(factors, factors->clip, i, gradient, weight KV_STEP_PLACES_##num);      \
     }
 
-/* A kind as a type: how many states it has, and its function for float and for double. */
+/* A kind as a type: how many states it has, whether the weight changes, and its function for float
+ * and for double. */
 #define KV_STEP_TYPE(name, num)                                                                    \
     struct kv_step_of_##name {                                                                     \
-        enum { KIND = KV_STEP_##name, STATES = num };                                              \
+        enum { STATES = num, WRITES = KV_STEP_##name != KV_STEP_lamb_moments };                    \
         KV_STEP_APPLY(name, num, float)                                                            \
         KV_STEP_APPLY(name, num, double)                                                           \
     };
 
 #define KV_STEP_CASE(name, num)                                                                    \
     case KV_STEP_##name:                                                                           \
-        return kv_step_launch_of<kv_step_of_##name>(dtype);
+        return KV_LAUNCH_FOR(dtype, kv_step_launch<kv_step_of_##name>::launch);
 
 #define KV_STEP_DEFINE(function, FAMILY)                                                           \
     FAMILY(KV_STEP_TYPE)                                                                           \

@@ -67,6 +67,7 @@ template <typename T> __global__ void group_kernel(const __grid_constant__ kv_ba
 {
     typedef typename T::wide real;
     typedef typename T::factors factors_t;
+    __shared__ real root;
     const kv_place place = kv_find_place(batch);
     const kv_step_record job = kv_record_of<kv_step_record>(place.record);
     const uint64_t *behind = place.record + kv_words_of<kv_step_record>::COUNT;
@@ -78,11 +79,13 @@ template <typename T> __global__ void group_kernel(const __grid_constant__ kv_ba
         const row_leaf<T> leaf = {job, factors, src, begin, aligned};
         real *history = (real *)job.states[0] + row;
         double sum = kv_tree(leaf, 0, (job.row_count + KV_LEAF - 1) / KV_LEAF);
-        real now = *history + (real)(sum / (double)job.row_count);
-        __syncthreads(); /* all have read it */
-        if (threadIdx.x == 0)
-            *history = now;
-        factors.p = root_of(now + factors.eps);
+        /* Nobody reads the root of the row before any more: all have left it for kv_tree. */
+        if (threadIdx.x == 0) {
+            *history += (real)(sum / (double)job.row_count);
+            root = root_of(*history + factors.eps);
+        }
+        __syncthreads();
+        factors.p = root;
         for (int64_t i = begin + threadIdx.x; i < end; i += KV_THREADS) {
             real gradient, weight;
             kv_load_gradient<T, 1>(job, src, aligned, i, end, &gradient);
@@ -90,7 +93,6 @@ template <typename T> __global__ void group_kernel(const __grid_constant__ kv_ba
             apply(&factors, i, gradient, &weight);
             kv_store_weight<T, 1>(job, dst, aligned, i, &weight);
         }
-        __syncthreads();
     }
 }
 
@@ -103,18 +105,5 @@ template <typename T> void launch(cudaStream_t stream, unsigned blocks, const kv
 
 kv_launch_t *kv_steps_of_group(kv_step_kind_t kind, kv_dtype_t dtype)
 {
-    if (kind != KV_STEP_group_adagrad)
-        return NULL;
-    switch (dtype) {
-    case KV_FLOAT64:
-        return launch<kv_float64>;
-    case KV_FLOAT32:
-        return launch<kv_float32>;
-    case KV_FLOAT16:
-        return launch<kv_float16>;
-    case KV_BFLOAT16:
-        return launch<kv_bfloat16>;
-    default:
-        return NULL;
-    }
+    return kind == KV_STEP_group_adagrad ? KV_LAUNCH_FOR(dtype, launch) : NULL;
 }

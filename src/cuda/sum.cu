@@ -9,12 +9,12 @@ struct sum_record {
     int16_t num_src, num_dst, aligned;
 };
 
-/* Elements of a tile: of the larger of the two types 16 bytes. */
+/* Elements of a tile: KV_TILE_BYTES of the larger of the two types. */
 template <typename FROM, typename TO> struct sum_tile {
     enum {
-        COUNT = 16 / (sizeof(typename FROM::store) > sizeof(typename TO::store)
-                          ? sizeof(typename FROM::store)
-                          : sizeof(typename TO::store))
+        COUNT = KV_TILE_BYTES / (sizeof(typename FROM::store) > sizeof(typename TO::store)
+                                     ? sizeof(typename FROM::store)
+                                     : sizeof(typename TO::store))
     };
 };
 
@@ -52,45 +52,29 @@ void launch(cudaStream_t stream, unsigned blocks, const kv_batch &batch)
     KV_LAUNCH((sum_kernel<FROM, TO>), blocks, KV_THREADS, stream, batch);
 }
 
-struct choice {
-    kv_dtype_t from, to;
-    int from_bytes, to_bytes, n;
-    kv_launch_t *launch;
-};
-
-template <typename FROM, typename TO> choice choose(kv_dtype_t from, kv_dtype_t to)
+kv_launch_t *launch_of(kv_dtype_t from, kv_dtype_t to)
 {
-    choice chosen = {from,
-                     to,
-                     (int)sizeof(typename FROM::store),
-                     (int)sizeof(typename TO::store),
-                     sum_tile<FROM, TO>::COUNT,
-                     launch<FROM, TO>};
-    return chosen;
-}
-
-bool find(kv_dtype_t from, kv_dtype_t to, choice *out)
-{
-    const choice choices[] = {
-        choose<kv_float64, kv_float64>(KV_FLOAT64, KV_FLOAT64),
-        choose<kv_float32, kv_float32>(KV_FLOAT32, KV_FLOAT32),
-        choose<kv_float16, kv_float16>(KV_FLOAT16, KV_FLOAT16),
-        choose<kv_bfloat16, kv_bfloat16>(KV_BFLOAT16, KV_BFLOAT16),
-        choose<kv_uint8, kv_uint8>(KV_INT8, KV_INT8),
-        choose<kv_uint8, kv_uint8>(KV_UINT8, KV_UINT8),
-        choose<kv_uint32, kv_uint32>(KV_INT32, KV_INT32),
-        choose<kv_uint64, kv_uint64>(KV_INT64, KV_INT64),
-        choose<kv_float16, kv_float32>(KV_FLOAT16, KV_FLOAT32),
-        choose<kv_bfloat16, kv_float32>(KV_BFLOAT16, KV_FLOAT32),
-        choose<kv_float32, kv_float16>(KV_FLOAT32, KV_FLOAT16),
-        choose<kv_float32, kv_bfloat16>(KV_FLOAT32, KV_BFLOAT16),
+    static const struct {
+        kv_dtype_t from, to;
+        kv_launch_t *launch;
+    } launches[] = {
+        {KV_FLOAT64, KV_FLOAT64, launch<kv_float64, kv_float64>},
+        {KV_FLOAT32, KV_FLOAT32, launch<kv_float32, kv_float32>},
+        {KV_FLOAT16, KV_FLOAT16, launch<kv_float16, kv_float16>},
+        {KV_BFLOAT16, KV_BFLOAT16, launch<kv_bfloat16, kv_bfloat16>},
+        {KV_INT8, KV_INT8, launch<kv_uint8, kv_uint8>},
+        {KV_UINT8, KV_UINT8, launch<kv_uint8, kv_uint8>},
+        {KV_INT32, KV_INT32, launch<kv_uint32, kv_uint32>},
+        {KV_INT64, KV_INT64, launch<kv_uint64, kv_uint64>},
+        {KV_FLOAT16, KV_FLOAT32, launch<kv_float16, kv_float32>},
+        {KV_BFLOAT16, KV_FLOAT32, launch<kv_bfloat16, kv_float32>},
+        {KV_FLOAT32, KV_FLOAT16, launch<kv_float32, kv_float16>},
+        {KV_FLOAT32, KV_BFLOAT16, launch<kv_float32, kv_bfloat16>},
     };
-    for (const choice &one : choices)
-        if (one.from == from && one.to == to) {
-            *out = one;
-            return true;
-        }
-    return false;
+    for (const auto &each : launches)
+        if (each.from == from && each.to == to)
+            return each.launch;
+    return NULL;
 }
 
 } // namespace
@@ -98,27 +82,29 @@ bool find(kv_dtype_t from, kv_dtype_t to, choice *out)
 kv_device_code_t kv_cuda_sum(int device, void *stream, kv_dtype_t from, kv_dtype_t to, int num_jobs,
                              const kv_device_sum_t *jobs, char *sentence)
 {
-    choice chosen;
-    if (!find(from, to, &chosen))
+    kv_launch_t *launch = launch_of(from, to);
+    if (launch == NULL)
         return kv_device_refuse(sentence, "there are no sums from type %d to type %d", (int)from,
                                 (int)to);
     for (int i = 0; i < num_jobs; i++)
         KV_DEVICE_TRY(kv_check_job("sum", i, jobs[i].count, jobs[i].num_src, 1, jobs[i].num_dst, 1,
                                    sentence));
+    const int from_bytes = kv_bytes_of(from), to_bytes = kv_bytes_of(to);
+    const int n = KV_TILE_BYTES / (from_bytes > to_bytes ? from_bytes : to_bytes);
     kv_packer packer;
-    KV_DEVICE_TRY(kv_packer_start(&packer, device, stream, chosen.launch, sentence));
+    KV_DEVICE_TRY(kv_packer_start(&packer, device, stream, launch, sentence));
     for (int i = 0; i < num_jobs; i++) {
         const kv_device_sum_t *job = jobs + i;
         if (job->count == 0)
             continue;
         kv_aligned_t aligned =
-            kv_aligned_for(KV_ALIGNED_TILES, job->num_src, job->src, chosen.from_bytes, chosen.n);
-        aligned = kv_aligned_for(aligned, job->num_dst, job->dst, chosen.to_bytes, chosen.n);
+            kv_aligned_for(KV_ALIGNED_TILES, job->num_src, job->src, from_bytes, n);
+        aligned = kv_aligned_for(aligned, job->num_dst, job->dst, to_bytes, n);
         sum_record record = {job->count, (int16_t)job->num_src, (int16_t)job->num_dst,
                              (int16_t)aligned};
         const int head = kv_words_of<sum_record>::COUNT;
         uint64_t *words;
-        KV_DEVICE_TRY(kv_packer_add(&packer, kv_blocks_for(job->count, chosen.n),
+        KV_DEVICE_TRY(kv_packer_add(&packer, kv_blocks_for(job->count, n),
                                     head + job->num_src + job->num_dst, &words));
         memcpy(words, &record, sizeof record);
         memcpy(words + head, job->src, (size_t)job->num_src * 8);

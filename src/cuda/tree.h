@@ -15,7 +15,8 @@ static_assert((int)KV_DEVICE_SQUARES == (int)KV_LEAF * KV_THREADS,
 static_assert((KV_THREADS & (KV_THREADS - 1)) == 0, "subtrees are whole only then");
 
 /* leaf(first) + … + leaf(first + leaves - 1), as a tree; at least one. Called by all threads of a
- * block, which all get the sum. */
+ * block; thread 0 gets the sum, the others nothing. All have come to a barrier after the last leaf.
+ */
 template <typename LEAF> __device__ double kv_tree(const LEAF &leaf, int64_t first, int64_t leaves)
 {
     __shared__ double sums[KV_THREADS];
@@ -41,20 +42,14 @@ template <typename LEAF> __device__ double kv_tree(const LEAF &leaf, int64_t fir
         subtrees++;
         __syncthreads();
     }
-    if (threadIdx.x == 0) {
-        double sum = 0;
-        bool any = false;
-        for (int at = 0; subtrees >> at != 0; at++)
-            if ((subtrees >> at & 1) != 0) {
-                sum = any ? level[at] + sum : level[at];
-                any = true;
-            }
-        sums[0] = sum;
-    }
-    __syncthreads();
-    double result = sums[0];
-    __syncthreads(); /* before the next call writes there */
-    return result;
+    double sum = 0;
+    bool any = false;
+    for (int at = 0; threadIdx.x == 0 && subtrees >> at != 0; at++)
+        if ((subtrees >> at & 1) != 0) {
+            sum = any ? level[at] + sum : level[at];
+            any = true;
+        }
+    return sum;
 }
 
 #endif

@@ -92,8 +92,8 @@ typedef struct kv_device_step {
                           history, a number for each row, is states[0], and the kernel makes p */
 } kv_device_step_t;
 
-/* *out = the sum of the squares of the sum of the sources, in the order that comm/ has for norms
- * (update_internal.h), whatever the device. */
+/* *out = the sum of the squares (0 of no elements) of the sum of the sources, in the order that
+ * comm/ has for norms (update_internal.h), whatever the device. */
 typedef struct kv_device_squares {
     int64_t count;
     int num_src;

@@ -119,6 +119,7 @@ EMU_ATOMIC(atomicMax, value > old ? value : old)
     X(cudaErrorIllegalAddress, 700, "an illegal memory access was encountered")                    \
     X(cudaErrorPeerAccessAlreadyEnabled, 704, "peer access is already enabled")                    \
     X(cudaErrorPeerAccessNotEnabled, 705, "peer access has not been enabled")                      \
+    X(cudaErrorTooManyPeers, 711, "no more peers can be added")                                    \
     X(cudaErrorHostMemoryAlreadyRegistered, 712, "memory already registered")                      \
     X(cudaErrorHostMemoryNotRegistered, 713, "memory has not been registered")                     \
     X(cudaErrorMisalignedAddress, 716, "misaligned address")                                       \
