@@ -2,9 +2,9 @@
 
     python tests/c/build.py [--flavour release|debug|asan|tsan] [--cc gcc] [--out DIR] [--run]
 
-Every program is linked from one tests/c/test_*.c and all sources of the core that do not need
-Python. Objects are kept in the build folder and made again when a file that they include has
-changed.
+Every program is linked from one tests/c/test_*.c (or one of another folder) and all sources of the
+core that do not need Python. Objects are kept in the build folder and made again when a file that
+they include has changed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _out_of_date(target: Path, depfile: Path) -> bool:
         return True
 
 
-def _call(command: list[str], target: Path) -> None:
+def call(command: list[str], target: Path) -> None:
     """Runs a compiler. Its output appears whole, since two builds may share the folder, and has the
     time of the start, so that a source changed meanwhile is newer."""
     scratch = target.with_name(f"{target.name}.{os.getpid()}")
@@ -67,12 +67,12 @@ def _call(command: list[str], target: Path) -> None:
     scratch.replace(target)
 
 
-def _compile(source: Path, flags: list[str], cc: str, out: Path) -> Path:
+def compile_source(source: Path, flags: list[str], cc: str, out: Path) -> Path:
     name = source.relative_to(ROOT)
     target = out / ("-".join(name.parts) + ".o")
     depfile = target.with_suffix(".d")
     if _out_of_date(target, depfile):
-        _call([cc, *flags, "-c", str(name), "-MMD", "-MT", "x", "-MF", str(depfile)], target)
+        call([cc, *flags, "-c", str(name), "-MMD", "-MT", "x", "-MF", str(depfile)], target)
     return target
 
 
@@ -92,7 +92,11 @@ def ucx_flags(flavour: str) -> list[str]:
 
 
 def build(
-    flavour: str = "debug", cc: str = "gcc", out: Path | None = None, pattern: str = "test_*.c"
+    flavour: str = "debug",
+    cc: str = "gcc",
+    out: Path | None = None,
+    pattern: str = "test_*.c",
+    folder: str = "c",
 ) -> list[Path]:
     """The programs of these sources, up to date. BuildError has the compiler's words."""
     with_ucx = ucx_flags(flavour)
@@ -101,18 +105,18 @@ def build(
     out = (out or ROOT / "build" / f"c-{flavour}{suffix}").resolve()
     out.mkdir(parents=True, exist_ok=True)
     core = [path for folder in FOLDERS for path in sorted((ROOT / "src" / folder).glob("*.c"))]
-    tests = sorted((ROOT / "tests" / "c").glob(pattern))
+    tests = sorted((ROOT / "tests" / folder).glob(pattern))
 
     def link(test: Path, object_: Path) -> Path:
         program = out / test.stem
         parts = [object_, *core_objects]
         newest = max(path.stat().st_mtime for path in parts)
         if not program.exists() or program.stat().st_mtime < newest:
-            _call([cc, *flags, *map(str, parts), "-lm", "-lpthread", "-ldl"], program)
+            call([cc, *flags, *map(str, parts), "-lm", "-lpthread", "-ldl"], program)
         return program
 
     with ThreadPoolExecutor(JOBS) as pool:
-        objects = list(pool.map(lambda path: _compile(path, flags, cc, out), core + tests))
+        objects = list(pool.map(lambda path: compile_source(path, flags, cc, out), core + tests))
         core_objects, test_objects = objects[: len(core)], objects[len(core) :]
         return list(pool.map(link, tests, test_objects))
 

@@ -1,0 +1,73 @@
+"""Builds the CUDA sources as a plug-in: for the emulation (emu/) by g++, for devices by nvcc."""
+
+import os
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "c"))
+import build  # noqa: E402
+
+CUDA = ROOT / "src" / "cuda"
+EMULATION = (
+    "-x c++ -std=c++17 -DKV_CUDA_EMU -O1 -fPIC -ffp-contract=off -fvisibility=hidden -pthread "
+    "-Wall -Wextra -Isrc -Itests/gpu/emu"
+).split()
+NVCC = "-std=c++17 -O3 -fmad=false -Isrc -Xcompiler=-fPIC,-fvisibility=hidden,-Wall".split()
+ARCHITECTURE = "sm_90"  # where only compiling is the test
+
+
+def objects():
+    """The emulation's objects, by the name of their source, up to date."""
+    out = ROOT / "build" / "gpu-emulated"
+    out.mkdir(parents=True, exist_ok=True)
+    sources = [*sorted(CUDA.glob("*.cu")), *sorted(HERE.glob("emu/*.cpp"))]
+    with ThreadPoolExecutor(build.JOBS) as pool:
+        made = pool.map(lambda path: build.compile_source(path, EMULATION, "g++", out), sources)
+        return {source.name: made_ for source, made_ in zip(sources, made, strict=True)}
+
+
+def link(parts, target):
+    build.call(["g++", "-shared", "-pthread", *map(str, parts)], target)
+    return target
+
+
+def planted(folder, file, old, new, users):
+    """The emulated plug-in with a mistake: a file of src/cuda in which `old` is `new`. `users`: the
+    sources that are made again, if the file is a header."""
+    text = (CUDA / file).read_text()
+    assert old in text, f"{file} has changed, and the mistake with it: {old}"
+    copy = folder / "cuda" / file
+    copy.parent.mkdir()
+    copy.write_text(text.replace(old, new))
+    parts = objects()
+    for source in [CUDA / name for name in users] or [copy]:
+        parts[source.name] = folder / f"{source.name}.o"
+        build.call(["g++", f"-I{folder}", *EMULATION, "-w", "-c", str(source)], parts[source.name])
+    return link(parts.values(), folder / "planted.so")
+
+
+def compiled(architecture=ARCHITECTURE):
+    """The plug-in for devices, made anew."""
+    out = ROOT / "build" / "gpu"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    nvcc = ["nvcc", f"-arch={architecture}", *NVCC]
+
+    def compile_one(source):
+        target = out / f"{source.name}.o"
+        build.call([*nvcc, "-c", str(source)], target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(compile_one, sorted(CUDA.glob("*.cu"))))
+    build.call([*nvcc, "-shared", *map(str, parts)], out / "cuda.so")
+    return out / "cuda.so"
+
+
+def programs():
+    """The programs of test_gpu_*.c, by name."""
+    return {path.stem: path for path in build.build("debug", pattern="test_gpu_*.c", folder="gpu")}
