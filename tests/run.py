@@ -3,7 +3,8 @@
     python tests/run.py NAME [options]
 
 A habit passes with exit status 0 and a closing line. What it needs and does not find is a failure
-that says how to get it, never a silent pass; only `gpu` counts as skipped on a machine without one.
+that says how to get it, never a silent pass; only `cuda` and `gpu` count as skipped, on a machine
+without nvcc or without a GPU.
 It runs with the Python that has the package installed with its extras [dev]; what it builds goes
 into build/.
 """
@@ -27,7 +28,7 @@ BUILD = ROOT / "build"
 JOBS = os.cpu_count() or 1
 SKIPPED = "skipped"
 
-sys.path.insert(0, str(TESTS / "c"))
+sys.path[:0] = [str(TESTS / "c"), str(TESTS / "gpu")]
 
 
 class Failed(Exception):
@@ -108,6 +109,7 @@ def compiler_warnings():
     import numpy
 
     import build
+    import plugin
 
     headers = ("-isystem", sysconfig.get_path("include"), "-isystem", numpy.get_include())
     common = ["-std=c17", *WARNINGS, "-D_GNU_SOURCE", "-Isrc", "-fvisibility=hidden", *headers]
@@ -115,12 +117,17 @@ def compiler_warnings():
         ["gcc", "-O2", "-c", "-o", "/dev/null", *common],
         ["clang", "-fsyntax-only", "-Wthread-safety", *common],
     )
-    sources = sorted((ROOT / "src").rglob("*.c")) + sorted((TESTS / "c").rglob("*.c"))
+    folders = (ROOT / "src", TESTS / "c", TESTS / "gpu")
+    sources = [path for folder in folders for path in sorted(folder.rglob("*.c"))]
     jobs = [
         [*compiler, *defines, source.relative_to(ROOT)]
         for compiler in compilers
         for defines in (build.ucx_flags("debug"), ("-DKV_DEBUG",))
         for source in sources
+    ]
+    jobs += [
+        ["g++", *plugin.EMULATION, "-Wshadow", "-Werror", "-c", "-o", "/dev/null", source]
+        for source in plugin.sources()
     ]
     together(lambda job: run(*job, quiet=True), jobs)
 
@@ -147,8 +154,8 @@ def layout():
     if "version 14." not in version:
         raise Failed(f"clang-format 14 is needed (pip install -e '.[dev]'), this is {version}")
     folders = (ROOT / "src", TESTS, ROOT / "benchmarks")
-    files = [path for folder in folders for ext in "ch" for path in folder.rglob(f"*.{ext}")]
-    files += (ROOT / "src").rglob("*.inc")
+    kinds = ("c", "h", "inc", "cu", "cpp")
+    files = [path for folder in folders for kind in kinds for path in folder.rglob(f"*.{kind}")]
     files = sorted(path for path in files if "peers" not in path.parts)
     run(formatter, "--dry-run", "-Werror", *files, quiet=True)
 
@@ -327,9 +334,56 @@ def large(options):
     pytest("-m", "large", TESTS)
 
 
+def cuda(options):
+    """The plug-in for GPUs is compiled, shows its entry only, and can be loaded without a GPU."""
+    import plugin
+
+    if shutil.which("nvcc") is None:
+        print("nvcc is not on this machine")
+        return SKIPPED
+    library = cuda_plugin(plugin.ARCHITECTURE)
+    rows = run("nm", "-D", "--defined-only", library, quiet=True).splitlines()
+    if [row.split()[2] for row in rows] != ["kv_device_open"]:
+        raise Failed("\n".join(["the plug-in shows more than its entry:", *rows]))
+    print(cuda_device(library) or "there is a CUDA device here")
+
+
 def gpu(options):
-    print("no GPU was looked for: no part of the package uses one")
-    return SKIPPED
+    """The tests of the plug-in on a GPU."""
+    import plugin
+
+    if shutil.which("nvcc") is None:
+        print("nvcc is not on this machine")
+        return SKIPPED
+    library = cuda_plugin(plugin.ARCHITECTURE)
+    missing = cuda_device(library)
+    if missing:
+        print(missing)
+        return SKIPPED
+    library = cuda_plugin("native")
+    for program in plugin.programs().values():
+        run(program, env={"KVSTORE_CUDA_PLUGIN": str(library)})
+
+
+def cuda_plugin(architecture):
+    import build
+    import plugin
+
+    try:
+        return plugin.compiled(architecture)
+    except build.BuildError as error:
+        raise Failed(str(error)) from None
+
+
+def cuda_device(library):
+    """Why the plug-in finds no GPU, "" if there is one."""
+    import plugin
+
+    program = plugin.programs()["test_gpu_order"]
+    env = {"KVSTORE_CUDA_PLUGIN": str(library)}
+    output = run(program, "without_devices_there_is_no_table", env=env, quiet=True)
+    lines = [line.strip() for line in output.splitlines() if "no CUDA device" in line]
+    return lines[0] if lines else ""
 
 
 # The oldest NumPy that the package runs on, tried where it has wheels.
@@ -388,7 +442,7 @@ def pythons():
 
 # ------------------------------------------------------------------------------------- choosing
 
-HABITS = (lint, asan, tsan, engine, golden, faults, fuzz, soak, versions, bench, large, gpu)
+HABITS = (lint, asan, tsan, engine, golden, faults, fuzz, soak, versions, bench, large, cuda, gpu)
 NEEDS_PACKAGE = (lint, golden, faults, fuzz, soak, bench, large)
 
 

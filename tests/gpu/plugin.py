@@ -20,14 +20,19 @@ NVCC = "-std=c++17 -O3 -fmad=false -Isrc -Xcompiler=-fPIC,-fvisibility=hidden,-W
 ARCHITECTURE = "sm_90"  # where only compiling is the test
 
 
+def sources():
+    """What the emulated plug-in is made of."""
+    return [*sorted(CUDA.glob("*.cu")), *sorted(HERE.glob("emu/*.cpp"))]
+
+
 def objects():
     """The emulation's objects, by the name of their source, up to date."""
     out = ROOT / "build" / "gpu-emulated"
     out.mkdir(parents=True, exist_ok=True)
-    sources = [*sorted(CUDA.glob("*.cu")), *sorted(HERE.glob("emu/*.cpp"))]
+    names = [source.name for source in sources()]
     with ThreadPoolExecutor(build.JOBS) as pool:
-        made = pool.map(lambda path: build.compile_source(path, EMULATION, "g++", out), sources)
-        return {source.name: made_ for source, made_ in zip(sources, made, strict=True)}
+        made = pool.map(lambda path: build.compile_source(path, EMULATION, "g++", out), sources())
+        return dict(zip(names, made, strict=True))
 
 
 def link(parts, target):

@@ -542,19 +542,23 @@ static void wrong_calls_are_refused_before_anything_begins(void)
     gpu_each_seed(1, wrong_calls);
 }
 
-static void no_device(void)
-{
-    kv_device_api_t table = {.abi = 77};
-    emu.reset(0, 0, GPU_BYTES, 1);
-    CHECK_EQ(gpu.open(KV_DEVICE_ABI, sizeof table, &table, sentence), KV_DEVICE_NONE);
-    CHECK(strstr(sentence, "no CUDA device") != NULL);
-    CHECK_EQ(table.abi, 77);
-}
-
+/* On a machine with a GPU, and no emulation, only that there is one. */
 static void without_devices_there_is_no_table(void)
 {
-    if (gpu_load() && emu.reset != NULL)
-        no_device();
+    kv_device_api_t table = {.abi = 77};
+    if (!gpu_load())
+        return;
+    if (emu.reset != NULL)
+        emu.reset(0, 0, GPU_BYTES, 1);
+    kv_device_code_t code = gpu.open(KV_DEVICE_ABI, sizeof table, &table, sentence);
+    if (code == KV_DEVICE_OK && emu.reset == NULL) {
+        CHECK(table.num_devices > 0);
+        return;
+    }
+    CHECK_EQ(code, KV_DEVICE_NONE);
+    CHECK(strstr(sentence, "no CUDA device") != NULL);
+    CHECK_EQ(table.abi, 77);
+    printf("    %s\n", sentence);
 }
 
 static const test_t tests[] = {

@@ -4,8 +4,9 @@ import re
 import shutil
 import subprocess
 
-import plugin
 import pytest
+
+import plugin
 
 INCLUDE = re.compile(r'^#include "((?!cuda/)[^"]+)"', re.MULTILINE)
 SHARED = sorted(

@@ -28,7 +28,7 @@ BELOW = {
 MAX_LINES = 600
 
 INCLUDE = re.compile(r'^\s*#\s*include\s+(?:"([^"]+)"|<([^>]+)>)', re.MULTILINE)
-SOURCES = sorted(path for path in SRC.rglob("*") if path.suffix in (".c", ".h", ".inc"))
+SOURCES = sorted(path for path in SRC.rglob("*") if path.suffix in (".c", ".h", ".inc", ".cu"))
 TEXTS = {path.relative_to(SRC): path.read_text() for path in SOURCES}
 
 
@@ -77,6 +77,13 @@ def test_one_table_and_one_transport_see_ucx():
     assert files <= {Path("net/ucx_load.c"), Path("net/ucx.c")}
 
 
+def test_one_file_sees_cuda():
+    files = {path for path, q, a in includes() if re.match("cu(da|blas|b/|rand)|nccl|emu", q or a)}
+    assert {path for path in files if floor_of(path) != "cuda"} == set()
+    angled = {path for path, q, a in includes() if re.match("cu(da|blas|b/|rand)|nccl|emu", a)}
+    assert angled == {Path("cuda/gpu.h")}
+
+
 def test_nothing_ends_the_process():
     ends = re.compile(r"\b(?:abort|exit|_exit|_Exit|quick_exit|assert)\s*\(|\bPy_FatalError\b")
     assert not [
@@ -89,7 +96,7 @@ def test_nothing_ends_the_process():
 
 @pytest.mark.parametrize("folder", ["src", "kvstore", "tests", "benchmarks"])
 def test_no_file_is_too_long(folder):
-    suffixes = (".c", ".h", ".inc", ".py", ".pyi")
+    suffixes = (".c", ".h", ".inc", ".cu", ".cpp", ".py", ".pyi")
     files = [path for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
     assert files
     long = {
