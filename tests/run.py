@@ -127,7 +127,7 @@ def compiler_warnings():
     ]
     jobs += [
         ["g++", *plugin.EMULATION, "-Wshadow", "-Werror", "-c", "-o", "/dev/null", source]
-        for source in plugin.sources()
+        for source in (*plugin.sources(), plugin.RULES)
     ]
     together(lambda job: run(*job, quiet=True), jobs)
 
@@ -379,7 +379,7 @@ def cuda_device(library):
     """Why the plug-in finds no GPU, "" if there is one."""
     import plugin
 
-    program = plugin.programs()["test_gpu_order"]
+    program = plugin.programs()["test_gpu_failures"]
     env = {"KVSTORE_CUDA_PLUGIN": str(library)}
     output = run(program, "without_devices_there_is_no_table", env=env, quiet=True)
     lines = [line.strip() for line in output.splitlines() if "no CUDA device" in line]

@@ -338,4 +338,63 @@ static inline array_t array_random(kv_dtype_t dtype, int64_t count, int odd, int
     return array_of(dtype, count, values, shift);
 }
 
+/* --------------------------------------------------------------------------------------- lanes */
+
+enum { LANE_COUNT = 5000 };
+
+/* Two devices or (a machine with one GPU) the same one twice. */
+static inline int other_device(void)
+{
+    return api.num_devices > 1 ? 1 : 0;
+}
+
+/* A stream with two arrays on its device, the first of zeros. */
+typedef struct lane {
+    int device;
+    void *stream, *event;
+    float *memory, *summand;
+} lane_t;
+
+static inline bool lane_open(lane_t *lane, int device)
+{
+    void *memory = NULL, *summand = NULL;
+    lane->device = device;
+    bool open = OK(api.stream_new(device, &lane->stream, sentence)) &&
+                OK(api.event_new(device, &lane->event, sentence)) &&
+                OK(api.alloc(device, lane->stream, LANE_COUNT * 4, &memory, sentence)) &&
+                OK(api.alloc(device, lane->stream, LANE_COUNT * 4, &summand, sentence)) &&
+                OK(api.zero(device, lane->stream, LANE_COUNT * 4, memory, sentence));
+    lane->memory = memory;
+    lane->summand = summand;
+    return open;
+}
+
+static inline void lane_close(lane_t *lane)
+{
+    OK(api.free(lane->device, lane->stream, lane->memory, sentence));
+    OK(api.free(lane->device, lane->stream, lane->summand, sentence));
+    OK(api.event_record(lane->device, lane->event, lane->stream, sentence));
+    gpu_wait_event(lane->device, lane->event);
+    OK(api.event_free(lane->device, lane->event, sentence));
+    OK(api.stream_free(lane->device, lane->stream, sentence));
+}
+
+/* Sums on a device until one call fails, at most so many; its code. */
+static inline kv_device_code_t sums_until(lane_t *lane, int most)
+{
+    kv_device_code_t code = KV_DEVICE_OK;
+    const void *src[] = {lane->memory};
+    void *dst[] = {lane->summand};
+    kv_device_sum_t job = {LANE_COUNT, 1, 1, src, dst};
+    for (int i = 0; i < most && code == KV_DEVICE_OK; i++) {
+        bool done = false;
+        code = api.sum(lane->device, lane->stream, KV_FLOAT32, KV_FLOAT32, 1, &job, sentence);
+        if (code == KV_DEVICE_OK)
+            code = api.event_record(lane->device, lane->event, lane->stream, sentence);
+        while (code == KV_DEVICE_OK && !done)
+            code = api.event_done(lane->device, lane->event, &done, sentence);
+    }
+    return code;
+}
+
 #endif

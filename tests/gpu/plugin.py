@@ -17,6 +17,7 @@ EMULATION = (
     "-Wall -Wextra -Isrc -Itests/gpu/emu"
 ).split()
 NVCC = "-std=c++17 -O3 -fmad=false -Isrc -Xcompiler=-fPIC,-fvisibility=hidden,-Wall".split()
+RULES = HERE / "emu_rules.cpp"
 ARCHITECTURE = "sm_90"  # where only compiling is the test
 
 
@@ -37,6 +38,13 @@ def objects():
 
 def link(parts, target):
     build.call(["g++", "-shared", "-pthread", *map(str, parts)], target)
+    return target
+
+
+def rules(target):
+    """The program that makes the mistakes which the emulation must show."""
+    parts = [path for name, path in objects().items() if name.endswith(".cpp")]
+    build.call(["g++", *EMULATION, str(RULES), "-x", "none", *map(str, parts)], target)
     return target
 
 

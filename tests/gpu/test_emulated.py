@@ -81,21 +81,21 @@ PLANTED = {
         "KV_CUDA_TRY(packer->device, cudaGetLastError()",
         "KV_CUDA_TRY(packer->device, cudaSuccess",
         (),
-        ("test_gpu_order", "no_call_of_the_runtime_fails_unseen"),
+        ("test_gpu_failures", "no_call_of_the_runtime_fails_unseen"),
     ),
     "a death is forgotten": (
         "device.cu",
         "__atomic_store_n(&devices.error[device], (int)error, __ATOMIC_RELAXED);",
         "",
         (),
-        ("test_gpu_order", "a_dead_device_is_named_and_the_others_live"),
+        ("test_gpu_failures", "a_dead_device_is_named_and_the_others_live"),
     ),
     "the pool is not trimmed": (
         "device.cu",
         "if (error == cudaErrorMemoryAllocation) {",
         "if (false) {",
         (),
-        ("test_gpu_order", "without_memory_nothing_is_lost"),
+        ("test_gpu_failures", "without_memory_nothing_is_lost"),
     ),
     "a barrier between the levels of a tree is missing": (
         "tree.h",
@@ -158,6 +158,11 @@ def run(program, library, *names, seeds=None):
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     return plugin.link(plugin.objects().values(), tmp_path_factory.mktemp("gpu") / "emulated.so")
+
+
+def test_the_emulation_shows_mistakes(tmp_path):
+    status, output = run(plugin.rules(tmp_path / "rules"), "")
+    assert status == 0, output
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
