@@ -328,7 +328,7 @@ def large(options):
 
 
 def gpu(options):
-    print("no GPU was looked for: no store uses one")
+    print("no GPU was looked for: no part of the package uses one")
     return SKIPPED
 
 
