@@ -133,14 +133,14 @@ static kv_status_t refuse_device(const kv_view_t *view, const char *where)
     static const char HOST[] = "stores of this version work in host memory: move it there first";
     if (!(view->flags & KV_VIEW_CUDA))
         return kv_fail(KV_NOT_BUILT, "%s is in device memory; %s", where, HOST);
-    char device[32] = "CUDA memory";
+    char device[32] = "CUDA";
     if (view->device >= 0)
-        snprintf(device, sizeof device, "memory of CUDA device %d", (int)view->device);
+        snprintf(device, sizeof device, "CUDA device %d", (int)view->device);
     const kv_device_api_t *api;
     kv_status_t status = kv_device_load(&api);
     if (status == KV_OK)
-        return kv_fail(KV_NOT_BUILT, "%s is in device memory, the %s; %s", where, device, HOST);
-    return kv_fail(status, "%s is in device memory, the %s; %s. Besides, %s", where, device, HOST,
+        return kv_fail(KV_NOT_BUILT, "%s is in device memory (%s); %s", where, device, HOST);
+    return kv_fail(status, "%s is in device memory (%s); %s. Besides, %s", where, device, HOST,
                    kv_status_message(status));
 }
 

@@ -267,7 +267,7 @@ def test_cuda_arrays_are_refused_by_key_and_nothing_changes(small, tmp_path, the
     assert len(errors) == len(whose)
     for error, who in zip(errors, whose, strict=True):
         assert error.startswith("NotBuiltError: ") and who in error
-        assert "is in device memory, the CUDA memory" in error and "move it there first" in error
+        assert "is in device memory (CUDA);" in error and "move it there first" in error
         assert error.endswith("name the file of a plug-in, or auto") != there
     assert last == "[0.0, 0.0, 0.0] ['w']"
 
