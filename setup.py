@@ -5,9 +5,13 @@ release (the default), debug (assertions and the order of locks checked), asan, 
 
 KVSTORE_UCX says whose headers of UCX, the transport between processes, are used: package (the
 default; libucx-cu12, where it is installed), system, or off. Its library is found at run time.
+
+KVSTORE_CUDA (auto, on, off) and KVSTORE_CUDA_ARCH say whether the CUDA plug-in is built beside the
+core, and for which devices: src/cuda/make.py.
 """
 
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 from setuptools import Extension, setup
@@ -50,6 +55,7 @@ flavour = os.environ.get("KVSTORE_BUILD", "release")
 if flavour not in FLAVOURS:
     raise SystemExit(f"KVSTORE_BUILD={flavour!r}: choose one of {', '.join(FLAVOURS)}")
 compile_flags, link_flags = FLAVOURS[flavour]
+cuda = SimpleNamespace(**runpy.run_path("src/cuda/make.py"))
 
 
 def system_folders():
@@ -88,8 +94,24 @@ def ucx_flags():
     return []
 
 
-class BuildInParallel(build_ext):
-    """Compiles the sources of an extension side by side; setuptools does one after the other."""
+class Build(build_ext):
+    """Builds the CUDA plug-in and the core, whose sources it compiles side by side: setuptools
+    does one after the other."""
+
+    def run(self):
+        package = Path(self.build_lib, "kvstore")
+        try:
+            print(cuda.make(os.environ, package, Path(self.build_temp, "cuda")))
+        except cuda.Refused as error:
+            raise SystemExit(str(error)) from None
+        super().run()
+        for name in (cuda.PLUGIN, cuda.DECISION) if self.inplace else ():
+            Path("kvstore", name).unlink(missing_ok=True)
+            if (package / name).exists():
+                shutil.copy(package / name, "kvstore")
+
+    def get_source_files(self):
+        return [*super().get_source_files(), *cuda.files()]
 
     def build_extensions(self):
         compile_some = self.compiler.compile
@@ -117,6 +139,6 @@ core = Extension(
 
 setup(
     ext_modules=[core],
-    cmdclass={"build_ext": BuildInParallel},
+    cmdclass={"build_ext": Build},
     options={"build": {"build_base": f"build/{flavour}"}},
 )

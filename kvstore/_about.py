@@ -1,6 +1,7 @@
 """What the package can say about itself: why its core is missing, how it was built, what it found,
 and every setting. Imports neither the core nor anything heavy by itself."""
 
+import contextlib
 import ctypes.util
 import difflib
 import importlib.machinery
@@ -33,7 +34,7 @@ LIBRARIES = (
 )
 
 # Read by setup.py, not by the package.
-BUILD_VARIABLES = ("KVSTORE_BUILD", "KVSTORE_UCX")
+BUILD_VARIABLES = ("KVSTORE_BUILD", "KVSTORE_UCX", "KVSTORE_CUDA", "KVSTORE_CUDA_ARCH")
 
 
 def why_no_core(error: ImportError) -> str:
@@ -131,6 +132,7 @@ def report() -> Iterator[str]:
         yield _row("engine", info["engine"])
         yield _row("processors", str(info["processors"]))
         yield _row("dist stores", "yes" if info["ucx"] else "no: built without UCX")
+    yield from _cuda()
 
     yield ""
     yield "Optional libraries"
@@ -150,6 +152,37 @@ def report() -> Iterator[str]:
     known = [variable for variable, *_ in settings] + cluster_settings.variables()
     for line in unknown_settings(known):
         yield f"  {line}"
+
+
+def _cuda() -> Iterator[str]:
+    """The plug-in: what the installation decided, what it finds now. Stores do not use it yet."""
+    from . import _core
+    from .errors import KVStoreError
+
+    try:
+        file, count = _core.cuda_plugin()
+    except KVStoreError as error:
+        yield _row("CUDA", f"no: {error}")
+        with contextlib.suppress(OSError):
+            yield _row("", f"the installation said: {(HERE / '_cuda.txt').read_text().strip()}")
+        return
+    yield _row("CUDA", f"{file}; stores of this version do not use it")
+    for number in range(count):
+        try:
+            device = _core.cuda_device(number)
+        except KVStoreError as error:
+            yield _row(f"device {number}", f"not usable: {error}")
+            continue
+        if number == 0:
+            versions = (
+                f"{v // 1000}.{v % 1000 // 10}" for v in (device["driver"], device["runtime"])
+            )
+            yield _row("", "driver for CUDA {}, plug-in built with {}".format(*versions))
+        yield _row(
+            f"device {number}",
+            f"{device['name']}, {device['bytes'] / 2**30:.1f} GiB, "
+            f"compute capability {device['major']}.{device['minor']}",
+        )
 
 
 def _row(name: str, text: str) -> str:

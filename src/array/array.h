@@ -67,6 +67,7 @@ typedef struct kv_sparse kv_sparse_t; /* sparse.h */
 enum {
     KV_VIEW_READONLY = 1,
     KV_VIEW_DEVICE = 2, /* memory that the processor cannot read */
+    KV_VIEW_CUDA = 4,   /* with KV_VIEW_DEVICE: a CUDA device's */
 };
 
 /* Where a call finds the elements. Nothing here is owned. `data` and `strides` stay valid for the
@@ -81,6 +82,7 @@ typedef struct kv_view {
     int32_t ndim;
     uint8_t dtype; /* kv_dtype_t; KV_DTYPE_NONE for one we cannot hold */
     uint8_t flags;
+    int16_t device;      /* with KV_VIEW_CUDA: its number, -1 for unknown */
     kv_array_t *array;   /* NULL for foreign memory */
     kv_sparse_t *sparse; /* a row-sparse array, always one of ours; then `data` is the array itself
                             and only compared, `count` 1, `shape` its own; NULL: dense */

@@ -20,7 +20,10 @@
       "has processors")                                                                            \
     X(ISA, "KVSTORE_ISA", "auto",                                                                  \
       "instruction set of the kernels: auto, or baseline, avx2, avx512 where the processor has "   \
-      "them; results do not depend on it")
+      "them; results do not depend on it")                                                         \
+    X(CUDA_PLUGIN, "KVSTORE_CUDA_PLUGIN", "auto",                                                  \
+      "file of the CUDA plug-in; auto: the one that stands beside the core, where the "            \
+      "installation has built it")
 
 typedef enum kv_config {
 #define KV_CONFIG_ENUM(id, variable, fallback, help) KV_CONFIG_##id,

@@ -137,7 +137,8 @@ static int cuda_in(kv_state_t *state, PyObject *object, kv_view_t *view, kv_leas
         .shape = extents,
         .ndim = (int32_t)ndim,
         .dtype = (uint8_t)dtype,
-        .flags = KV_VIEW_DEVICE,
+        .flags = KV_VIEW_DEVICE | KV_VIEW_CUDA,
+        .device = -1,
         .owner = object,
     };
     kv_status_t status = kv_shape_size(dtype, (int)ndim, extents, &view->count, &bytes);

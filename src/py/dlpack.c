@@ -203,6 +203,11 @@ static bool is_host(kv_dl_device_t device)
            device.type == KV_DL_ROCM_HOST;
 }
 
+static bool is_cuda(kv_dl_device_t device)
+{
+    return device.type == KV_DL_CUDA || device.type == KV_DL_CUDA_MANAGED;
+}
+
 /* The strides in bytes as a part of the lease. */
 static bool keep_strides(kv_state_t *state, const owned_t *owned, size_t item, kv_view_t *view,
                          kv_lease_t *lease)
@@ -265,8 +270,10 @@ static bool fill(kv_state_t *state, PyObject *object, const owned_t *owned, bool
         .count = count,
         .ndim = tensor->ndim,
         .dtype = (uint8_t)dtype,
-        .flags = (uint8_t)((owned->flags & KV_DL_READ_ONLY ? KV_VIEW_READONLY : 0) |
-                           (host ? 0 : KV_VIEW_DEVICE)),
+        .flags =
+            (uint8_t)((owned->flags & KV_DL_READ_ONLY ? KV_VIEW_READONLY : 0) |
+                      (host ? 0 : KV_VIEW_DEVICE) | (is_cuda(tensor->device) ? KV_VIEW_CUDA : 0)),
+        .device = (int16_t)tensor->device.id,
         .owner = object,
     };
     *lease = (kv_lease_t){.data = owned->managed, .drop = owned->drop};

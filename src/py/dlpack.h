@@ -23,6 +23,7 @@ typedef enum kv_dl_device_type {
     KV_DL_CUDA = 2,
     KV_DL_CUDA_HOST = 3, /* page-locked host memory */
     KV_DL_ROCM_HOST = 11,
+    KV_DL_CUDA_MANAGED = 13,
 } kv_dl_device_type_t;
 
 typedef struct kv_dl_device {

@@ -218,6 +218,12 @@ static PyMethodDef FUNCTIONS[] = {
      "first."},
     {"build_info", build_info, METH_NOARGS,
      "build_info($module, /)\n--\n\nHow the core was built and what it chose on this machine."},
+    {"cuda_plugin", kv_py_cuda_plugin, METH_NOARGS,
+     "cuda_plugin($module, /)\n--\n\nThe CUDA plug-in, opened if it was not: (file, number of "
+     "devices).\nRaises NotBuiltError or DeviceError."},
+    {"cuda_device", kv_py_cuda_device, METH_O,
+     "cuda_device($module, number, /)\n--\n\nWhat the plug-in tells of a device. Raises "
+     "DeviceError."},
     {"optimizer_classes", kv_py_optimizer_classes, METH_NOARGS,
      "optimizer_classes($module, /)\n--\n\nThe built-in optimizers: name -> title, rate, "
      "parameters."},

@@ -67,6 +67,9 @@ bool kv_py_store_use_updater(kv_py_store_t *self, PyObject *function, PyObject *
 
 /* optimizer.c, states.c: private methods, and functions of the module. */
 PyObject *kv_py_optimizer_common(PyObject *module, PyObject *unused);
+/* Functions of the module: device.c. */
+PyObject *kv_py_cuda_plugin(PyObject *module, PyObject *unused);
+PyObject *kv_py_cuda_device(PyObject *module, PyObject *number);
 PyObject *kv_py_optimizer_classes(PyObject *module, PyObject *unused);
 PyObject *kv_py_optimizer_check(PyObject *module, PyObject *args);
 /* A built-in class and its numbers out of Python's dicts, ranges unchecked; false with an

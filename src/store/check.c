@@ -5,6 +5,7 @@
  * the contract's order, so that the first error of that order is the one reported.
  */
 #include "base/memory.h"
+#include "kernels/device_load.h"
 #include "store/internal.h"
 
 #include <inttypes.h>
@@ -127,14 +128,27 @@ static kv_status_t check_shape(const kv_group_t *group, const kv_view_t *view, b
                    kv_shape_format(entry->ndim, entry->shape, due, sizeof due));
 }
 
+static kv_status_t refuse_device(const kv_view_t *view, const char *where)
+{
+    static const char HOST[] = "stores of this version work in host memory: move it there first";
+    if (!(view->flags & KV_VIEW_CUDA))
+        return kv_fail(KV_NOT_BUILT, "%s is in device memory; %s", where, HOST);
+    char device[32] = "CUDA";
+    if (view->device >= 0)
+        snprintf(device, sizeof device, "CUDA device %d", (int)view->device);
+    const kv_device_api_t *api;
+    kv_status_t status = kv_device_load(&api);
+    if (status == KV_OK)
+        return kv_fail(KV_NOT_BUILT, "%s is in device memory (%s); %s", where, device, HOST);
+    return kv_fail(status, "%s is in device memory (%s); %s. Besides, %s", where, device, HOST,
+                   kv_status_message(status));
+}
+
 static kv_status_t check_memory(const kv_group_t *group, const kv_view_t *view, bool out, int32_t i)
 {
     char where[NAME_BYTES + 32];
     if (view->flags & KV_VIEW_DEVICE)
-        return kv_fail(KV_NOT_BUILT,
-                       "%s is in device memory, and this build of kvstore has host memory only; "
-                       "move it to the host first",
-                       position(group, out, i, where, sizeof where));
+        return refuse_device(view, position(group, out, i, where, sizeof where));
     if (out && (view->flags & KV_VIEW_READONLY))
         return kv_fail(KV_INVALID, "%s is read-only", position(group, out, i, where, sizeof where));
     return KV_OK;

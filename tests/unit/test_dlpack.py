@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "c"))
 import producer_build
 
 READ_ONLY = 1
-CUDA, CUDA_HOST = (2, 0), (3, 0)
+CUDA, CUDA_HOST, METAL = (2, 1), (3, 0), (8, 0)
 WAYS = {
     "table": {},
     "table behind newer ones": {},
@@ -226,8 +226,10 @@ def test_what_the_producer_copied_is_no_out(kv, producer):
 
 def test_device_memory_is_not_read(kv, make):
     kv.init("w", numpy.zeros(3, "float32"))
-    with pytest.raises(kvstore.NotBuiltError, match="device memory"):
+    with pytest.raises(kvstore.NotBuiltError, match=r"device memory \(CUDA device 1\); stores"):
         kv.push("w", make(bytearray(12), device=CUDA))
+    with pytest.raises(kvstore.NotBuiltError, match="device memory; stores"):
+        kv.push("w", make(bytearray(12), device=METAL))
     with pytest.raises(kvstore.NotBuiltError, match="device memory"):
         kv.pull("w", out=make(bytearray(12), device=CUDA))
     kv.push("w", make(bytearray(numbers(3).tobytes()), device=CUDA_HOST))

@@ -14,7 +14,7 @@
 namespace emu
 {
 
-State &state = *new State; /* never destroyed: threads may outlive the module's end */
+State &state = *new State{}; /* never destroyed: threads may outlive the module's end */
 
 static std::mutex &lock = *new std::mutex;
 static pid_t owner; /* the process that began; a forked child has no devices */
