@@ -281,6 +281,14 @@ static const kv_optim_class_t classes[KV_OPTIM_COUNT] = {
                        .slots = copy_slots},
 };
 
+static const kv_optim_class_t python = {
+    .id = KV_OPTIM_PYTHON, .name = "python", .title = "in Python", .slots = no_slots};
+
+const kv_optim_class_t *kv_optim_python(void)
+{
+    return &python;
+}
+
 const kv_optim_class_t *kv_optim_class_at(int i)
 {
     return i >= 0 && i < KV_OPTIM_COUNT ? &classes[i] : NULL;

@@ -54,6 +54,7 @@ typedef struct kv_optim_numbers {
     bool multi_precision, lazy_update;
     double params[KV_MAX_PARAMS]; /* the class's own, in its order */
     int64_t begin_num_update;     /* where the keys' counts began; LBSGD's warm-up starts there */
+    uint64_t python; /* of a class in Python: tells it from others; 0: it is of the table */
 } kv_optim_numbers_t;
 
 typedef struct kv_slot {
@@ -90,6 +91,11 @@ const kv_optim_class_t *kv_optim_class_at(int i);
 /* The class of this name, letter case free; NULL if there is none. */
 const kv_optim_class_t *kv_optim_class_find(const char *name);
 
+/* What stands for every class of users in Python, which is none of these. It has no numbers of its
+ * own, no state and no arithmetic here; its step carries the rate before multipliers in `lr`, and
+ * in `draw` the largest count of all keys. */
+const kv_optim_class_t *kv_optim_python(void);
+
 /* KV_INVALID names the parameter, the value and the limit. Checks the common numbers too:
  * learning_rate, wd, rescale_grad finite, clip_gradient NaN or above 0. */
 KV_MUST_CHECK kv_status_t kv_optim_check(const kv_optim_class_t *optim,
@@ -123,7 +129,7 @@ void kv_step_init(kv_step_t *step, const kv_optim_class_t *optim, const kv_optim
                   bool plain_rate);
 
 /* A step that was made elsewhere. `own`: what that one's kv_step_own was, the number that some
- * classes have besides (Nadam's product, LARS's ratio, SGLD's draw). */
+ * classes have besides (Nadam's product, LARS's ratio, SGLD's draw, …). */
 void kv_step_restore(kv_step_t *step, const kv_optim_class_t *optim,
                      const kv_optim_numbers_t *numbers, double lr, double wd, int64_t t, double own,
                      bool plain_rate);

@@ -28,7 +28,8 @@ typedef enum kv_optim_id {
     KV_OPTIM_ADAMAX,
     KV_OPTIM_NADAM,
     KV_OPTIM_TEST,
-    KV_OPTIM_COUNT
+    KV_OPTIM_COUNT,
+    KV_OPTIM_PYTHON = KV_OPTIM_COUNT /* none of the table */
 } kv_optim_id_t;
 
 /* Where a class's own numbers lie in kv_optim_numbers_t.params. */

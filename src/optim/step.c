@@ -35,6 +35,9 @@ void kv_step_init(kv_step_t *step, const kv_optim_class_t *optim, const kv_optim
         state->last_rate = rate;
     } else if (optim->id == KV_OPTIM_SGLD) {
         state->draws++;
+    } else if (optim->id == KV_OPTIM_PYTHON) {
+        step->lr = rate;
+        step->draw = (uint64_t)state->num_update;
     }
 }
 
@@ -46,6 +49,7 @@ double kv_step_own(const kv_step_t *step)
     case KV_OPTIM_LARS:
         return step->ratio;
     case KV_OPTIM_SGLD:
+    case KV_OPTIM_PYTHON:
         return (double)step->draw;
     default:
         return 0;
@@ -56,7 +60,8 @@ void kv_step_restore(kv_step_t *step, const kv_optim_class_t *optim,
                      const kv_optim_numbers_t *numbers, double lr, double wd, int64_t t, double own,
                      bool plain_rate)
 {
-    bool draws = optim->id == KV_OPTIM_SGLD && own >= 0 && own < 0x1p53;
+    bool draws = (optim->id == KV_OPTIM_SGLD || optim->id == KV_OPTIM_PYTHON) && own >= 0 &&
+                 own < 0x1p53;
     *step = (kv_step_t){.optim = optim,
                         .numbers = *numbers,
                         .lr = lr,

@@ -78,6 +78,7 @@ typedef struct kv_declared {
     kv_name_t name;
     kv_dtype_t dtype;
     bool sparse;
+    bool whole; /* rank 0: in one slice, if it fits into a message */
     int ndim;
     const int64_t *shape;
     size_t bytes, row_bytes;

@@ -66,6 +66,29 @@ static kv_status_t lay_out_state(const kv_client_work_t *work, kv_slice_op_t *op
     return KV_OK;
 }
 
+static kv_wire_key_t key_of(const kv_declared_t *declared)
+{
+    kv_wire_key_t key = {.name = declared->name,
+                         .dtype = (uint8_t)declared->dtype,
+                         .sparse = declared->sparse,
+                         .ndim = declared->ndim};
+    for (int d = 0; d < declared->ndim; d++)
+        key.shape[d] = declared->shape[d];
+    return key;
+}
+
+/* The first value of a key that lies whole on its server brings the key along. */
+static void add_key(kv_slice_op_t *op)
+{
+    const kv_client_work_t *work = op->work;
+    if (op->action != KV_WIRE_INIT || work->remotes[op->part]->num_slices > 1)
+        return;
+    kv_wire_key_t key = key_of(&work->call->keys[op->part]);
+    size_t bytes = kv_wire_key_bytes(&key);
+    op->key_bytes = bytes <= KV_WIRE_KEY_BYTES ? (uint32_t)bytes : 0;
+    op->sent_bytes += op->key_bytes;
+}
+
 static void add_op(builder_t *builder, int64_t part, uint32_t slice, uint16_t server,
                    kv_wire_action_t action)
 {
@@ -97,6 +120,7 @@ static void add_op(builder_t *builder, int64_t part, uint32_t slice, uint16_t se
     bool needed = true;
     if (builder->status == KV_OK)
         builder->status = kv_op_add_rows(&op, &needed);
+    add_key(&op);
     if (!needed)
         return;
     uint32_t *at = &builder->at[(size_t)server * WAYS + (size_t)way_of(&op)];
@@ -209,20 +233,13 @@ static kv_status_t write_keys(kv_client_work_t *work, kv_outgoing_t *message)
         for (int64_t i = 0; i < work->num_remotes; i++) {
             const kv_declared_t *declared = &call->keys[i];
             const kv_remote_t *remote = work->remotes[i];
-            kv_wire_key_t key = {
-                .name = remote->name,
-                .dtype = (uint8_t)declared->dtype,
-                .sparse = declared->sparse,
-                .ndim = declared->ndim,
-                .placed = work->placed,
-                .number = remote->number,
-                .slice_bytes =
-                    declared->sparse ? (uint64_t)remote->slice_rows : remote->slice_bytes,
-                .num_slices = remote->num_slices,
-                .servers = servers,
-            };
-            for (int d = 0; d < declared->ndim; d++)
-                key.shape[d] = declared->shape[d];
+            kv_wire_key_t key = key_of(declared);
+            key.placed = work->placed;
+            key.number = remote->number;
+            key.slice_bytes =
+                declared->sparse ? (uint64_t)remote->slice_rows : remote->slice_bytes;
+            key.num_slices = remote->num_slices;
+            key.servers = servers;
             for (uint32_t slice = 0; end != NULL && slice < remote->num_slices; slice++)
                 kv_wire_put_server(servers, slice, remote->servers[slice]);
             bytes += kv_wire_key_bytes(&key);
@@ -244,6 +261,21 @@ static kv_status_t write_keys(kv_client_work_t *work, kv_outgoing_t *message)
     return KV_OK;
 }
 
+/* What goes out of one operation. */
+static void write_data(const kv_slice_op_t *op, unsigned char *out)
+{
+    const kv_client_work_t *work = op->work;
+    size_t bytes = op->sent_bytes - op->key_bytes;
+    if (op->has_rows)
+        kv_op_put_rows(op, out);
+    else if (bytes > 0)
+        memcpy(out, (const char *)value_of(work, op->part) + op->sent_offset, bytes);
+    if (op->key_bytes == 0)
+        return;
+    kv_wire_key_t key = key_of(&work->call->keys[op->part]);
+    kv_wire_put_key(&key, out + bytes);
+}
+
 /* Records are written when the call is entered, values now. */
 static kv_status_t gather(kv_client_work_t *work, kv_outgoing_t *message)
 {
@@ -262,24 +294,20 @@ static kv_status_t gather(kv_client_work_t *work, kv_outgoing_t *message)
     memset(payload + table, 0, at - table);
     for (uint32_t i = 0; i < message->count; i++) {
         size_t bytes_here = op[i].sent_bytes, room = kv_wire_value_bytes(bytes_here);
-        if (op[i].has_rows)
-            kv_op_put_rows(&op[i], payload + at);
-        else if (bytes_here > 0)
-            memcpy(payload + at, (const char *)value_of(work, op[i].part) + op[i].sent_offset,
-                   bytes_here);
+        write_data(&op[i], payload + at);
         memset(payload + at + bytes_here, 0, room - bytes_here);
         at += room;
     }
     return KV_OK;
 }
 
-static kv_status_t gather_rows(kv_client_work_t *work, kv_outgoing_t *message)
+static kv_status_t gather_one(kv_client_work_t *work, kv_outgoing_t *message)
 {
     const kv_slice_op_t *op = &work->ops[message->first];
     message->kind = KV_WIRE_PUSH_ONE;
     KV_TRY(kv_pool_get(work->client->pool, op->sent_bytes, &message->buffer));
     message->net.payload_bytes = op->sent_bytes;
-    kv_op_put_rows(op, message->buffer->data);
+    write_data(op, message->buffer->data);
     return KV_OK;
 }
 
@@ -294,8 +322,8 @@ static kv_status_t make_message(kv_client_work_t *work, kv_outgoing_t *message)
         KV_TRY(write_keys(work, message));
     else if (message->count > 1 || way_of(op) == TRAVELS_BARE)
         KV_TRY(gather(work, message));
-    else if (op->has_rows)
-        KV_TRY(gather_rows(work, message));
+    else if (op->has_rows || op->key_bytes > 0)
+        KV_TRY(gather_one(work, message));
     else
         message->kind = KV_WIRE_PUSH_ONE;
     if (message->buffer != NULL) {
@@ -339,6 +367,9 @@ static void describe(const kv_client_work_t *work, const kv_slice_op_t *op,
     record->dtype = (uint8_t)remote->dtype;
     record->flags = op->has_rows ? KV_WIRE_ROWS : 0;
     record->t = inits ? remote->num_slices : 0;
+    record->own = op->key_bytes;
+    if (op->sent_bytes > KV_WIRE_SLICE_BYTES && remote->num_slices == 1)
+        record->flags |= KV_WIRE_WHOLE;
     bool pushes = op->action == KV_WIRE_PUSH || op->action == KV_WIRE_PUSHPULL;
     bool on_state = kv_call_on_state(work->call);
     if (!pushes && !on_state)
@@ -432,9 +463,13 @@ void kv_client_unload_locked(kv_client_t *client, const kv_remote_t *remote)
     }
 }
 
-static void cut(kv_remote_t *remote, int32_t num_servers)
+static void cut(kv_remote_t *remote, int32_t num_servers, bool whole)
 {
-    if (remote->sparse) {
+    if (whole && remote->bytes <= KV_WIRE_ROWS_BYTES) {
+        remote->slice_rows = remote->num_rows > 0 ? remote->num_rows : 1;
+        remote->slice_bytes = remote->bytes > 0 ? remote->bytes : kv_dtype_bytes(remote->dtype);
+        remote->num_slices = 1;
+    } else if (remote->sparse) {
         remote->slice_rows = kv_slice_rows(remote->num_rows, remote->row_bytes, num_servers);
         remote->num_slices = kv_slice_count_rows(remote->num_rows, remote->slice_rows);
         remote->slice_bytes = (size_t)remote->slice_rows * remote->row_bytes;
@@ -454,7 +489,7 @@ static kv_status_t place(kv_client_t *client, kv_client_work_t *work)
     kv_status_t status = KV_OK;
     for (int64_t i = 0; i < work->num_remotes && status == KV_OK; i++) {
         kv_remote_t *remote = work->remotes[i];
-        cut(remote, client->config.num_servers);
+        cut(remote, client->config.num_servers, work->call->keys[i].whole);
         remote->servers = kv_calloc(remote->num_slices, sizeof *remote->servers);
         placed[i] =
             (kv_placed_t){remote->bytes, remote->slice_bytes, remote->num_slices, remote->servers};

@@ -63,6 +63,7 @@ typedef struct kv_slice_op {
     uint32_t sent_bytes; /* of data that goes out … */
     size_t sent_offset;  /* … and where it lies in what the call pushes … */
     int64_t first, rows; /* … or which of the rows, or ids, go out */
+    uint32_t key_bytes;  /* of those that go out: the key, at the end */
     bool has_rows;
     uint32_t part, slice;
     uint16_t server;

@@ -1,6 +1,7 @@
 /* How a value is cut into slices, and which server gets which.
  *
- * Slices are at most KV_WIRE_SLICE_BYTES long and end on row boundaries where a row fits, else on
+ * Values that an optimizer in Python will need are not cut at all (client_build.c). Other slices are
+ * at most KV_WIRE_SLICE_BYTES long and end on row boundaries where a row fits, else on
  * element boundaries. A value that is large enough is cut into as many slices as there are servers
  * or more, so that all of them carry a part. Each slice goes to the server that has the fewest
  * bytes so far; the slices of one call are dealt out largest first.

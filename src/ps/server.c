@@ -342,9 +342,10 @@ static kv_status_t check_message(const kv_server_t *server, const kv_net_arrival
                        "worker %" PRId32 " has announced %" PRIu64 " bytes and sent %zu",
                        arrival->peer, header->record.bytes, bytes);
     bool values = header->kind == KV_WIRE_PUSH_ONE || header->kind == KV_WIRE_BATCH;
-    bool rows = header->kind == KV_WIRE_PUSH_ONE && (header->record.flags & KV_WIRE_ROWS);
+    bool large = header->kind == KV_WIRE_PUSH_ONE &&
+                 (header->record.flags & (KV_WIRE_ROWS | KV_WIRE_WHOLE));
     bool state = header->kind == KV_WIRE_PUSH_ONE && header->record.action == KV_WIRE_SET_STATE;
-    size_t limit = rows     ? (size_t)KV_WIRE_ROWS_BYTES
+    size_t limit = large    ? (size_t)KV_WIRE_ROWS_BYTES + KV_WIRE_KEY_BYTES
                    : state  ? (size_t)KV_WIRE_STATE_BYTES
                    : values ? (size_t)KV_WIRE_SLICE_BYTES
                             : (size_t)MESSAGE_BYTES;
@@ -472,6 +473,7 @@ kv_status_t kv_server_new(const kv_server_config_t *config, kv_server_t **out)
     }
     kv_mutex_init(&server->mutex, KV_RANK_PS);
     kv_cond_init(&server->ended);
+    kv_cond_init(&server->wake);
     server->engine = config->engine;
     server->host = config->host;
     server->index = config->index;
@@ -513,6 +515,9 @@ void kv_server_stop(kv_server_t *server)
     kv_mutex_lock(&server->mutex);
     while (server->num_running > 0)
         kv_cond_wait(&server->ended, &server->mutex);
+    server->stopped = true;
+    server->updates = server->updating = NULL; /* who has the latter goes on with its memory */
+    kv_cond_broadcast(&server->wake);
     kv_error_t *error = kv_error_capture(kv_fail(KV_CLOSED, "the server has stopped"));
     give_up_all_locked(server, error);
     kv_index_node_t *node;
@@ -541,6 +546,7 @@ void kv_server_free(kv_server_t *server)
     kv_index_fini(&server->keys);
     kv_index_fini(&server->names);
     kv_pool_free(server->pool);
+    kv_cond_fini(&server->wake);
     kv_cond_fini(&server->ended);
     kv_mutex_fini(&server->mutex);
     kv_free(server);

@@ -15,6 +15,9 @@
 #ifndef KV_PS_SERVER_H
 #define KV_PS_SERVER_H
 
+#include "array/sparse.h"
+#include "base/caller.h"
+#include "base/name.h"
 #include "comm/host.h"
 #include "engine/engine.h"
 #include "net/net.h"
@@ -44,6 +47,40 @@ void kv_server_attach(kv_server_t *server, kv_net_t *net); /* borrowed */
 KV_MUST_CHECK kv_status_t kv_server_add_optimizer(kv_server_t *server, uint64_t number,
                                                   int64_t training, const kv_optim_class_t *optim,
                                                   const kv_optim_numbers_t *numbers);
+
+/* What an optimizer in Python keeps with a key: opaque here, dropped with the key or when another
+ * optimizer begins, by any thread, with locks held. */
+typedef struct kv_server_kept kv_server_kept_t;
+struct kv_server_kept {
+    void (*drop)(kv_server_kept_t *kept);
+};
+
+/* A round that an optimizer in Python is to end. All shares are the caller's until
+ * kv_server_end_update; buffers may be kept by holding them. */
+typedef struct kv_server_update {
+    uint64_t optimizer; /* its number */
+    kv_name_t name;     /* its text lies in `key` */
+    kv_buffer_t *key;
+    kv_dtype_t dtype;
+    int ndim;
+    int64_t shape[KV_MAX_DIMS];
+    bool rows, sparse;                  /* what was pushed, or the value, is row-sparse: then … */
+    kv_buffer_t *recv, *stored;         /* what was pushed, summed; the value, to be changed … */
+    kv_rowset_t recv_rows, stored_rows; /* … these, of which the second may be replaced */
+    double rate;                        /* before multipliers */
+    int64_t t, num_update;  /* pushes of the key, this one counted, and the most of any key */
+    kv_server_kept_t *kept; /* NULL: the key begins */
+} kv_server_update_t;
+
+/* Waits for the next such round and gives it: *found. Not found: the caller's time is over, the
+ * server has stopped, or somebody has called kv_server_wake since the last time. KV_INVALID while
+ * one is under way, and as any wait. Returns attached. */
+KV_MUST_CHECK kv_status_t kv_server_next_update(kv_server_t *server, kv_caller_t *caller,
+                                                kv_server_update_t *out, bool *found);
+/* The round has ended, or has failed for this reason (NULL: it has not). Takes the update, with
+ * what is to be kept and, of a row-sparse value, stored. */
+void kv_server_end_update(kv_server_t *server, kv_server_update_t *update, const char *failure);
+void kv_server_wake(kv_server_t *server); /* any thread */
 
 /* A node of the cluster is gone: every request under way and to come is answered with KV_PEER_LOST
  * and this sentence. The first reason stays. */

@@ -7,6 +7,7 @@
  *   server_round.c   how the pushes of a round become the next version: sums, optimizers
  *   server_rows.c    the same with rows; row-sparse slices
  *   server_state.c   what optimizers keep with slices, for files
+ *   server_update.c  rounds of optimizers in Python
  *   server_norms.c   steps that take norms of all slices of a value, also of other servers' ones
  *   server_keys.c    the directory of declared keys; deletes
  *
@@ -91,6 +92,7 @@ typedef enum kv_phase {
     KV_PHASE_MEASURES, /* the sums for the norms of the whole value; then it waits for the others'
                         */
     KV_PHASE_ENDS,     /* the step with these */
+    KV_PHASE_SUMS,     /* the sum for an optimizer in Python; then it waits for that */
 } kv_phase_t;
 
 struct kv_slice {
@@ -111,6 +113,9 @@ struct kv_slice {
     kv_slots_t *slots;   /* an optimizer's state, NULL: none yet */
     kv_step_t step;      /* the newest one that was taken, if there are slots */
     int64_t training;    /* what the slots are of */
+    uint64_t optimizer;  /* the number of the one whose step was taken last */
+    kv_server_kept_t *kept;  /* of an optimizer in Python, with the slots */
+    kv_buffer_t *encoded;    /* kv_wire_put_key, of a value in one slice; NULL: not told */
     /* A round that is being completed: */
     bool busy;
     bool steps;   /* by `step` */
@@ -118,6 +123,9 @@ struct kv_slice {
     kv_phase_t phase;
     kv_norm_sums_t sums;       /* of its own; KV_PHASE_ENDS: of all slices */
     kv_buffer_t *made;         /* the next version; may be `stored`, which nobody may read then */
+    kv_buffer_t *recv;         /* KV_PHASE_SUMS: the sum of the pushes … */
+    kv_rowset_t recv_rows;     /* … or of rows */
+    kv_slice_t *next_update;   /* see server_update.c */
     kv_rowset_t made_rows;     /* the same of a row-sparse slice; empty: `rows` is changed itself */
     kv_row_round_t *row_round; /* of a round of rows, between its phases */
     bool ran;                  /* the engine has run what it was given */
@@ -177,6 +185,10 @@ struct kv_server {
     int64_t next_deadline_ns;
     kv_request_t *free_requests;
     int64_t num_running; /* sums in the engine */
+    kv_slice_t *updates;  /* that wait for an optimizer in Python, in order */
+    kv_slice_t *updating; /* the one that is with it */
+    kv_cond_t wake;       /* whoever runs these has something to do */
+    bool woken, stopped;
     kv_slice_t *listed;  /* those that may go on (kv_norms_next_locked) */
     kv_server_counters_t counters;
     kv_presence_t *presence; /* [num_workers] */
@@ -237,6 +249,9 @@ void kv_slice_spoil_locked(kv_server_t *server, kv_request_t *push, kv_error_t *
     KV_REQUIRES(server->mutex);
 /* Goes on with the slices that are listed. */
 void kv_slices_go_on_locked(kv_server_t *server) KV_REQUIRES(server->mutex);
+/* The round with which an optimizer in Python was busy has ended; the error is taken. */
+void kv_slice_updated_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
+    KV_REQUIRES(server->mutex);
 /* Answers whatever waits for it with the error. Nobody works on it. */
 void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
     KV_REQUIRES(server->mutex);
@@ -301,7 +316,23 @@ size_t kv_round_bytes(const kv_slice_t *slice);
 void kv_slice_state_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *request)
     KV_REQUIRES(server->mutex);
 
+/* --------------------------------------------------------------------------- server_update.c */
+
+/* Notes the key that has come with the first value, which is there. KV_INVALID if it is another. */
+KV_MUST_CHECK kv_status_t kv_slice_name(kv_slice_t *slice, const void *data, size_t bytes);
+/* KV_INVALID unless an optimizer in Python can have the value. */
+KV_MUST_CHECK kv_status_t kv_update_check(const kv_slice_t *slice);
+/* Memory for the sum; and what is stored, copied to where it may be changed. No lock held. */
+KV_MUST_CHECK kv_status_t kv_update_room(kv_slice_t *slice);
+void kv_update_forget(kv_slice_t *slice); /* the sum */
+/* Takes what an optimizer in Python keeps; what was kept goes. */
+void kv_slice_keep(kv_slice_t *slice, kv_server_kept_t *kept);
+/* The slice has its sum. */
+void kv_update_enlist_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex);
+
 /* ---------------------------------------------------------------------------- server_norms.c */
+
+uint32_t kv_norms_num_slices(const kv_key_norms_t *norms);
 
 /* A slice of a value of so many has come. */
 KV_MUST_CHECK kv_status_t kv_norms_init_locked(kv_server_t *server, kv_server_key_t *key,

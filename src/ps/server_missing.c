@@ -42,6 +42,9 @@ kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_slice_t *slice
         return kv_fail(KV_TIMEOUT, "worker 0 has not initialised the key");
     if (slice->phase == KV_PHASE_MEASURES || waits_for_turn(slice))
         return kv_norms_missing_locked(server, slice);
+    if (slice->phase == KV_PHASE_SUMS)
+        return kv_fail(KV_TIMEOUT, "the optimizer in Python has not ended round %" PRIu64,
+                       slice->version);
     for (int32_t i = 0; i < server->num_workers && !slice->busy && !server->async; i++) {
         const kv_request_t *push = slice->workers[i].pushes;
         if (push == NULL || push->header.record.round != slice->version)

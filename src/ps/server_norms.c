@@ -76,6 +76,11 @@ static kv_status_t norms_new(uint32_t num_slices, kv_key_norms_t **out)
     return KV_OK;
 }
 
+uint32_t kv_norms_num_slices(const kv_key_norms_t *norms)
+{
+    return norms->num_slices;
+}
+
 void kv_norms_free(kv_key_norms_t *norms)
 {
     if (norms == NULL)

@@ -55,6 +55,7 @@ static uint64_t stream_of(const kv_slice_t *slice)
 bool kv_slice_goes_on(const kv_slice_t *slice, const kv_known_optimizer_t *known)
 {
     return slice->slots != NULL && slice->slots->optim == known->optim &&
+           slice->step.numbers.python == known->numbers.python &&
            slice->training >= known->training;
 }
 
@@ -126,6 +127,7 @@ kv_status_t kv_slice_take_slots(kv_slice_t *slice, const kv_known_optimizer_t *k
     kv_slots_t *slots = kv_slots_new(known->optim);
     KV_TRY_ALLOC(slots, "the state of an optimizer");
     kv_slots_rele(slice->slots);
+    kv_slice_keep(slice, NULL);
     slice->slots = slots;
     slice->training = known->training;
     return KV_OK;
@@ -141,10 +143,18 @@ const kv_request_t *kv_round_first(const kv_slice_t *slice)
     return slice->workers[worker].summing;
 }
 
+static bool is_python(const kv_slice_t *slice)
+{
+    return slice->steps && slice->step.optim == kv_optim_python();
+}
+
 /* Memory for the version that is to be made: a push's own, the value's, or new one. */
 static kv_buffer_t *room_locked(kv_server_t *server, const kv_slice_t *slice)
     KV_REQUIRES(server->mutex)
 {
+    kv_buffer_t *room;
+    if (is_python(slice))
+        return kv_buffer_new(slice->bytes, &room) == KV_OK ? room : NULL;
     if (slice->steps && atomic_load(&slice->stored->refs) == 1)
         return kv_buffer_hold(slice->stored);
     for (int32_t i = 0; i < server->num_workers && !slice->steps; i++) {
@@ -153,7 +163,6 @@ static kv_buffer_t *room_locked(kv_server_t *server, const kv_slice_t *slice)
             push->header.record.codec == KV_CODEC_NONE)
             return kv_buffer_hold(push->buffer);
     }
-    kv_buffer_t *room;
     return kv_pool_get(server->pool, slice->bytes, &room) == KV_OK ? room : NULL;
 }
 
@@ -173,12 +182,17 @@ static kv_status_t prepare_locked(kv_server_t *server, kv_slice_t *slice) KV_REQ
         if (slice->phase == KV_PHASE_MEASURES)
             kv_norms_take_turn(slice, &step);
         KV_TRY(check_step(slice, &step, first));
+        if (step.optim == kv_optim_python())
+            KV_TRY(kv_update_check(slice));
         KV_TRY(kv_slice_take_slots(slice, known));
         slice->step = step;
+        slice->optimizer = known->number;
     }
     slice->made = slice->sparse ? NULL : room_locked(server, slice);
     if (slice->made == NULL && !slice->sparse)
         return kv_fail(KV_NO_MEMORY, "no memory for slice %" PRIu32 " of a key", record->slice);
+    if (is_python(slice))
+        slice->phase = KV_PHASE_SUMS;
     return KV_OK;
 }
 
@@ -234,18 +248,21 @@ kv_status_t kv_round_run(kv_slice_t *slice)
     alone.num_threads = 1; /* slices run side by side */
     if (slice->phase == KV_PHASE_MEASURES && !slice->steps)
         return KV_OK;
+    if (slice->phase == KV_PHASE_SUMS)
+        KV_TRY(kv_update_room(slice));
     if (slice->by_rows)
         return kv_round_run_rows(slice, &alone);
     int64_t count = (int64_t)(slice->bytes / kv_dtype_bytes(slice->dtype));
     kv_gradients_t gradients = gradients_of(slice);
-    void *made = slice->made->data;
+    bool sums = slice->phase == KV_PHASE_SUMS;
+    void *made = sums ? slice->recv->data : slice->made->data;
     kv_weight_t weight;
     if (count == 0)
         return KV_OK;
     if (slice->phase == KV_PHASE_MEASURES) {
         KV_TRY(weight_of(slice, &alone, count, slice->stored->data, &weight));
         kv_host_measure(&alone, &slice->step, &weight, &gradients, &slice->sums);
-    } else if (slice->steps) {
+    } else if (slice->steps && !sums) {
         if (slice->made != slice->stored)
             memcpy(made, slice->stored->data, slice->bytes);
         KV_TRY(weight_of(slice, &alone, count, made, &weight));

@@ -204,6 +204,12 @@ static kv_status_t step_rows(kv_slice_t *slice, const kv_host_t *host, kv_row_ro
 static kv_status_t run_sum(kv_slice_t *slice, const kv_host_t *host, kv_row_round_t *round)
 {
     const kv_row_sum_t *sum = &round->sum;
+    if (slice->phase == KV_PHASE_SUMS) {
+        KV_TRY(kv_rowset_make(&slice->recv_rows, sum->num_rows, sum->row_bytes));
+        if (sum->num_rows > 0)
+            kv_rows_write(host, sum, slice->recv_rows.indices->data, slice->recv_rows.data->data);
+        return KV_OK;
+    }
     if (slice->sparse && slice->steps)
         return step_rows(slice, host, round);
     if (slice->sparse) {

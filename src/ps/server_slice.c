@@ -78,9 +78,12 @@ void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *er
     }
     kv_buffer_rele(slice->made);
     kv_rowset_fini(&slice->made_rows);
+    kv_update_forget(slice);
     kv_row_round_free(slice->row_round);
     kv_error_rele(slice->failure);
     kv_slots_rele(slice->slots);
+    kv_slice_keep(slice, NULL);
+    kv_buffer_rele(slice->encoded);
     kv_index_remove(&server->slices, &slice->node);
     kv_free(slice);
     kv_count(KV_COUNT_SLICES, -1);
@@ -91,7 +94,7 @@ static kv_status_t no_memory(const kv_wire_record_t *record)
     return kv_fail(KV_NO_MEMORY, "no memory for slice %" PRIu32 " of a key", record->slice);
 }
 
-/* The data of a push as a buffer with nothing else in it: its own, or a copy. NULL without
+/* A first value as a buffer with nothing else in front of it: its own, or a copy. NULL without
  * memory. */
 static kv_buffer_t *own_data_locked(kv_server_t *server, const kv_request_t *request)
     KV_REQUIRES(server->mutex)
@@ -262,7 +265,8 @@ static void publish_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *e
     KV_REQUIRES(server->mutex)
 {
     if (slice->sparse) {
-        if (error == NULL && (!slice->steps || slice->made_rows.indices != NULL)) {
+        bool replaced = !slice->steps || slice->phase == KV_PHASE_SUMS;
+        if (error == NULL && (replaced || slice->made_rows.indices != NULL)) {
             kv_rowset_fini(&slice->rows);
             slice->rows = slice->made_rows;
         } else {
@@ -280,6 +284,7 @@ static void publish_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *e
         kv_buffer_rele(slice->made);
     }
     kv_row_round_free(slice->row_round);
+    kv_update_forget(slice);
     slice->row_round = NULL;
     slice->made = NULL;
     slice->phase = KV_PHASE_WHOLE;
@@ -315,6 +320,8 @@ static bool end_phase_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t 
 {
     if (slice->phase == KV_PHASE_MEASURES)
         kv_norms_tell_locked(server, slice, error);
+    else if (slice->phase == KV_PHASE_SUMS && error == NULL)
+        kv_update_enlist_locked(server, slice);
     else
         publish_locked(server, slice, error);
     return !slice->busy;
@@ -420,6 +427,13 @@ void kv_slices_go_on_locked(kv_server_t *server)
     }
 }
 
+void kv_slice_updated_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
+{
+    publish_locked(server, slice, error);
+    begin_rounds_locked(server, slice);
+    kv_slices_go_on_locked(server);
+}
+
 static void advance_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
 {
     begin_rounds_locked(server, slice);
@@ -474,8 +488,9 @@ kv_status_t kv_slice_push_locked(kv_server_t *server, kv_request_t *push)
     return KV_OK;
 }
 
-static kv_status_t init_locked(kv_server_t *server, kv_slice_t *slice, const kv_request_t *request)
-    KV_REQUIRES(server->mutex)
+/* `key_bytes`: of the key, behind the value. */
+static kv_status_t init_locked(kv_server_t *server, kv_slice_t *slice, const kv_request_t *request,
+                               size_t key_bytes) KV_REQUIRES(server->mutex)
 {
     const kv_wire_record_t *record = &request->header.record;
     if (slice == NULL)
@@ -498,6 +513,15 @@ static kv_status_t init_locked(kv_server_t *server, kv_slice_t *slice, const kv_
         slice->row_count = record->round < INT64_MAX ? (int64_t)record->round : 0;
         slice->bytes = (size_t)record->bytes;
     }
+    kv_status_t status =
+        kv_slice_name(slice, (const char *)request->data + record->bytes, key_bytes);
+    if (status != KV_OK) {
+        kv_buffer_rele(slice->stored);
+        slice->stored = NULL;
+        kv_rowset_fini(&slice->rows);
+        slice->sparse = false;
+        return status;
+    }
     server->counters.keys += slice->key->num_initialised++ == 0;
     server->counters.slices++;
     server->counters.value_bytes += (int64_t)slice->bytes;
@@ -506,7 +530,8 @@ static kv_status_t init_locked(kv_server_t *server, kv_slice_t *slice, const kv_
 
 void kv_slice_init_locked(kv_server_t *server, kv_request_t *request)
 {
-    const kv_wire_record_t *record = &request->header.record;
+    kv_wire_record_t *record = &request->header.record;
+    uint64_t key_bytes = record->own;
     if (request->failure != NULL) {
         kv_answer_error_locked(server, request, request->failure);
         return;
@@ -517,9 +542,14 @@ void kv_slice_init_locked(kv_server_t *server, kv_request_t *request)
                          request->worker);
     else if (record->codec != KV_CODEC_NONE)
         status = kv_fail(KV_INVALID, "a first value cannot be compressed");
+    else if (key_bytes > record->bytes)
+        status = kv_fail(KV_INVALID, "a first value of %" PRIu64 " bytes has no key of %" PRIu64,
+                         record->bytes, key_bytes);
+    else
+        record->bytes -= key_bytes;
     kv_slice_t *slice = status == KV_OK ? slice_locked(server, record) : NULL;
     if (status == KV_OK)
-        status = init_locked(server, slice, request);
+        status = init_locked(server, slice, request, (size_t)key_bytes);
     if (status != KV_OK) {
         kv_answer_status_locked(server, request, status);
         return;

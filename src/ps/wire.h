@@ -32,7 +32,8 @@
  * carries what else the step takes: rates, count, … A synchronous server takes the step of worker
  * 0's push; without one the sum of the round becomes the value. An asynchronous one takes each
  * push's own. `round` of KV_WIRE_INIT is how many elements a row has, `t` how many slices the
- * value.
+ * value. Where that is one, its data ends with the key as it is declared (kv_wire_put_key), in
+ * `own` bytes: an optimizer in Python is told name and shape.
  *
  * Rows. A record with KV_WIRE_ROWS has as data no elements but rows of its slice (kv_wire_rows_t):
  * first values and pushes, and the answers with all rows of a row-sparse slice. In a PULL the data
@@ -69,7 +70,8 @@ enum {
     KV_WIRE_ALIGN = 64,
     KV_WIRE_SLICE_BYTES = 1 << 20, /* of a slice, and of a batch with its records, at most */
     KV_WIRE_STATE_BYTES = 2 * KV_WIRE_SLICE_BYTES, /* of a slice in its wide type, at most */
-    KV_WIRE_ROWS_BYTES = 1 << 30,                  /* of the rows in one record, at most */
+    KV_WIRE_ROWS_BYTES = 1 << 30, /* of the rows in one record, or of a whole value, at most */
+    KV_WIRE_KEY_BYTES = 64 << 10, /* of a key behind a first value: a larger one is left out */
 };
 
 typedef enum kv_wire_kind {
@@ -140,7 +142,8 @@ enum {
     KV_WIRE_PLAIN_RATE = 1,   /* kv_step_t.plain_rate */
     KV_WIRE_SHARES_NORMS = 2, /* the step takes norms over several slices */
     KV_WIRE_ROWS = 4,         /* the data is rows, or ids of rows */
-    KV_WIRE_FLAGS = 8
+    KV_WIRE_WHOLE = 8,        /* the slice is the whole value, and the data may be larger */
+    KV_WIRE_FLAGS = 16
 };
 
 /* Fills in what a push says of the step that it is to be applied with, and reads it: all but the

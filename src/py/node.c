@@ -6,6 +6,7 @@
 #include "py/node.h"
 
 #include "py/store.h"
+#include "py/updating.h"
 
 typedef struct kv_py_node {
     PyObject_HEAD
@@ -16,6 +17,7 @@ typedef struct kv_py_node {
     int32_t num_workers, num_servers, self;
     uint64_t generation;
     bool closed;
+    kv_py_updating_t updating; /* of a server */
 } kv_py_node_t;
 
 static kv_py_node_t *as_node(PyObject *object)
@@ -146,6 +148,7 @@ static void node_dealloc(PyObject *object)
     kv_py_node_t *self = as_node(object);
     PyTypeObject *type = Py_TYPE(object);
     PyObject_GC_UnTrack(object);
+    kv_py_updating_drop(&self->updating, self->generation == kv_fork_generation());
     /* In a forked child the locks may have been held by threads that are not there any more. */
     if (self->generation == kv_fork_generation()) {
         Py_BEGIN_ALLOW_THREADS close_node(self);
@@ -327,6 +330,48 @@ static PyObject *node_add_optimizer(PyObject *object, PyObject *args)
                                                 : kv_py_raise(self->state, status);
 }
 
+static bool check_server(kv_py_node_t *self)
+{
+    if (!check_open(self))
+        return false;
+    if (self->server == NULL)
+        kv_py_fail(self->state, KV_INVALID, "updates are a server's");
+    return self->server != NULL;
+}
+
+static PyObject *node_next_update(PyObject *object, PyObject *timeout)
+{
+    kv_py_node_t *self = as_node(object);
+    int64_t timeout_ns;
+    if (!check_server(self) ||
+        !kv_py_timeout(self->state, timeout, KV_PY_DEFAULT_TIMEOUT_NS, &timeout_ns))
+        return NULL;
+    return kv_py_updating_next(self->state, self->server, timeout_ns, &self->updating);
+}
+
+static PyObject *node_end_update(PyObject *object, PyObject *args)
+{
+    kv_py_node_t *self = as_node(object);
+    PyObject *failure, *kept, *stored;
+    if (!PyArg_ParseTuple(args, "OOO:end_update", &failure, &kept, &stored))
+        return NULL;
+    /* Also of one that was closed meanwhile: it has memory to give back. */
+    if (self->generation != kv_fork_generation() || self->server == NULL)
+        return check_server(self) ? NULL : NULL;
+    return kv_py_updating_end(self->state, self->server, failure, kept, stored, &self->updating);
+}
+
+static PyObject *node_wake(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    kv_py_node_t *self = as_node(object);
+    if (self->generation == kv_fork_generation() && !self->closed && self->server != NULL) {
+        Py_BEGIN_ALLOW_THREADS kv_server_wake(self->server);
+        Py_END_ALLOW_THREADS
+    }
+    Py_RETURN_NONE;
+}
+
 /* ---------------------------------------------------------------------------------- figures */
 
 static PyObject *node_counters(PyObject *object, PyObject *unused)
@@ -395,7 +440,18 @@ static PyMethodDef METHODS[] = {
      "then."},
     {"add_optimizer", node_add_optimizer, METH_VARARGS,
      "add_optimizer($self, number, kind, numbers, flags, begin_num_update, training, /)\n--\n\n"
-     "On a server: let pushes name a built-in optimizer by this number."},
+     "On a server: let pushes name an optimizer by this number; kind: a built-in one, or\n"
+     "'module:class'."},
+    {"next_update", node_next_update, METH_O,
+     "next_update($self, timeout, /)\n--\n\n"
+     "On a server: the next round that an optimizer in Python is to end, or None: the time is\n"
+     "over, `wake` was called, or the node closes.\n\n"
+     "(optimizer's number, key, recv, stored, rate, t, num_update, what was kept or None)"},
+    {"end_update", node_end_update, METH_VARARGS,
+     "end_update($self, failure, kept, stored, /)\n--\n\n"
+     "End that round: with the sentence why it has failed, or None; with what is to be kept."},
+    {"wake", node_wake, METH_NOARGS,
+     "wake($self, /)\n--\n\nLet next_update return, or the next one if none waits."},
     {"counters", node_counters, METH_NOARGS,
      "counters($self, /)\n--\n\nWhat went over the wire, and what a server holds."},
     {"lanes", node_lanes, METH_O,

@@ -143,12 +143,17 @@ static bool read_numbers(kv_state_t *state, PyObject *name, PyObject *numbers,
 {
     const char *text = PyUnicode_Check(name) ? PyUnicode_AsUTF8(name) : NULL;
     const kv_optim_param_t *param;
-    if (text == NULL || (*optim = kv_optim_class_find(text)) == NULL || !PyDict_Check(numbers)) {
+    bool python = text != NULL && strchr(text, ':') != NULL; /* module:class */
+    *optim = python ? kv_optim_python() : text != NULL ? kv_optim_class_find(text) : NULL;
+    if (*optim == NULL || !PyDict_Check(numbers)) {
         PyErr_Clear();
         kv_py_fail(state, KV_INVALID, "there is no built-in optimizer of this name");
         return false;
     }
     *out = (kv_optim_numbers_t){.clip_gradient = NAN};
+    if (python)
+        out->python =
+            kv_name_hash(&(kv_name_t){.text = text, .bytes = (uint32_t)strlen(text)}) | 1;
     for (int i = 0; (param = kv_optim_common_at(i)) != NULL; i++) {
         double *target = strcmp(param->name, "learning_rate") == 0  ? &out->learning_rate
                          : strcmp(param->name, "wd") == 0           ? &out->wd

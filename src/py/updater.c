@@ -66,7 +66,7 @@ static void rele_capsule(PyObject *capsule)
     kv_buffer_rele(PyCapsule_GetPointer(capsule, NULL));
 }
 
-static PyObject *numpy_view(kv_state_t *state, const kv_update_t *update, kv_buffer_t *buffer)
+PyObject *kv_py_update_view(kv_state_t *state, const kv_update_t *update, kv_buffer_t *buffer)
 {
     PyObject *base = PyCapsule_New(buffer, NULL, rele_capsule);
     if (base == NULL)
@@ -130,8 +130,7 @@ static void look_at_type(const kv_update_t *update, arguments_t *arguments, PyOb
     Py_XSETREF(arguments->pushed, (PyTypeObject *)Py_NewRef((PyObject *)pushed));
 }
 
-/* A RowSparse over rows of the store. Its own to replace: the store looks at it afterwards. */
-static PyObject *rows_view(kv_state_t *state, const kv_update_t *update, const kv_rowset_t *rows)
+PyObject *kv_py_update_rows(kv_state_t *state, const kv_update_t *update, const kv_rowset_t *rows)
 {
     kv_sparse_t *sparse;
     kv_status_t status = kv_sparse_new(update->dtype, update->ndim, update->shape, &sparse);
@@ -149,21 +148,20 @@ static bool make_views(kv_state_t *state, const kv_update_t *update, arguments_t
     PyObject *library = NULL;
     look_at_type(update, arguments, &library);
     if (update->recv_rows != NULL) /* one that is kept was of a dense push */
-        Py_XSETREF(arguments->recv, rows_view(state, update, update->recv_rows));
+        Py_XSETREF(arguments->recv, kv_py_update_rows(state, update, update->recv_rows));
     else if (arguments->recv == NULL)
-        arguments->recv = library == NULL ? numpy_view(state, update, update->recv)
+        arguments->recv = library == NULL ? kv_py_update_view(state, update, update->recv)
                                           : library_view(state, update, update->recv, library);
     if (arguments->recv != NULL && arguments->stored == NULL && update->stored_rows != NULL)
-        arguments->stored = rows_view(state, update, update->stored_rows);
+        arguments->stored = kv_py_update_rows(state, update, update->stored_rows);
     else if (arguments->recv != NULL && arguments->stored == NULL)
-        arguments->stored = library == NULL ? numpy_view(state, update, update->stored)
+        arguments->stored = library == NULL ? kv_py_update_view(state, update, update->stored)
                                             : library_view(state, update, update->stored, library);
     Py_XDECREF(library);
     return arguments->recv != NULL && arguments->stored != NULL;
 }
 
-/* The stored rows become those that the function has left in its RowSparse. */
-static kv_status_t take_rows(kv_state_t *state, const kv_update_t *update, PyObject *view)
+kv_status_t kv_py_update_take(kv_state_t *state, const kv_update_t *update, PyObject *view)
 {
     kv_sparse_t *sparse = kv_rowsparse_array(view);
     kv_dep_t dep = {.var = &sparse->var, .access = KV_READ};
@@ -192,7 +190,7 @@ static kv_status_t keep_rows(kv_state_t *state, const kv_update_t *update, PyObj
                              kv_status_t status)
 {
     PyObject *exception = status == KV_OK ? NULL : kv_py_take_exception();
-    kv_status_t taken = take_rows(state, update, view);
+    kv_status_t taken = kv_py_update_take(state, update, view);
     if (exception == NULL)
         return taken;
     PyErr_SetObject((PyObject *)Py_TYPE(exception), exception);

@@ -55,6 +55,9 @@ static kv_status_t agreement_new(kv_store_t *store, const kv_group_t *groups, in
     agreement->entries = (kv_entry_t **)(agreement->sums + num_groups);
     agreement->staged = (kv_buffer_t **)(agreement->entries + num_groups);
     agreement->num_keys = num_groups;
+    kv_mutex_lock(&store->lock);
+    bool whole = store->optimizer != NULL && store->optimizer->optim == kv_optim_python();
+    kv_mutex_unlock(&store->lock);
     for (int64_t i = 0; i < num_groups; i++) {
         kv_entry_t *entry = groups[i].entry;
         kv_var_pin(&entry->var);
@@ -63,6 +66,7 @@ static kv_status_t agreement_new(kv_store_t *store, const kv_group_t *groups, in
         agreement->keys[i] = (kv_declared_t){.name = entry->name,
                                              .dtype = entry->dtype,
                                              .sparse = entry->sparse,
+                                             .whole = whole,
                                              .ndim = entry->ndim,
                                              .shape = entry->shape,
                                              .bytes = entry->bytes,

@@ -6,6 +6,7 @@
  * is due; if another call has counted meanwhile, it is asked again.
  */
 #include "base/memory.h"
+#include "ps/client.h"
 #include "store/internal.h"
 
 #include <inttypes.h>
@@ -136,7 +137,8 @@ kv_status_t kv_store_set_optimizer(kv_store_t *store, kv_optimizer_t *optimizer)
     kv_mutex_lock(&store->lock);
     kv_optimizer_t *before = store->optimizer;
     kv_updater_t *updater = store->updater;
-    if (before == NULL || before->optim != optimizer->optim) {
+    if (before == NULL || before->optim != optimizer->optim ||
+        before->numbers.python != optimizer->numbers.python) {
         kv_store_forget_training_locked(store);
         kv_optim_state_begin(&store->state, optimizer->numbers.begin_num_update);
     }
@@ -236,6 +238,14 @@ kv_status_t kv_plan_check_updates(const kv_plan_t *plan)
                            "floating types only",
                            kv_name_format(&entry->name, name, sizeof name),
                            kv_dtype_name(entry->dtype), optimizer->optim->title);
+        if (optimizer->optim == kv_optim_python() && entry->remote != NULL &&
+            kv_remote_num_slices(entry->remote) > 1)
+            return kv_fail(KV_INVALID,
+                           "push of key %s, which is cut into %" PRIu32
+                           " slices: an optimizer in Python needs it whole on one server; call "
+                           "set_optimizer before init (above 1 GiB it is always cut)",
+                           kv_name_format(&entry->name, name, sizeof name),
+                           kv_remote_num_slices(entry->remote));
         kv_slot_t slots[KV_MAX_SLOTS];
         int num_slots = optimizer->optim->slots(&optimizer->numbers, slots);
         if (num_slots > 0 && slots[0].per_row && entry->ndim != 2)
