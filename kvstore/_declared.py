@@ -19,11 +19,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from . import lr_scheduler
-from ._optimizer import built_in
+from ._optimizer import BuiltIn, built_in, kind_of
+from ._python_optimizer import Served, check_importable, import_class
 from .errors import (
     InvalidArgumentError,
     KVStoreError,
-    NotBuiltError,
     PeerLostError,
     TimeoutError,
 )
@@ -54,6 +54,7 @@ class Declared:
         # what the newest declared.
         self.known: deque[tuple[int, int, int]] = deque(maxlen=KEPT)
         self.newest: Declaration = {}
+        self.served = Served()
 
 
 def _plain(value: Any) -> Any:
@@ -68,7 +69,7 @@ def _plain(value: Any) -> Any:
 
 
 def _describe(optimizer: Optimizer) -> Declaration:
-    declaration = {"kind": optimizer._KIND, **optimizer._pack()}
+    declaration = {"kind": kind_of(type(optimizer)), **optimizer._pack()}
     for name in ("lr_mult", "wd_mult", "names"):
         declaration[name].sort(key=lambda entry: (isinstance(entry[0], str), entry[0]))
     schedule: Any = optimizer.lr_scheduler
@@ -76,6 +77,25 @@ def _describe(optimizer: Optimizer) -> Declaration:
         declaration["schedule"] = lr_scheduler._pack(type(schedule)(**schedule._arguments))
     described: Declaration = _plain(declaration)
     return described
+
+
+def _title(kind: str) -> str:
+    return built_in[kind].__name__ if kind in built_in else kind
+
+
+def _check_arguments(optimizer: Optimizer) -> None:
+    """InvalidArgumentError for an argument of a user's that a server would not get as it is."""
+    packed = optimizer._pack()
+    for name, value in {**packed["keywords"], **packed["later"]}.items():
+        try:
+            same = json.loads(_text(value)) == _plain(value)
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise InvalidArgumentError(
+                f"{type(optimizer).__name__}: its argument {name}={value!r} cannot travel to the "
+                "servers; they take numbers, str, bool, None, lists, and dicts whose keys are str"
+            )
 
 
 def _text(value: Any) -> str:
@@ -99,12 +119,15 @@ def _difference(own: Declaration, other: Declaration) -> str:
         return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
     if own["kind"] != other["kind"]:
-        names = [built_in[declaration["kind"]].__name__ for declaration in (own, other)]
+        names = [_title(declaration["kind"]) for declaration in (own, other)]
         return f"it is of the class {names[0]}, that of worker 0 of {names[1]}"
     numbers = {**other["numbers"], **own["numbers"]}
     pairs: list[tuple[str, Any, Any]]
     pairs = [(n, own["numbers"].get(n), other["numbers"].get(n)) for n in numbers]
     pairs += [(n, own[n], other[n]) for n in ("lr_mult", "wd_mult", "names")]
+    for part in ("keywords", "later"):  # of classes in Python
+        its, mine = other.get(part, {}), own.get(part, {})
+        pairs += [(n, mine.get(n), its.get(n)) for n in {**its, **mine}]
     mine, its = (p["schedule"] and lr_scheduler._unpack(p["schedule"]) for p in (own, other))
     pairs += [("schedule", mine, its)]
     pairs += [("begin_num_update", own["begin"], other["begin"])]
@@ -123,30 +146,29 @@ def declare(member: "Member", timeout_s: float, optimizer: Optimizer) -> int:
     Worker 0 gives it to them; another worker waits until worker 0 has done so with an equal one.
     """
     name = type(optimizer).__name__
-    if optimizer._KIND is None:
-        raise NotBuiltError(
-            f"{name} is an optimizer in Python, which is not built for dist stores yet; use one of "
-            "the classes of kvstore.optimizer, or a local store"
-        )
+    if not isinstance(optimizer, BuiltIn):
+        check_importable(type(optimizer))
     schedule = optimizer.lr_scheduler
     if schedule is not None and lr_scheduler._pack(schedule) is None:
         raise InvalidArgumentError(
             f"{name}: in a dist store the schedule must be a built-in one of "
             f"kvstore.lr_scheduler, not {schedule!r}"
         )
+    if not isinstance(optimizer, BuiltIn):
+        _check_arguments(optimizer)
     declaration = _describe(optimizer)
     if member.rank != 0:
         member.declared.training = _agree(member, timeout_s, declaration)
         return _number(declaration, member.declared.training)
     declared = member.declared
-    training = declared.training + (declared.kind != optimizer._KIND)
+    training = declared.training + (declared.kind != declaration["kind"])
     call = next(declared.calls)
     body = _text({"call": call, "training": training, "optimizer": declaration})
     try:
         member.command(DECLARE, body, timeout_s)
     except KVStoreError as error:
         raise type(error)(f"not all servers have taken the optimizer {name}: {error}") from error
-    declared.kind, declared.training = optimizer._KIND, training
+    declared.kind, declared.training = declaration["kind"], training
     return _number(declaration, training)
 
 
@@ -189,13 +211,15 @@ def _agree(member: "Member", timeout_s: float, declaration: Declaration) -> int:
 # -------------------------------------------------------------------------------- on a server
 
 
-def _read(body: str | bytes, *counts: str) -> tuple[list[int], Declaration, Optimizer]:
+def _read(
+    member: "Member", body: str | bytes, *counts: str
+) -> tuple[list[int], Declaration, Optimizer]:
     """A body's counts, its declaration and the optimizer of that; InvalidArgumentError for any
     other than `_text` has made."""
     try:
         given = json.loads(body)
         numbers, declaration = [given[name] for name in counts], given["optimizer"]
-        klass = built_in[declaration["kind"]]
+        klass = _class_of(declaration["kind"], member)
         whole = set(given) == {*counts, "optimizer"}
         whole = whole and all(type(number) is int and 0 <= number < 2**63 for number in numbers)
         optimizer = klass._unpack(declaration)
@@ -211,18 +235,26 @@ def _read(body: str | bytes, *counts: str) -> tuple[list[int], Declaration, Opti
     return numbers, declaration, optimizer
 
 
+def _class_of(kind: str, member: "Member") -> type[Optimizer]:
+    if ":" in kind:
+        return import_class(kind, member.settings.allow_import)
+    return built_in[kind]
+
+
 def _take_declaration(member: "Member", body: str | bytes) -> str:
-    (call, training), declaration, optimizer = _read(body, "call", "training")
+    (call, training), declaration, optimizer = _read(member, body, "call", "training")
     number = _number(declaration, training)
     assert member.core is not None
     member.core.add_optimizer(number, *optimizer._for_core(), optimizer.begin_num_update, training)
+    if not isinstance(optimizer, BuiltIn):
+        member.declared.served.add(number, optimizer, training)
     member.declared.known.append((call, _digest(declaration), training))
     member.declared.newest = declaration
     return ""
 
 
 def _answer_agreement(member: "Member", body: str | bytes) -> str:
-    (since,), declaration, _ = _read(body, "since")
+    (since,), declaration, _ = _read(member, body, "since")
     digest, declared = _digest(declaration), member.declared
     equal = (known for known in declared.known if known[0] >= since and known[1] == digest)
     call, _, training = next(equal, (0, 0, 0))

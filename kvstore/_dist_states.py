@@ -39,6 +39,14 @@ def _unpack(packed: Told) -> Optimizer:
     return built_in[packed["kind"]]._unpack(packed)
 
 
+def _check_built_in(optimizer: object) -> None:
+    if isinstance(optimizer, Optimizer) and not isinstance(optimizer, BuiltIn):
+        raise NotBuiltError(
+            f"{type(optimizer).__name__} is an optimizer in Python, whose states in a dist store "
+            "are not saved or loaded yet: those of kvstore.optimizer are, and a local store's are"
+        )
+
+
 def _give(kv: KVStore, optimizer: Optimizer, training: int) -> None:
     """Set an optimizer that the servers know, or will know, as that of this training."""
     kv._optimizer_set(
@@ -95,6 +103,7 @@ def _told_by(kv: KVStore, member: "Member") -> Told:
     optimizer = kv._optimizer_owner()
     if optimizer is None:
         raise InvalidArgumentError("the store has no optimizer, so it has no states to save")
+    _check_built_in(optimizer)
     states = kv._states_export(_states.COUNTS)
     told: Told = {name: states[name] for name in ("counted", "total")}
     whole = [states[name] for name in _states.NUMBERS]
@@ -161,6 +170,7 @@ def save(kv: KVStore, member: "Member", timeout_s: float, fname: Any, dump_optim
 
 
 def load(kv: KVStore, member: "Member", timeout_s: float, fname: Any) -> None:
+    _check_built_in(kv._optimizer_owner())
     states, about = state_file.read(fname)
     # Residuals belong to the workers: those of another store's values mean nothing to these.
     states |= {"residuals": [], "compression": None}
@@ -173,11 +183,7 @@ def load(kv: KVStore, member: "Member", timeout_s: float, fname: Any) -> None:
         if not dump and member.rank != 0:
             before, training = _unpack(_worker_0(told)["optimizer"]), told[0]["training"]
         new = _saved.optimizer_of(about, before)
-        if not isinstance(new, BuiltIn):
-            raise NotBuiltError(
-                f"it is of {type(new).__name__}, an optimizer in Python, which is not built for "
-                "dist stores yet; load it into a local store"
-            )
+        _check_built_in(new)
         position = _saved.position(about.get("schedule"), new)
         states = _states.with_unpushed(kv, states)
         with _having(kv, member, new, training):

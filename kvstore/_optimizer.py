@@ -425,10 +425,10 @@ class Optimizer:
         ]
 
     def _for_core(self) -> tuple[str, dict[str, Any], dict[str, bool]]:
-        """Kind, numbers and flags of a built-in one."""
+        """Kind, numbers and flags; of one in Python the common ones."""
         numbers = {n: v for n, v in self._numbers.items() if n not in FLAGS}
         flags = {n: v for n, v in self._numbers.items() if n in FLAGS}
-        return str(self._KIND), numbers, flags
+        return kind_of(type(self)), numbers, flags
 
     def _pack(self) -> dict[str, Any]:
         """The optimizer as JSON holds it; raises for what cannot be written."""
@@ -525,6 +525,11 @@ built_in: dict[str, type[BuiltIn]] = {}
 registered: dict[str, type[Optimizer]] = {}
 
 _Class = TypeVar("_Class", bound="type[Optimizer]")
+
+
+def kind_of(klass: type[Optimizer]) -> str:
+    """What a class is in the core and in declarations: its name, or its import path."""
+    return klass._KIND or f"{klass.__module__}:{klass.__qualname__}"
 
 
 def identity(klass: type) -> str:

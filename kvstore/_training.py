@@ -1,202 +1,31 @@
 """What the calls of ``kvstore.KVStore`` on optimizers and their states do; the C type calls them.
 
-A built-in optimizer goes into the core. One in Python becomes an updater, and how far it has come
-is kept here, with the updater: the optimizer itself never changes.
+A built-in optimizer goes into the core, and in a dist store so does one in Python, whose class runs
+on servers. In a local store that one becomes an updater, and how far it has come is kept with it:
+the optimizer itself never changes.
 """
 
-import math
-import sys
-import threading
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from . import _declared, _dist_states, _saved, _states, compression, state_file
-from ._core import KVStore, RowSparse
-from ._optimizer import (
-    _ALIASES,
-    BuiltIn,
-    Push,
-    push_under_way,
-)
+from ._core import KVStore
+from ._optimizer import _ALIASES, BuiltIn
+from ._python_optimizer import Progress, Run, check_slots
 from .errors import ArrayTypeError, InvalidArgumentError
 from .optimizer import Optimizer
-
-# ------------------------------------------------------------------- optimizers in Python
-
-
-class _Progress:
-    """How far an optimizer in Python has come with one store."""
-
-    def __init__(self, begin_num_update: int) -> None:
-        self.lock = threading.Lock()
-        self.num_update = begin_num_update
-        self.counts: dict[Any, int] = {}
-        self.states: dict[Any, Any] = {}
-        self.masters: dict[Any, Any] = {}  # float32 copies of 16-bit weights
-        self.loaded: dict[Any, dict[str, Any]] = {}  # from a file, until the key's next push
-
-    def count(self, key: Any, begin_num_update: int) -> None:
-        with self.lock:
-            self.counts[key] = self.counts.get(key, begin_num_update) + 1
-            self.num_update = max(self.num_update, self.counts[key])
-
-    def slots(self, key: Any) -> dict[str, Any]:
-        """The state as the arrays that it is made of."""
-        if key in self.loaded:
-            return self.loaded[key]
-        slots = dict(_arrays(key, self.states.get(key), "state"))
-        if key in self.masters:
-            slots["master"] = self.masters[key]
-        return slots
-
-
-_SAVED = "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64".split()
-
-
-def _arrays(key: Any, state: Any, name: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(state, np.ndarray):
-        if state.dtype.name not in _SAVED:
-            raise ArrayTypeError(
-                f"the state of key {key!r} is of {state.dtype}, which a file cannot hold; "
-                "float32 can be saved"
-            )
-        yield name, state
-    elif isinstance(state, (list, tuple)):
-        for i, part in enumerate(state):
-            yield from _arrays(key, part, f"{name}.{i}")
-    elif isinstance(state, dict):
-        for label, part in state.items():
-            if not isinstance(label, str) or "/" in label:
-                raise ArrayTypeError(f"the state of key {key!r} has a part {label!r}: not a name")
-            yield from _arrays(key, part, f"{name}.{label}")
-    elif state is not None:
-        raise ArrayTypeError(
-            f"the state of key {key!r} holds a {type(state).__name__}; what can be saved is None, "
-            "NumPy arrays, and lists, tuples and dicts of them"
-        )
-
-
-def _check_slots(key: Any, slots: dict[str, Any], like: dict[str, Any]) -> None:
-    if slots.keys() != like.keys():
-        raise InvalidArgumentError(
-            f"the state of key {key!r} consists of {', '.join(like) or 'nothing'}, "
-            f"that of the file of {', '.join(slots) or 'nothing'}"
-        )
-    for name, array in slots.items():
-        kept = like[name]
-        if (array.shape, array.dtype) != (kept.shape, kept.dtype):
-            raise InvalidArgumentError(
-                f"state {name!r} of key {key!r} is {kept.dtype} {kept.shape}, "
-                f"that of the file {array.dtype} {array.shape}"
-            )
-
-
-def _as_numpy(array: Any) -> Any:
-    if isinstance(array, (np.ndarray, RowSparse)):
-        return array
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
-        if array.dtype != torch.bfloat16:
-            return array.numpy()
-        from ml_dtypes import bfloat16
-
-        return array.view(torch.int16).numpy().view(bfloat16)
-    raise ArrayTypeError(f"an optimizer in Python cannot update a {type(array).__name__}")
-
-
-class _Run:
-    """The updater that an optimizer in Python is for a store."""
-
-    def __init__(self, optimizer: Optimizer, progress: _Progress) -> None:
-        self.optimizer = optimizer
-        self.progress = progress
-
-    def forget(self, keys: Any) -> None:
-        """What a store's delete does to the optimizer: the keys begin anew."""
-        progress = self.progress
-        for key in keys if isinstance(keys, (list, tuple)) else [keys]:
-            for kept in (progress.counts, progress.states, progress.masters, progress.loaded):
-                kept.pop(key, None)
-
-    def __call__(self, key: Any, recv: Any, stored: Any) -> None:
-        grad, weight = _as_numpy(recv), _as_numpy(stored)
-        if weight.dtype.kind in "iub":
-            raise ArrayTypeError(
-                f"push of key {key!r}, whose element type is {weight.dtype}: "
-                f"the optimizer {type(self.optimizer).__name__} updates floating types only"
-            )
-        narrow = self.optimizer.multi_precision and weight.dtype.itemsize == 2
-        if not narrow:
-            self._update(key, weight, grad)
-            return
-        if isinstance(weight, RowSparse):
-            raise ArrayTypeError(
-                f"push of key {key!r}: multi_precision of an optimizer in Python is for dense keys"
-            )
-        master = self.progress.masters.get(key)
-        if master is None:
-            master = self.progress.masters[key] = weight.astype(np.float32)
-        if isinstance(grad, RowSparse):
-            grad = RowSparse(grad.data.astype(np.float32), grad.indices, grad.shape)
-        else:
-            grad = grad.astype(np.float32)
-        self._update(key, master, grad)
-        weight[...] = master
-
-    def _update(self, key: Any, weight: Any, grad: Any) -> None:
-        optimizer, progress = self.optimizer, self.progress
-        form = (weight.shape, weight.dtype)
-        if key not in progress.states:
-            progress.states[key] = optimizer.create_state(key, weight)
-        if key in progress.loaded:
-            self._fill(key)
-        progress.count(key, optimizer.begin_num_update)
-        rate = optimizer._numbers["learning_rate"]
-        if optimizer.lr_scheduler is not None:
-            rate = optimizer.lr_scheduler(progress.num_update)
-            if not (isinstance(rate, (int, float)) and math.isfinite(rate)):
-                raise InvalidArgumentError(
-                    f"the schedule gave {rate!r} as the learning rate of update "
-                    f"{progress.num_update}, which is no finite number"
-                )
-        token = push_under_way.set(Push(optimizer, progress.counts, progress.num_update, rate))
-        try:
-            result = optimizer.update(key, weight, grad, progress.states[key])
-        finally:
-            push_under_way.reset(token)
-        if result is not None or form != (weight.shape, weight.dtype):
-            raise InvalidArgumentError(
-                f"update of {type(optimizer).__name__} changes the weight of key {key!r} in place, "
-                f"keeps its shape and returns nothing, not {result!r}"
-            )
-
-    def _fill(self, key: Any) -> None:
-        """What a file had for the key becomes its state."""
-        loaded = self.progress.loaded.pop(key)
-        like = self.progress.slots(key)
-        try:
-            _check_slots(key, loaded, like)
-        except InvalidArgumentError:
-            self.progress.loaded[key] = loaded
-            raise
-        for name, array in like.items():
-            array[...] = loaded[name]
-
 
 # ---------------------------------------------------------------------------------- setting
 
 
-def _owner(kv: KVStore) -> tuple[Optimizer | None, _Progress | None]:
+def _owner(kv: KVStore) -> tuple[Optimizer | None, Progress | None]:
     owner = kv._optimizer_owner()
-    return (owner.optimizer, owner.progress) if isinstance(owner, _Run) else (owner, None)
+    return (owner.optimizer, owner.progress) if isinstance(owner, Run) else (owner, None)
 
 
-def _set(kv: KVStore, optimizer: Optimizer, progress: _Progress | None = None) -> None:
+def _set(kv: KVStore, optimizer: Optimizer, progress: Progress | None = None) -> None:
     place = kv._place()  # in a cluster: the servers have the optimizer before the store has it
     number = 0 if place is None else _declared.declare(*place, optimizer)
-    if isinstance(optimizer, BuiltIn):
+    if place is not None or isinstance(optimizer, BuiltIn):
         kv._optimizer_set(
             optimizer,
             *optimizer._for_core(),
@@ -206,7 +35,7 @@ def _set(kv: KVStore, optimizer: Optimizer, progress: _Progress | None = None) -
             number,
         )
         return
-    run = _Run(optimizer, progress or _Progress(optimizer.begin_num_update))
+    run = Run(optimizer, progress or Progress(optimizer.begin_num_update))
     kv._updater_set(run, run)
 
 
@@ -297,7 +126,7 @@ def _load_built_in(
     kv: KVStore,
     states: dict[str, Any],
     before: Optimizer | None,
-    progress: _Progress | None,
+    progress: Progress | None,
     new: Optimizer,
 ) -> None:
     states = _states.with_unpushed(kv, states)
@@ -346,13 +175,13 @@ def _load_residuals(kv: KVStore, states: dict[str, Any]) -> None:
 
 
 def _load_progress(
-    states: dict[str, Any], before: _Progress | None, optimizer: Optimizer
-) -> _Progress:
-    progress = _Progress(optimizer.begin_num_update)
+    states: dict[str, Any], before: Progress | None, optimizer: Optimizer
+) -> Progress:
+    progress = Progress(optimizer.begin_num_update)
     progress.num_update = states["num_update"]
     for key, count, _, slots in states["keys"]:
         if before is not None and key in before.states:
-            _check_slots(key, slots, before.slots(key))
+            check_slots(key, slots, before.slots(key))
         progress.counts[key] = count
         progress.loaded[key] = slots
     return progress

@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .base import KVStoreBase
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["KVStoreServer", "serve"]
 
 
-def serve(controller: Callable[[int, Any], object] | None = None) -> None:
+def serve(
+    controller: Callable[[int, Any], object] | None = None,
+    allow_import: str | Sequence[str] | None = None,
+) -> None:
     """Be the server or scheduler that the environment says, until the cluster ends.
 
     The role comes from ``KVSTORE_ROLE`` or ``DMLC_ROLE``; ``python -m kvstore`` lists the other
@@ -35,6 +38,10 @@ def serve(controller: Callable[[int, Any], object] | None = None) -> None:
         On a server, called with ``(head, body)`` for each command that a worker sends by
         ``send_command_to_servers``, in the thread that has called ``serve``. The worker's call
         raises what it raises.
+    allow_import
+        On a server, the module, or modules, that it may import optimizers of users from, with
+        those below them; they run in the same thread. By default as ``KVSTORE_ALLOW_IMPORT``
+        says, or none: what is imported can do whatever this process can.
 
     Raises
     ------
@@ -49,7 +56,8 @@ def serve(controller: Callable[[int, Any], object] | None = None) -> None:
     from .cluster import settings
 
     _dist.check_controller(controller)
-    _serve(settings.read({"role": settings.serving_role()}), controller)
+    role = settings.serving_role()
+    _serve(settings.read({"role": role, "allow_import": allow_import}), controller)
 
 
 def _serve(
@@ -151,9 +159,16 @@ def _main() -> None:
         metavar="MODULE:FUNC",
         help="called with (head, body) for each command that a worker sends to the servers",
     )
+    parser.add_argument(
+        "--allow-import",
+        action="append",
+        metavar="MODULE",
+        help="where it may import optimizers of users from, with the modules below it",
+    )
     options = parser.parse_args()
     try:
-        serve(None if options.controller is None else _controller(options.controller))
+        controller = None if options.controller is None else _controller(options.controller)
+        serve(controller, options.allow_import)
     except KVStoreError as error:
         sys.exit(f"kvstore.server: {error}")
     except KeyboardInterrupt:

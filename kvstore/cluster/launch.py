@@ -22,7 +22,8 @@ from collections.abc import Sequence
 from types import FrameType
 
 from .. import __version__
-from ..errors import KVStoreError, NotBuiltError
+from ..errors import InvalidArgumentError, KVStoreError, NotBuiltError
+from . import settings
 from .entry import check_ucx
 from .processes import Process, Processes, address_variables, environment
 
@@ -96,6 +97,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="what each server calls with (head, body) for send_command_to_servers",
     )
     parser.add_argument(
+        "--allow-import",
+        type=_modules,
+        action="append",
+        metavar="MODULE",
+        help="where servers may import optimizers of users from, with the modules below it",
+    )
+    parser.add_argument(
         "--timeout",
         type=_seconds,
         metavar="SECONDS",
@@ -139,6 +147,13 @@ def _controller(text: str) -> str:
     return text
 
 
+def _modules(text: str) -> str:
+    try:
+        return settings.modules(text)
+    except InvalidArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 class _Launch:
     """The processes of one `kvrun`."""
 
@@ -179,6 +194,8 @@ class _Launch:
         address = address_variables(place["host"], place["port"])
         if self.options.controller:
             serve += ["--controller", self.options.controller]
+        for module in self.options.allow_import or ():
+            serve += ["--allow-import", module]
         for rank in range(self.options.num_servers):
             self.others.append(self._start("server", rank, serve, address))
         # What a worker prints shall not wait until it ends.

@@ -18,7 +18,7 @@ import time
 
 from ..errors import KVStoreError, PeerLostError
 from . import entry
-from .maker import CLOSE_S, TICK_S, Controller, MadeCluster, Maker, Session
+from .maker import CLOSE_S, TICK_S, AllowImport, Controller, MadeCluster, Maker, Session
 from .processes import Announced, Process, Processes, address_variables, environment
 from .run import Answer, Run, WorkerTraceback
 from .worker_main import BOOT, HEADER, READY, RUN, SERVE, dumps
@@ -43,6 +43,9 @@ class LocalCluster(MadeCluster):
         How many there are.
     controller
         What each server calls with (head, body) for ``send_command_to_servers``.
+    allow_import
+        The module, or modules, that servers may import optimizers of your own from, with those
+        below them. By default as ``KVSTORE_ALLOW_IMPORT`` says, or none.
     timeout
         Seconds that starting, joining and every call on a store may take, by default as
         ``KVSTORE_TIMEOUT`` says, or 300. It does not limit a run.
@@ -68,11 +71,14 @@ class LocalCluster(MadeCluster):
         num_servers: int = 1,
         *,
         controller: Controller | None = None,
+        allow_import: AllowImport = None,
         timeout: float | None = None,
         join: bool = False,
     ) -> None:
         entry.check_ucx()
-        self._begin(LocalMaker(num_workers, num_servers, controller, timeout, join))
+        self._begin(
+            LocalMaker(num_workers, num_servers, controller, allow_import, timeout, join)
+        )
 
 
 class _Session(Session, Announced):
@@ -94,10 +100,11 @@ class LocalMaker(Maker):
         num_workers: int,
         num_servers: int,
         controller: Controller | None,
+        allow_import: AllowImport,
         timeout: float | None,
         join: bool,
     ) -> None:
-        super().__init__(num_workers, num_servers, controller, timeout, join)
+        super().__init__(num_workers, num_servers, controller, allow_import, timeout, join)
         self.workers: list[Process] = []
         self.ready: set[Process] = set()
         self.session = _Session()
@@ -143,7 +150,8 @@ class LocalMaker(Maker):
         self._wait_or_end(lambda: session.port != 0)
         with self.lock:
             self._check_locked()
-            self._request_locked(servers, SERVE, session.variables(), controller)
+            variables = {**session.variables(), "KVSTORE_ALLOW_IMPORT": self.allow_import}
+            self._request_locked(servers, SERVE, variables, controller)
 
     def _session_over(self) -> bool:
         return self.session.over

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from ..errors import (
@@ -38,6 +38,7 @@ TICK_S = 0.1
 MOST_PROCESSES = 4096
 
 Controller = Callable[[int, Any], object]
+AllowImport = str | Sequence[str] | None
 Result = TypeVar("Result")
 
 
@@ -143,6 +144,7 @@ class Maker(abc.ABC):
         num_workers: Any,
         num_servers: Any,
         controller: Controller | None,
+        allow_import: AllowImport,
         timeout: float | None,
         join: bool,
     ) -> None:
@@ -151,6 +153,7 @@ class Maker(abc.ABC):
         if controller is not None and not callable(controller):
             raise ArrayTypeError(f"controller is a function of (head, body), not {controller!r}")
         self.controller = controller
+        self.allow_import = settings.modules(allow_import)
         self.timeout = settings.timeout(timeout)
         self.first = 1 if join else 0  # the first rank that is not this process
         self.pid = os.getpid()

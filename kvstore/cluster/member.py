@@ -13,7 +13,6 @@ import concurrent.futures
 import contextlib
 import itertools
 import os
-import queue
 import socket
 import sys
 import threading
@@ -96,7 +95,7 @@ class Member:
         self._steps: dict[str, asyncio.Future[Frame]] = {}
         self._peers: list[tuple[int, str, bytes]] = []
         self._waiting_for = ""
-        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._commands: deque[Command] = deque()
         self._broken = self._prevented
         self._told = threading.Event()  # of what has broken it
         self._closed = False
@@ -272,7 +271,7 @@ class Member:
             self._on_step(frame)
         elif kind == "shutdown":
             self._shut_down = True
-            self._commands.put(None)
+            self._wake()
         elif kind == "left":
             rank, finished = (
                 protocol.field(frame, "rank", int),
@@ -289,7 +288,8 @@ class Member:
 
     def _on_command(self, command: Command) -> None:
         if self.role == "server":
-            self._commands.put(command)
+            self._commands.append(command)
+            self._wake()
             return
         from .. import _dist  # which imports this module
 
@@ -300,6 +300,11 @@ class Member:
             name="kvstore-command",
             daemon=True,
         ).start()
+
+    def _wake(self) -> None:
+        """Let the thread that serves look at what there is."""
+        if self.core is not None and self.role == "server":
+            self.core.wake()
 
     def _on_step(self, frame: Frame) -> None:
         step = self._steps.pop(frame["type"], None)
@@ -313,7 +318,7 @@ class Member:
         self._broken = kind, why
         self._told.set()
         self._fail_calls(kind, why)
-        self._commands.put(None)
+        self._wake()
         if self.core is not None and not self._closed:
             self.core.lose(why)
 
@@ -427,18 +432,20 @@ class Member:
     def commands(self) -> Iterator[Command]:
         """The commands that come, until the cluster ends; PeerLostError if it breaks.
 
-        `done` must be called for each.
+        `done` must be called for each. Meanwhile this thread updates values by optimizers in
+        Python.
         """
+        assert self.core is not None
         while True:
             self._check()
-            try:
-                command = self._commands.get(timeout=control.STEP_S)
-            except queue.Empty:
-                continue
-            if command is not None:
-                yield command
+            if self._commands:
+                yield self._commands.popleft()
             elif self._shut_down:
                 return
+            else:
+                update = self.core.next_update(control.STEP_S)
+                if update is not None:
+                    self.declared.served.run(self.core, update)
 
     def done(self, command: Command, failure: str | None = None, answer: str = "") -> None:
         """Tell the worker that a command was run, with an answer, or how it failed."""

@@ -31,7 +31,16 @@ from ..errors import (
     TimeoutError,
 )
 from . import settings
-from .maker import CLOSE_S, TICK_S, Controller, MadeCluster, Maker, Session, several
+from .maker import (
+    CLOSE_S,
+    TICK_S,
+    AllowImport,
+    Controller,
+    MadeCluster,
+    Maker,
+    Session,
+    several,
+)
 from .ray_node import SchedulerNode, ServerNode, WorkerNode
 from .roster import listed
 
@@ -101,6 +110,7 @@ class RayCluster(MadeCluster):
         num_servers: int = 1,
         *,
         controller: Controller | None = None,
+        allow_import: AllowImport = None,
         timeout: float | None = None,
         join: bool = False,
         resources_per_worker: Resources | None = None,
@@ -109,7 +119,16 @@ class RayCluster(MadeCluster):
         for_worker = _resources("resources_per_worker", resources_per_worker)
         for_server = _resources("resources_per_server", resources_per_server)
         self._begin(
-            RayMaker(num_workers, num_servers, controller, timeout, join, for_worker, for_server)
+            RayMaker(
+                num_workers,
+                num_servers,
+                controller,
+                allow_import,
+                timeout,
+                join,
+                for_worker,
+                for_server,
+            )
         )
 
 
@@ -143,12 +162,13 @@ class RayMaker(Maker):
         num_workers: int,
         num_servers: int,
         controller: Controller | None,
+        allow_import: AllowImport,
         timeout: float | None,
         join: bool,
         for_worker: Resources,
         for_server: Resources,
     ) -> None:
-        super().__init__(num_workers, num_servers, controller, timeout, join)
+        super().__init__(num_workers, num_servers, controller, allow_import, timeout, join)
         self.for_worker = for_worker
         self.for_server = for_server
         self.ray = _ray()
@@ -286,7 +306,7 @@ class RayMaker(Maker):
         self._call(self.scheduler, take_end, "served")
         where = settings.join_address(session.host, session.port)
         for server in self.servers:
-            self._call(server, take_end, "serve", where, session.token, controller)
+            self._call(server, take_end, "serve", where, session.token, controller, self.allow_import)
 
     def _session_over(self) -> bool:
         return self._state(self.timeout)[1]

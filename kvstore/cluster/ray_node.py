@@ -84,9 +84,10 @@ class SchedulerNode(Node):
 class ServerNode(Node):
     """A server of one session after the other."""
 
-    def serve(self, scheduler: str, token: str, controller: bytes) -> None:
+    def serve(self, scheduler: str, token: str, controller: bytes, allow_import: str) -> None:
         """Be part of a session until it ends."""
-        own = settings.read({"role": "server", "scheduler": scheduler, "token": token})
+        place = {"role": "server", "scheduler": scheduler, "token": token}
+        own = settings.read({**place, "allow_import": allow_import or None})
         server._serve(own, pickle.loads(controller))
 
 

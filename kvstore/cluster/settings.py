@@ -106,6 +106,13 @@ TABLE = (
         "off: never.",
     ),
     Setting(
+        "allow_import",
+        ("KVSTORE_ALLOW_IMPORT",),
+        "",
+        "The modules that a server may import optimizers of users from, with those below them; "
+        "several with commas between.",
+    ),
+    Setting(
         "timeout",
         ("KVSTORE_TIMEOUT",),
         "300",
@@ -137,6 +144,7 @@ class Settings:
     interface: str
     port_range: str
     same_host_copies: bool
+    allow_import: tuple[str, ...]
     timeout: float
 
     @property
@@ -184,6 +192,7 @@ def read(options: Mapping[str, Any] | None = None) -> Settings:
         interface=look.text("interface"),
         port_range=_port_range(look),
         same_host_copies=copies == "auto",
+        allow_import=_modules(look),
         timeout=_timeout(look),
     )
     if role == "scheduler":
@@ -309,6 +318,24 @@ def _port_range(look: _Look) -> str:
         if len(parts) != 2 or len(numbers) != 2 or not 0 < numbers[0] <= numbers[1] <= 65535:
             raise look.bad("port_range", "it is first-last, two ports from 1 to 65535")
     return text
+
+
+def _modules(look: _Look) -> tuple[str, ...]:
+    _, value = look.find("allow_import")
+    if value is None:
+        return ()
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(
+        isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
+        for name in names
+    ):
+        raise look.bad("allow_import", "it is a module such as 'models.optimizers', or a list")
+    return tuple(names)
+
+
+def modules(given: object = None) -> str:
+    """The setting allow_import alone, checked, as its variable has it."""
+    return ",".join(_modules(_Look({"allow_import": given})))
 
 
 def _timeout(look: _Look) -> float:

@@ -31,6 +31,7 @@ class FakeCore:
         self.role, self.rank, self.options = role, rank, options
         self.peers, self.lost, self.closed = None, None, False
         self.optimizers, self.gone = [], []
+        self.woken = threading.Event()
 
     def address(self):
         return f"{self.role} {self.rank} \0\xff".encode("latin-1")
@@ -50,6 +51,13 @@ class FakeCore:
 
     def add_optimizer(self, number, kind, numbers, flags, begin_num_update, training):
         self.optimizers.append((number, kind, {**numbers, **flags}, begin_num_update))
+
+    def next_update(self, timeout):
+        self.woken.wait(timeout)
+        self.woken.clear()
+
+    def wake(self):
+        self.woken.set()
 
     def lose(self, why):
         self.lost = why
