@@ -212,9 +212,8 @@ def import_class(path: str, allowed: tuple[str, ...]) -> type[Optimizer]:
     module, _, name = path.partition(":")
     if not any(module == one or module.startswith(f"{one}.") for one in allowed):
         raise InvalidArgumentError(
-            f"this server may not import the optimizer {path}: start it with permission for "
-            f"{module!r}, by serve(allow_import=), LocalCluster(allow_import=), "
-            "RayCluster(allow_import=), kvrun --allow-import or KVSTORE_ALLOW_IMPORT"
+            f"this server may not import the optimizer {path}: start it with kvrun --allow-import "
+            f"{module}, or allow_import={module!r} of serve, LocalCluster and RayCluster"
         )
     try:
         found: Any = importlib.import_module(module)

@@ -14,6 +14,7 @@ import threading
 import time
 
 import numpy as np
+import summing
 from fakes import LONG, Child
 
 import kvstore
@@ -113,7 +114,7 @@ def waiter(kv, situation):
         tell(kv, call, function)
 
 
-LOADS = ("plain", "optimizer", "2bit", "2bit optimizer")
+LOADS = ("plain", "optimizer", "2bit", "2bit optimizer", "python optimizer")
 AGAIN = 40  # steps after which the same optimizer is set again
 
 
@@ -124,16 +125,17 @@ def load(kv, argument):
     With an optimizer they are added up.
     """
     seed, _, kind = argument.partition(" ")
+    make = summing.Summing if "python" in kind else kvstore.optimizer.SGD
     same, size = np.random.default_rng(int(seed)), {}
     adds, total = "optimizer" in kind, {}
     for i in range(8):
         size[f"k{i}"] = int(same.choice([1, 100, 5000, 300_000, 1_500_000]))
+    if adds:
+        kv.set_optimizer(make(learning_rate=-1.0))
     for key, number in size.items():
         kv.init(key, np.zeros(number, "float32"))
     if "2bit" in kind:
         kv.set_gradient_compression({"type": "2bit", "threshold": 0.5})
-    if adds:
-        kv.set_optimizer(kvstore.optimizer.SGD(learning_rate=-1.0))
     say(inside="load")
     with contextlib.suppress(kvstore.PeerLostError):
         for step in range(1 << 30):
@@ -142,7 +144,7 @@ def load(kv, argument):
             total[key] = number * kv.num_workers + (total.get(key, 0) if adds else 0)
             value, out = np.full(size[key], number, "float32"), np.full(size[key], -1, "float32")
             if adds and step % AGAIN == AGAIN - 1:
-                kv.set_optimizer(kvstore.optimizer.SGD(learning_rate=-1.0))
+                kv.set_optimizer(make(learning_rate=-1.0))
             if same.integers(2):
                 kv.push(key, value)
                 kv.pull(key, out=out)
@@ -282,7 +284,8 @@ class Processes:
             for i in range(num_servers):
                 role = {"KVSTORE_ROLE": "server", "KVSTORE_RANK": str(i), **place}
                 command = ("-m", "kvstore.server", "--controller", "killing:controller")
-                self.all[f"server {i}"] = Child(*command, **role)
+                allowed = ("--allow-import", "summing")
+                self.all[f"server {i}"] = Child(*command, *allowed, **role)
             for i, (what, argument) in enumerate(workers):
                 role = {"KVSTORE_ROLE": "worker", "KVSTORE_RANK": str(i), **place}
                 command = (__file__, what, argument, timeout)

@@ -4,8 +4,10 @@ The data plane is the real one, from the store's calls down to messages; no sock
 and no control plane, so these run under every sanitizer.
 """
 
+import contextlib
 import itertools
 import threading
+import types
 import weakref
 from collections import deque
 
@@ -22,8 +24,9 @@ class Place:
 
     role = "server"
 
-    def __init__(self, core):
+    def __init__(self, core, allow_import=()):
         self.core, self.declared = core, Declared()
+        self.settings = types.SimpleNamespace(allow_import=allow_import)
         self.departed = set()  # nobody leaves early here
         self.results = {}
 
@@ -94,21 +97,33 @@ def each(stores, function):
 
 
 class Cluster:
-    """``with Cluster(2, 2) as cluster: kv = cluster.store(rank)``."""
+    """``with Cluster(2, 2) as cluster: kv = cluster.store(rank)``.
+
+    With `allow_import` a thread of each server runs optimizers in Python from these modules."""
 
     def __init__(
-        self, num_workers=1, num_servers=2, kind="dist_sync", transport="inproc", **options
+        self,
+        num_workers=1,
+        num_servers=2,
+        kind="dist_sync",
+        transport="inproc",
+        allow_import=(),
+        **options,
     ):
         self.kind, self.num_workers, self.num_servers = kind, num_workers, num_servers
         self.options = {"transport": transport, "session": SESSION, **options}
         self.barrier = threading.Barrier(num_workers)
+        self.closing, self.updating = False, []
         self.commands, self.numbers = threading.Lock(), itertools.count(1)
         self.members, self.servers, self.stores = [], [], []
         try:
             self.servers = [self.node("server", i) for i in range(num_servers)]
-            self.serving = [Place(node) for node in self.servers]
+            self.serving = [Place(node, allow_import) for node in self.servers]
             self.members = [Member(self, i) for i in range(num_workers)]
             self._connect()
+            self.updating = [threading.Thread(target=self._update, args=(s,)) for s in self.serving]
+            for thread in self.updating if allow_import else []:
+                thread.start()
         except BaseException:
             self.close()
             raise
@@ -138,6 +153,13 @@ class Cluster:
             member.core.connect(servers)
         for node in self.nodes():
             node.wait_ready(10)
+
+    def _update(self, place):
+        with contextlib.suppress(kvstore.ClosedError):
+            while not self.closing:
+                update = place.core.next_update(60)
+                if update is not None:
+                    place.declared.served.run(place.core, update)
 
     def command(self, head, body):
         """What all servers answer to it."""
@@ -175,6 +197,12 @@ class Cluster:
     def close(self):
         for store in self.stores:
             store.close()
+        self.closing = True
+        for node in self.servers:
+            node.wake()
+        for thread in self.updating:
+            if thread.ident is not None:
+                thread.join()
         for node in self.nodes():
             node.close()
 
