@@ -318,9 +318,9 @@ class Member:
         self._broken = kind, why
         self._told.set()
         self._fail_calls(kind, why)
-        self._wake()
         if self.core is not None and not self._closed:
             self.core.lose(why)
+        self._wake()  # which lets that thread close
 
     def _fail_calls(self, kind: type[KVStoreError], why: str) -> None:
         for future in [*self._calls.values(), *self._steps.values()]:
