@@ -76,9 +76,7 @@ class LocalCluster(MadeCluster):
         join: bool = False,
     ) -> None:
         entry.check_ucx()
-        self._begin(
-            LocalMaker(num_workers, num_servers, controller, allow_import, timeout, join)
-        )
+        self._begin(LocalMaker(num_workers, num_servers, controller, allow_import, timeout, join))
 
 
 class _Session(Session, Announced):

@@ -306,7 +306,9 @@ class RayMaker(Maker):
         self._call(self.scheduler, take_end, "served")
         where = settings.join_address(session.host, session.port)
         for server in self.servers:
-            self._call(server, take_end, "serve", where, session.token, controller, self.allow_import)
+            self._call(
+                server, take_end, "serve", where, session.token, controller, self.allow_import
+            )
 
     def _session_over(self) -> bool:
         return self._state(self.timeout)[1]

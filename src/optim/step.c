@@ -60,8 +60,8 @@ void kv_step_restore(kv_step_t *step, const kv_optim_class_t *optim,
                      const kv_optim_numbers_t *numbers, double lr, double wd, int64_t t, double own,
                      bool plain_rate)
 {
-    bool draws = (optim->id == KV_OPTIM_SGLD || optim->id == KV_OPTIM_PYTHON) && own >= 0 &&
-                 own < 0x1p53;
+    bool draws =
+        (optim->id == KV_OPTIM_SGLD || optim->id == KV_OPTIM_PYTHON) && own >= 0 && own < 0x1p53;
     *step = (kv_step_t){.optim = optim,
                         .numbers = *numbers,
                         .lr = lr,

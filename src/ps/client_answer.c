@@ -258,9 +258,10 @@ static bool is_possible(const kv_client_t *client, const kv_remote_t *remote,
 {
     if (!key->placed || key->slice_bytes == 0)
         return false;
-    uint64_t most = key->num_slices == 1 ? KV_WIRE_ROWS_BYTES : KV_WIRE_SLICE_BYTES;
-    if (!remote->sparse &&
-        (key->slice_bytes > most || key->slice_bytes % kv_dtype_bytes(remote->dtype) != 0))
+    bool whole = key->num_slices == 1 && key->slice_bytes == remote->bytes &&
+                 remote->bytes <= KV_WIRE_ROWS_BYTES;
+    if (!remote->sparse && ((key->slice_bytes > KV_WIRE_SLICE_BYTES && !whole) ||
+                            key->slice_bytes % kv_dtype_bytes(remote->dtype) != 0))
         return false;
     uint64_t all = remote->sparse ? (uint64_t)remote->num_rows : remote->bytes;
     bool possible = key->num_slices == (all == 0 ? 0 : (all - 1) / key->slice_bytes) + 1;

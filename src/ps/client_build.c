@@ -236,8 +236,7 @@ static kv_status_t write_keys(kv_client_work_t *work, kv_outgoing_t *message)
             kv_wire_key_t key = key_of(declared);
             key.placed = work->placed;
             key.number = remote->number;
-            key.slice_bytes =
-                declared->sparse ? (uint64_t)remote->slice_rows : remote->slice_bytes;
+            key.slice_bytes = declared->sparse ? (uint64_t)remote->slice_rows : remote->slice_bytes;
             key.num_slices = remote->num_slices;
             key.servers = servers;
             for (uint32_t slice = 0; end != NULL && slice < remote->num_slices; slice++)

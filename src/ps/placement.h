@@ -1,10 +1,10 @@
 /* How a value is cut into slices, and which server gets which.
  *
- * Values that an optimizer in Python will need are not cut at all (client_build.c). Other slices are
- * at most KV_WIRE_SLICE_BYTES long and end on row boundaries where a row fits, else on
- * element boundaries. A value that is large enough is cut into as many slices as there are servers
- * or more, so that all of them carry a part. Each slice goes to the server that has the fewest
- * bytes so far; the slices of one call are dealt out largest first.
+ * Values that an optimizer in Python will need are not cut at all (client_build.c). Other slices
+ * are at most KV_WIRE_SLICE_BYTES long and end on row boundaries where a row fits, else on element
+ * boundaries. A value that is large enough is cut into as many slices as there are servers or more,
+ * so that all of them carry a part. Each slice goes to the server that has the fewest bytes so far;
+ * the slices of one call are dealt out largest first.
  *
  * Slices of a row-sparse value end on row boundaries. They are larger, for of most rows there is
  * nothing, and not too many, for each of them has a part in every push.

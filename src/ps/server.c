@@ -342,8 +342,8 @@ static kv_status_t check_message(const kv_server_t *server, const kv_net_arrival
                        "worker %" PRId32 " has announced %" PRIu64 " bytes and sent %zu",
                        arrival->peer, header->record.bytes, bytes);
     bool values = header->kind == KV_WIRE_PUSH_ONE || header->kind == KV_WIRE_BATCH;
-    bool large = header->kind == KV_WIRE_PUSH_ONE &&
-                 (header->record.flags & (KV_WIRE_ROWS | KV_WIRE_WHOLE));
+    bool large =
+        header->kind == KV_WIRE_PUSH_ONE && (header->record.flags & (KV_WIRE_ROWS | KV_WIRE_WHOLE));
     bool state = header->kind == KV_WIRE_PUSH_ONE && header->record.action == KV_WIRE_SET_STATE;
     size_t limit = large    ? (size_t)KV_WIRE_ROWS_BYTES + KV_WIRE_KEY_BYTES
                    : state  ? (size_t)KV_WIRE_STATE_BYTES

@@ -108,14 +108,14 @@ struct kv_slice {
     kv_rowset_t rows;    /* … and nobody else has a share of it */
     int64_t num_rows;    /* row-sparse: stored or not */
     uint64_t version;
-    kv_request_t *pulls; /* that wait for a version, and those on the state */
-    int32_t turn;        /* async: the worker whose push is looked for first */
-    kv_slots_t *slots;   /* an optimizer's state, NULL: none yet */
-    kv_step_t step;      /* the newest one that was taken, if there are slots */
-    int64_t training;    /* what the slots are of */
-    uint64_t optimizer;  /* the number of the one whose step was taken last */
-    kv_server_kept_t *kept;  /* of an optimizer in Python, with the slots */
-    kv_buffer_t *encoded;    /* kv_wire_put_key, of a value in one slice; NULL: not told */
+    kv_request_t *pulls;    /* that wait for a version, and those on the state */
+    int32_t turn;           /* async: the worker whose push is looked for first */
+    kv_slots_t *slots;      /* an optimizer's state, NULL: none yet */
+    kv_step_t step;         /* the newest one that was taken, if there are slots */
+    int64_t training;       /* what the slots are of */
+    uint64_t optimizer;     /* the number of the one whose step was taken last */
+    kv_server_kept_t *kept; /* of an optimizer in Python, with the slots */
+    kv_buffer_t *encoded;   /* kv_wire_put_key, of a value in one slice; NULL: not told */
     /* A round that is being completed: */
     bool busy;
     bool steps;   /* by `step` */
@@ -184,12 +184,12 @@ struct kv_server {
     kv_request_t *waiting;            /* not yet answered, youngest first */
     int64_t next_deadline_ns;
     kv_request_t *free_requests;
-    int64_t num_running; /* sums in the engine */
+    int64_t num_running;  /* sums in the engine */
     kv_slice_t *updates;  /* that wait for an optimizer in Python, in order */
     kv_slice_t *updating; /* the one that is with it */
     kv_cond_t wake;       /* whoever runs these has something to do */
     bool woken, stopped;
-    kv_slice_t *listed;  /* those that may go on (kv_norms_next_locked) */
+    kv_slice_t *listed; /* those that may go on (kv_norms_next_locked) */
     kv_server_counters_t counters;
     kv_presence_t *presence; /* [num_workers] */
     kv_outbox_t out[];

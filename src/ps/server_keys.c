@@ -291,8 +291,8 @@ static kv_status_t check_declared(const kv_server_t *server, const kv_wire_key_t
     if (all > 0 && key->slice_bytes > 0)
         slices = (all - 1) / key->slice_bytes + 1;
     uint64_t most = key->num_slices == 1 ? KV_WIRE_ROWS_BYTES : KV_WIRE_SLICE_BYTES;
-    if ((key->slice_bytes > most && !key->sparse) ||
-        (all > 0 && key->slice_bytes == 0) || key->num_slices != slices)
+    if ((key->slice_bytes > most && !key->sparse) || (all > 0 && key->slice_bytes == 0) ||
+        key->num_slices != slices)
         return kv_fail(KV_INVALID,
                        "%" PRIu64 " %s in slices of %" PRIu64 " are not %" PRIu32 " slices", all,
                        key->sparse ? "rows" : "bytes", key->slice_bytes, key->num_slices);

@@ -121,8 +121,7 @@ static void describe(kv_slice_t *slice, kv_server_update_t *out)
 {
     kv_wire_key_t key = {.ndim = 0};
     size_t end = 0;
-    kv_status_t status =
-        kv_wire_get_key(slice->encoded->data, slice->encoded->bytes, &end, &key);
+    kv_status_t status = kv_wire_get_key(slice->encoded->data, slice->encoded->bytes, &end, &key);
     (void)status; /* it was read before */
     *out = (kv_server_update_t){.optimizer = slice->optimizer,
                                 .name = key.name,

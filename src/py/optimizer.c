@@ -152,8 +152,7 @@ static bool read_numbers(kv_state_t *state, PyObject *name, PyObject *numbers,
     }
     *out = (kv_optim_numbers_t){.clip_gradient = NAN};
     if (python)
-        out->python =
-            kv_name_hash(&(kv_name_t){.text = text, .bytes = (uint32_t)strlen(text)}) | 1;
+        out->python = kv_name_hash(&(kv_name_t){.text = text, .bytes = (uint32_t)strlen(text)}) | 1;
     for (int i = 0; (param = kv_optim_common_at(i)) != NULL; i++) {
         double *target = strcmp(param->name, "learning_rate") == 0  ? &out->learning_rate
                          : strcmp(param->name, "wd") == 0           ? &out->wd

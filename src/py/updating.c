@@ -74,9 +74,9 @@ static PyObject *describe(kv_state_t *state, kv_py_updating_t *updating)
     PyObject *kept = updating->kept->object != NULL ? updating->kept->object : Py_None;
     PyObject *made = NULL;
     if (stored != NULL)
-        made = Py_BuildValue("(KOOOdLLO)", (unsigned long long)update->optimizer, key, recv, stored,
-                             update->rate, (long long)update->t, (long long)update->num_update,
-                             kept);
+        made =
+            Py_BuildValue("(KOOOdLLO)", (unsigned long long)update->optimizer, key, recv, stored,
+                          update->rate, (long long)update->t, (long long)update->num_update, kept);
     Py_XDECREF(key);
     Py_XDECREF(recv);
     Py_XDECREF(stored);
@@ -131,8 +131,7 @@ static kv_status_t take_stored(kv_state_t *state, kv_server_update_t *update, Py
     kv_update_t view = update_of(update);
     if (!update->sparse)
         return KV_OK;
-    if (!kv_rowsparse_check(state, stored) ||
-        kv_rowsparse_array(stored)->dtype != update->dtype ||
+    if (!kv_rowsparse_check(state, stored) || kv_rowsparse_array(stored)->dtype != update->dtype ||
         kv_rowsparse_array(stored)->shape[0] != update->shape[0])
         return kv_fail(KV_BAD_TYPE, "an update has left something else than its weight");
     return kv_py_update_take(state, &view, stored);

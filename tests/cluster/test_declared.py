@@ -229,12 +229,12 @@ def test_a_schedule_of_ones_own_is_refused(schedule, four):
     assert on_servers(four) == []
 
 
-def test_an_optimizer_in_python_is_not_built(four):
+def test_a_class_that_servers_cannot_import_is_refused(four):
     class Own(optimizer.Optimizer):
         def update(self, key, weight, grad, state):
             weight -= grad
 
-    with pytest.raises(kvstore.NotBuiltError, match="Own is an optimizer in Python, which is not"):
+    with pytest.raises(kvstore.InvalidArgumentError, match="Own is defined in a function"):
         declare(four, 0, Own())
     assert on_servers(four) == []
 

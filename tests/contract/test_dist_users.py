@@ -235,7 +235,9 @@ def test_workers_that_disagree_are_told_the_argument():
     with Cluster(2, 2, allow_import=ALLOWED) as cluster:
         a, b = cluster.all_stores()
         a.set_optimizer(own.Momentum(momentum=0.5))
-        with pytest.raises(kvstore.InvalidArgumentError, match=r"momentum is 0\.25.* worker 0 0\.5"):
+        with pytest.raises(
+            kvstore.InvalidArgumentError, match=r"momentum is 0\.25.* worker 0 0\.5"
+        ):
             b.set_optimizer(own.Momentum(momentum=0.25))
         with pytest.raises(kvstore.InvalidArgumentError, match="class own_optimizers:Strict, that"):
             b.set_optimizer(own.Strict())
