@@ -74,10 +74,10 @@ def test_servers_of_a_local_cluster(given, monkeypatch):
 
 @pytest.mark.parametrize("bad", ["1x", "a..b", "mine:Doubling", [3], 7, "a,,b", "a b"])
 def test_a_name_that_is_no_module_is_refused(bad):
-    with pytest.raises(kvstore.InvalidArgumentError, match="allow_import.*a module such as"):
+    with pytest.raises(kvstore.InvalidArgumentError, match=r"allow_import.*a module such as"):
         kvstore.LocalCluster(1, 1, allow_import=bad)
     place = {"role": "server", "scheduler": "127.0.0.1:1"}
-    with pytest.raises(kvstore.InvalidArgumentError, match="allow_import.*a module such as"):
+    with pytest.raises(kvstore.InvalidArgumentError, match=r"allow_import.*a module such as"):
         settings.read({**place, "allow_import": bad})
 
 

@@ -182,7 +182,7 @@ def test_a_key_that_was_cut_before_is_refused_at_the_push():
         kv.set_optimizer(own.Curious())
         with pytest.raises(
             kvstore.InvalidArgumentError,
-            match="'large'.* 4 slices.*call set_optimizer before init",
+            match=r"'large'.* 4 slices.*call set_optimizer before init",
         ):
             kv.push("large", np.ones(LARGE, "f4"))
         assert (pulled(kv, "large") == 1).all()
@@ -227,7 +227,7 @@ def test_an_optimizer_that_servers_cannot_have_is_refused_on_every_worker(name):
 def test_without_permission_nothing_is_imported():
     with Cluster(1, 1) as cluster:
         kv = cluster.store()
-        with pytest.raises(kvstore.KVStoreError, match="may not import .*own_optimizers:Strict"):
+        with pytest.raises(kvstore.KVStoreError, match=r"may not import .*own_optimizers:Strict"):
             kv.set_optimizer(own.Strict())
 
 
@@ -249,7 +249,7 @@ def test_integer_keys_are_refused():
         kv = cluster.store()
         kv.set_optimizer(own.Curious())
         kv.init("n", np.ones(3, "i4"))
-        with pytest.raises(kvstore.ArrayTypeError, match="'n'.*int32.*floating"):
+        with pytest.raises(kvstore.ArrayTypeError, match=r"'n'.*int32.*floating"):
             kv.push("n", np.ones(3, "i4"))
 
 
@@ -309,7 +309,7 @@ def test_states_of_such_a_class_are_not_saved(tmp_path):
         kv = cluster.store()
         kv.set_optimizer(own.Momentum())
         for call in (kv.save_optimizer_states, kv.load_optimizer_states):
-            with pytest.raises(kvstore.NotBuiltError, match="Momentum.*not saved or loaded yet"):
+            with pytest.raises(kvstore.NotBuiltError, match=r"Momentum.*not saved or loaded yet"):
                 call(tmp_path / "f")
         assert list(tmp_path.iterdir()) == []
 
