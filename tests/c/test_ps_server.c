@@ -250,6 +250,56 @@ static void a_slice_is_initialised_once_and_by_worker_0(void)
     cluster_end(cluster);
 }
 
+/* A first value, 4 floats, and behind it a key: of these, `own` bytes, of which `bytes` are sent.
+ */
+static void send_with_key(cluster_t *cluster, uint64_t request, uint32_t slice, kv_wire_key_t key,
+                          int64_t own, int64_t bytes)
+{
+    char data[256] = {0};
+    for (int i = 0; i < 4; i++)
+        memcpy(data + i * sizeof(float), &(float){7}, sizeof(float));
+    kv_wire_put_key(&key, data + 4 * sizeof(float));
+    kv_wire_record_t record = floats(KV_WIRE_INIT, request, slice, 0, 4);
+    record.t = 1;
+    record.own = (uint64_t)own;
+    record.bytes += (uint64_t)bytes;
+    send_one(cluster, 0, record, data);
+}
+
+static void a_first_value_may_bring_its_key_and_no_other(void)
+{
+    static const char other[] = "a first value comes with another key";
+    cluster_t *cluster = cluster_start((plan_t){.num_workers = 1});
+    kv_wire_key_t key = {
+        .name = {.text = "w", .bytes = 1}, .dtype = KV_FLOAT32, .ndim = 2, .shape = {2, 2}};
+    kv_wire_key_t longer = key, wider = key, sparse = key;
+    longer.shape[1] = 3;
+    wider.dtype = KV_FLOAT64;
+    sparse.sparse = true;
+    int64_t size = (int64_t)kv_wire_key_bytes(&key);
+    send_with_key(cluster, 1, 0, longer, size, size);
+    check_failed(cluster, 0, 1, KV_INVALID, other);
+    send_with_key(cluster, 2, 0, wider, size, size);
+    check_failed(cluster, 0, 2, KV_INVALID, other);
+    send_with_key(cluster, 3, 0, sparse, size, size);
+    check_failed(cluster, 0, 3, KV_INVALID, other);
+    send_with_key(cluster, 4, 3, key, size, size);
+    check_failed(cluster, 0, 4, KV_INVALID, other);
+    send_with_key(cluster, 5, 0, key, 1000, size);
+    check_failed(cluster, 0, 5, KV_INVALID, "a first value of 77 bytes has no key of 1000");
+    send_with_key(cluster, 6, 0, key, size - 8, size - 8);
+    CHECK_EQ(await(cluster, 0, 6)->record.status, KV_INVALID);
+    send_with_key(cluster, 7, 0, key, size + 8, size + 8);
+    CHECK_EQ(await(cluster, 0, 7)->record.status, KV_INVALID);
+    CHECK_EQ(counters_of(cluster).value_bytes, 0);
+    send_with_key(cluster, 8, 0, key, size, size);
+    check_done(cluster, 0, 8);
+    pull(cluster, 0, 9, 0, 0);
+    check_floats(await(cluster, 0, 9), 4, 7);
+    CHECK_EQ(counters_of(cluster).value_bytes, 16);
+    cluster_end(cluster);
+}
+
 /* ------------------------------------------------------------------------ pushes that are none */
 
 static void check_round_fails(kv_wire_record_t bad, kv_status_t status, const char *sentence)
@@ -476,6 +526,7 @@ static const test_t tests[] = {
     TEST(payloads_out_of_order_change_nothing),
     TEST(what_comes_before_the_first_value_waits),
     TEST(a_slice_is_initialised_once_and_by_worker_0),
+    TEST(a_first_value_may_bring_its_key_and_no_other),
     TEST(a_push_of_another_form_fails_its_round_for_all),
     TEST(an_async_server_needs_an_optimizer),
     TEST(nonsense_ends_the_session),
