@@ -188,6 +188,9 @@ def soak(kv, states):
         if step % LIFE == 0:
             if step > 0:
                 kv.delete(["dense", "rows"])
+            make = summing.Summing if step // LIFE % 3 == 2 else kvstore.optimizer.SGD
+            if kv.rank == 0:
+                kv.set_optimizer(make(learning_rate=-float(rate)))
             size = int(same.choice([1, 5000, 300_000, 1_500_000]))
             kv.init("dense", np.zeros(size, "float32"))
             kv.init("rows", kvstore.RowSparse.zeros(TABLE))
@@ -208,7 +211,7 @@ def soak(kv, states):
         if not ((out == total).all() and (rows.data == table[ids]).all()):
             say(wrong=step)
             return
-        if kv.rank == 0 and step % 200 == 150:
+        if kv.rank == 0 and step % 40 == 30 and make is kvstore.optimizer.SGD:
             kv.save_optimizer_states(states)
         asked_here = kv.rank == 0 and enough.is_set()
         kv.pushpull("enough", np.array([asked_here], "float32"), out=asked)

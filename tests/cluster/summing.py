@@ -2,14 +2,20 @@
 
 import threading
 
+from kvstore import RowSparse
 from kvstore.optimizer import Optimizer
 
 
 class Summing(Optimizer):
-    """Plain descent, in one step that rounds as the built-in one's does for whole numbers."""
+    """Plain descent."""
 
     def update(self, key, weight, grad, state):
-        weight -= self.get_lr(key) * grad
+        if isinstance(weight, RowSparse):
+            dense = weight.todense()
+            dense[grad.indices] -= self.get_lr(key) * grad.data
+            weight[:] = RowSparse.from_dense(dense)
+        else:
+            weight -= self.get_lr(key) * grad
 
 
 class Endless(Optimizer):
