@@ -334,6 +334,9 @@ def large(options):
     pytest("-m", "large", TESTS)
 
 
+CUDA_ARCH = 90  # where only compiling is the test
+
+
 def cuda(options):
     """The plug-in for GPUs is compiled, shows its entry only, and can be loaded without a GPU."""
     import plugin
@@ -341,49 +344,46 @@ def cuda(options):
     if shutil.which("nvcc") is None:
         print("nvcc is not on this machine")
         return SKIPPED
-    library = cuda_plugin(plugin.ARCHITECTURE)
+    library = cuda_plugin([CUDA_ARCH])
     rows = run("nm", "-D", "--defined-only", library, quiet=True).splitlines()
     if [row.split()[2] for row in rows] != ["kv_device_open"]:
         raise Failed("\n".join(["the plug-in shows more than its entry:", *rows]))
-    print(cuda_device(library) or "there is a CUDA device here")
+    env = {"KVSTORE_CUDA_PLUGIN": str(library)}
+    output = run(
+        plugin.programs()["test_gpu_failures"],
+        "without_devices_there_is_no_table",
+        env=env,
+        quiet=True,
+    )
+    told = [line.strip() for line in output.splitlines() if "no CUDA device" in line]
+    print(told[0] if told else "there is a CUDA device here")
 
 
 def gpu(options):
     """The tests of the plug-in on a GPU."""
     import plugin
 
-    if shutil.which("nvcc") is None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
         print("nvcc is not on this machine")
         return SKIPPED
-    library = cuda_plugin(plugin.ARCHITECTURE)
-    missing = cuda_device(library)
-    if missing:
+    try:
+        archs = plugin.make.for_present(plugin.make.device_archs(), plugin.make.known_archs(nvcc))
+    except plugin.make.Missing as missing:
         print(missing)
         return SKIPPED
-    library = cuda_plugin("native")
+    env = {"KVSTORE_CUDA_PLUGIN": str(cuda_plugin(archs))}
     for program in plugin.programs().values():
-        run(program, env={"KVSTORE_CUDA_PLUGIN": str(library)})
+        run(program, env=env)
 
 
-def cuda_plugin(architecture):
-    import build
+def cuda_plugin(archs):
     import plugin
 
     try:
-        return plugin.compiled(architecture)
-    except build.BuildError as error:
+        return plugin.make.compile_plugin(shutil.which("nvcc"), archs, ROOT / "build" / "gpu")
+    except plugin.make.Missing as error:
         raise Failed(str(error)) from None
-
-
-def cuda_device(library):
-    """Why the plug-in finds no GPU, "" if there is one."""
-    import plugin
-
-    program = plugin.programs()["test_gpu_failures"]
-    env = {"KVSTORE_CUDA_PLUGIN": str(library)}
-    output = run(program, "without_devices_there_is_no_table", env=env, quiet=True)
-    lines = [line.strip() for line in output.splitlines() if "no CUDA device" in line]
-    return lines[0] if lines else ""
 
 
 # The oldest NumPy that the package runs on, tried where it has wheels.

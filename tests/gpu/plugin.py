@@ -1,10 +1,10 @@
-"""Builds the CUDA sources as a plug-in: for the emulation (emu/) by g++, for devices by nvcc."""
+"""Builds the CUDA sources as a plug-in for the emulation (emu/), and the programs that test it."""
 
-import os
-import shutil
+import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -16,9 +16,9 @@ EMULATION = (
     "-x c++ -std=c++17 -DKV_CUDA_EMU -O1 -fPIC -ffp-contract=off -fvisibility=hidden -pthread "
     "-Wall -Wextra -Isrc -Itests/gpu/emu"
 ).split()
-NVCC = "-std=c++17 -O3 -fmad=false -Isrc -Xcompiler=-fPIC,-fvisibility=hidden,-Wall".split()
 RULES = HERE / "emu_rules.cpp"
-ARCHITECTURE = "sm_90"  # where only compiling is the test
+# What setup.py builds the plug-in for devices with.
+make = SimpleNamespace(**runpy.run_path(str(CUDA / "make.py")))
 
 
 def sources():
@@ -61,24 +61,6 @@ def planted(folder, file, old, new, users):
         parts[source.name] = folder / f"{source.name}.o"
         build.call(["g++", f"-I{folder}", *EMULATION, "-w", "-c", str(source)], parts[source.name])
     return link(parts.values(), folder / "planted.so")
-
-
-def compiled(architecture=ARCHITECTURE):
-    """The plug-in for devices, made anew."""
-    out = ROOT / "build" / "gpu"
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    nvcc = ["nvcc", f"-arch={architecture}", *NVCC]
-
-    def compile_one(source):
-        target = out / f"{source.name}.o"
-        build.call([*nvcc, "-c", str(source)], target)
-        return target
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(pool.map(compile_one, sorted(CUDA.glob("*.cu"))))
-    build.call([*nvcc, "-shared", *map(str, parts)], out / "cuda.so")
-    return out / "cuda.so"
 
 
 def programs():

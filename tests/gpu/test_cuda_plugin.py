@@ -5,11 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+import plugin
 from kvstore import _core
 
 HERE = Path(__file__).resolve().parent
@@ -62,15 +62,7 @@ def emulated(tmp_path_factory):
     """The CUDA sources as a plug-in that runs on the CPU."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed: the emulation is C++")
-    folder = tmp_path_factory.mktemp("gpu")
-    sources = [*sorted(ROOT.glob("src/cuda/*.cu")), *sorted(HERE.glob("emu/*.cpp"))]
-    objects = [folder / f"{source.name}.o" for source in sources]
-    flags = ["-x", "c++", "-std=c++17", "-DKV_CUDA_EMU", "-fPIC", "-O0", *INCLUDES]
-    with ThreadPoolExecutor() as pool:
-        jobs = zip(sources, objects, strict=True)
-        list(pool.map(lambda job: compiled(["g++", *flags, "-c", job[0], "-o", job[1]]), jobs))
-    compiled(["g++", "-shared", "-pthread", "-o", folder / "emulated.so", *objects])
-    return folder / "emulated.so"
+    return plugin.link(plugin.objects().values(), tmp_path_factory.mktemp("gpu") / "emulated.so")
 
 
 @pytest.fixture(scope="module")
