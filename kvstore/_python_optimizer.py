@@ -262,11 +262,14 @@ class Served:
     def run(self, core: "Core", update: "Update") -> None:
         """Run a round and end it, well or not; what is no Exception is raised."""
         number, key, recv, stored, rate, count, num_update, kept = update
-        failure = None
         optimizer = self._optimizers.get(number)
+        if optimizer is None:
+            core.end_update(
+                f"its optimizer was set {MOST} calls ago, and is forgotten", kept, stored
+            )
+            return
+        failure = None
         try:
-            if optimizer is None:
-                raise InvalidArgumentError(f"it was set {MOST} calls ago, and is forgotten")
             progress = Progress(optimizer.begin_num_update)
             if kept is not None:
                 progress.states, progress.masters = kept

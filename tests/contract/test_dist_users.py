@@ -273,6 +273,21 @@ def test_an_update_that_fails_is_told_to_all_and_leaves_the_value(number, words)
             assert (pulled(kv, "w") == 10).all()
 
 
+def test_an_optimizer_that_was_set_too_long_ago_is_forgotten(monkeypatch):
+    monkeypatch.setattr("kvstore._python_optimizer.MOST", 1)
+    with Cluster(2, 1, allow_import=ALLOWED) as cluster:
+        a, b = cluster.all_stores()
+        a.set_optimizer(own.Momentum(lr=0.5, momentum=0.0))
+        each([a, b], lambda kv: kv.init("w", np.ones(3, "f4")))
+        handle = a.push("w", np.ones(3, "f4"), async_op=True)
+        a.set_optimizer_params(lr=0.25)
+        for push in (b.push("w", np.ones(3, "f4"), async_op=True), handle):
+            with pytest.raises(kvstore.InvalidArgumentError, match=r"'w'.* 1 calls ago.*forgotten"):
+                push.wait()
+        each([a, b], lambda kv: kv.push("w", np.ones(3, "f4")))
+        assert (pulled(a, "w") == 0.5).all()
+
+
 def test_other_keys_go_on_and_pulls_keep_their_deadline_while_a_class_runs():
     with Cluster(1, 1, allow_import=ALLOWED) as cluster:
         kv = cluster.store(timeout=0.3)
