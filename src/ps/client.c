@@ -466,8 +466,8 @@ kv_status_t kv_client_drain(kv_client_t *client, kv_caller_t *caller)
             kv_mutex_lock(&client->lock);
         }
     }
-    if (status == KV_OK)
-        status = client->net == NULL ? KV_OK : check_locked(client);
+    if (status == KV_OK && client->net != NULL)
+        status = check_locked(client);
     kv_mutex_unlock(&client->lock);
     return status;
 }

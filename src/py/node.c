@@ -356,8 +356,10 @@ static PyObject *node_end_update(PyObject *object, PyObject *args)
     if (!PyArg_ParseTuple(args, "OOO:end_update", &failure, &kept, &stored))
         return NULL;
     /* Also of one that was closed meanwhile: it has memory to give back. */
-    if (self->generation != kv_fork_generation() || self->server == NULL)
-        return check_server(self) ? NULL : NULL;
+    if (self->generation != kv_fork_generation() || self->server == NULL) {
+        (void)check_server(self); /* raises what it is */
+        return NULL;
+    }
     return kv_py_updating_end(self->state, self->server, failure, kept, stored, &self->updating);
 }
 

@@ -393,3 +393,22 @@ def test_every_allocation_may_fail(rows):
             assert same(found, value) or same(found, after), nth
         forget(kvstore.PeerLostError)
     assert nth > 3 and same(found, after)
+
+
+def test_calls_out_of_turn_are_refused():
+    with Cluster(1, 1) as cluster:
+        kv, node = cluster.store(), cluster.servers[0]
+        node.add_optimizer(1, "a:B", {}, {}, 0, 1)
+        for call in (lambda n: n.next_update(0.001), lambda n: n.end_update(None, None, None)):
+            with pytest.raises(kvstore.InvalidArgumentError, match=r"updates are a server's"):
+                call(cluster.members[0].core)
+        assert cluster.members[0].core.wake() is None
+        with pytest.raises(kvstore.InvalidArgumentError, match=r"no update is under way"):
+            node.end_update(None, None, None)
+        assert node.next_update(0.001) is None
+        node.wake()
+        assert node.next_update(60) is None
+        kv.close()
+    for call in (lambda: node.next_update(0.001), lambda: node.end_update(None, None, None)):
+        with pytest.raises((kvstore.ClosedError, kvstore.InvalidArgumentError)):
+            call()
