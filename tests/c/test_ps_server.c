@@ -255,7 +255,7 @@ static void a_slice_is_initialised_once_and_by_worker_0(void)
 static void send_with_key(cluster_t *cluster, uint64_t request, uint32_t slice, kv_wire_key_t key,
                           int64_t own, int64_t bytes)
 {
-    char data[256] = {0};
+    unsigned char data[256] = {0};
     for (int i = 0; i < 4; i++)
         memcpy(data + i * sizeof(float), &(float){7}, sizeof(float));
     kv_wire_put_key(&key, data + 4 * sizeof(float));
