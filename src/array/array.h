@@ -66,8 +66,10 @@ typedef struct kv_sparse kv_sparse_t; /* sparse.h */
 
 enum {
     KV_VIEW_READONLY = 1,
-    KV_VIEW_DEVICE = 2, /* memory that the processor cannot read */
-    KV_VIEW_CUDA = 4,   /* with KV_VIEW_DEVICE: a CUDA device's */
+    KV_VIEW_DEVICE = 2,  /* memory that the processor cannot read */
+    KV_VIEW_CUDA = 4,    /* with KV_VIEW_DEVICE: a CUDA device's */
+    KV_VIEW_FOLLOWS = 8, /* with KV_VIEW_CUDA: what its owner does later comes after what is put on
+                            `stream` now; without, the caller must wait for the end of the use */
 };
 
 /* Where a call finds the elements. Nothing here is owned. `data` and `strides` stay valid for the
@@ -83,6 +85,8 @@ typedef struct kv_view {
     uint8_t dtype; /* kv_dtype_t; KV_DTYPE_NONE for one we cannot hold */
     uint8_t flags;
     int16_t device;      /* with KV_VIEW_CUDA: its number, -1 for unknown */
+    void *stream;        /* with KV_VIEW_CUDA: of that device; what is put on it from now on finds
+                            the elements as their owner has left them */
     kv_array_t *array;   /* NULL for foreign memory */
     kv_sparse_t *sparse; /* a row-sparse array, always one of ours; then `data` is the array itself
                             and only compared, `count` 1, `shape` its own; NULL: dense */

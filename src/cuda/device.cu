@@ -164,6 +164,17 @@ kv_device_code_t owner(const void *pointer, int *device, char *sentence)
     return KV_DEVICE_OK;
 }
 
+kv_device_code_t current(int *device, char *sentence)
+{
+    KV_CUDA_TRY(0, cudaGetDevice(device), "tell which device is current", sentence);
+    return KV_DEVICE_OK;
+}
+
+kv_device_code_t make_current(int device, char *sentence)
+{
+    return kv_device_enter(device, sentence);
+}
+
 /* ------------------------------------------------------------------------ streams and events */
 
 kv_device_code_t stream_new(int device, void **out, char *sentence)
@@ -380,6 +391,8 @@ kv_device_code_t kv_device_open(uint32_t abi, size_t bytes, kv_device_api_t *api
     table.info = info;
     table.peer = peer;
     table.owner = owner;
+    table.current = current;
+    table.make_current = make_current;
     table.stream_new = stream_new;
     table.stream_free = stream_free;
     table.stream_wait = stream_wait;

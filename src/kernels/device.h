@@ -153,6 +153,9 @@ typedef struct kv_device_api {
     kv_device_code_t (*peer)(int device, int other, bool *direct, char *sentence);
     /* Whose memory this is: the device, or -1 for the host's, also if it is unknown. */
     kv_device_code_t (*owner)(const void *pointer, int *device, char *sentence);
+    /* Which device is the calling thread's current one, and to make another that. */
+    kv_device_code_t (*current)(int *device, char *sentence);
+    kv_device_code_t (*make_current)(int device, char *sentence);
 
     /* A stream of its own waits for no other stream, the legacy default one included. */
     kv_device_code_t (*stream_new)(int device, void **out, char *sentence);

@@ -1,0 +1,110 @@
+/* Memory of devices, as stores use it: lanes, on which work is put, marks, which tell its end, and
+ * buffers on devices and in pinned memory of the host.
+ *
+ * Work is put on the stream of the array that a call brings where there is one, so that its order
+ * with what the array's owner does is the stream's own. A value that calls on several streams use
+ * has a place, which keeps the mark of the newest work on it: who puts more work on the value lets
+ * his lane come after that mark first, and leaves a mark of his own.
+ *
+ * All functions may be called by any thread, locks of lower rank held; those without a caller never
+ * wait for a device. They leave the thread's current device as it was. KV_DEVICE: the device's own
+ * sentence; KV_NOT_BUILT: there is no plug-in.
+ */
+#ifndef KV_COMM_DEVICE_H
+#define KV_COMM_DEVICE_H
+
+#include "array/array.h"
+#include "base/caller.h"
+#include "kernels/device_load.h"
+
+/* ---------------------------------------------------------------------------------- lanes */
+
+/* A stream of a device: the store's own, or somebody else's. */
+typedef struct kv_lane {
+    int device;
+    void *stream;
+} kv_lane_t;
+
+/* Gives the device's own lane, made at first use. The first call of a process may take seconds.
+ * KV_DEVICE for a device that is not there, with how many there are. */
+KV_MUST_CHECK kv_status_t kv_lane_own(int device, kv_lane_t *out);
+
+static inline bool kv_lane_same(kv_lane_t a, kv_lane_t b)
+{
+    return a.device == b.device && a.stream == b.stream;
+}
+
+/* What is put on `to` later comes after all that is on `from` now. */
+KV_MUST_CHECK kv_status_t kv_lane_join(kv_lane_t from, kv_lane_t to);
+
+/* The table of the plug-in for work on a lane, and the thread's current device kept: everything
+ * between the two may be put on lanes by the table. The first gives NULL for a process that has no
+ * plug-in. */
+typedef struct kv_device_scope {
+    const kv_device_api_t *api;
+    int before;
+} kv_device_scope_t;
+
+KV_MUST_CHECK kv_status_t kv_device_enter(kv_device_scope_t *scope);
+void kv_device_leave(const kv_device_scope_t *scope);
+
+/* ---------------------------------------------------------------------------------- marks */
+
+/* A point in the order of a lane, shared by counting. It never moves. */
+typedef struct kv_mark kv_mark_t;
+
+/* Gives a mark at the end of what is on the lane now, with one share. */
+KV_MUST_CHECK kv_status_t kv_mark_new(kv_lane_t lane, kv_mark_t **out);
+kv_mark_t *kv_mark_hold(kv_mark_t *mark);
+void kv_mark_rele(kv_mark_t *mark); /* NULL is allowed */
+/* What is put on the lane later comes after the mark. */
+KV_MUST_CHECK kv_status_t kv_mark_before(const kv_mark_t *mark, kv_lane_t lane);
+/* Whether all work before the mark is done. */
+KV_MUST_CHECK kv_status_t kv_mark_passed(const kv_mark_t *mark, bool *passed);
+/* Waits for that, detached if it takes long; KV_TIMEOUT, KV_INTERRUPTED, KV_CALLBACK as in
+ * kv_engine_enter. `caller` NULL: a thread of the engine, which waits KV_DEVICE_WAIT_NS at most. */
+#define KV_DEVICE_WAIT_NS (300 * INT64_C(1000000000))
+KV_MUST_CHECK kv_status_t kv_mark_wait(const kv_mark_t *mark, kv_caller_t *caller);
+
+/* Calls drop(what) once, when the mark has passed or its device is lost: by kv_device_reap, in any
+ * thread, no lock held. Without memory to remember it: KV_NO_MEMORY, nothing will be called. */
+KV_MUST_CHECK kv_status_t kv_mark_keep(kv_mark_t *mark, void (*drop)(void *what), void *what);
+/* Drops what has been kept for marks that have passed. Cheap when there is nothing. Stores do it
+ * with each call on values of devices, the binding with each call. */
+void kv_device_reap(void);
+/* Waits until nothing is kept, a few seconds at most. At the end of a process, and of tests. */
+void kv_device_settle(void);
+
+/* --------------------------------------------------------------------------------- buffers */
+
+/* Where a value is, and how far work on it has come; shared by counting by the value and its
+ * buffers. Used by whoever holds the value; those that share it (readers) take the place's lock
+ * around the whole of: newest mark before their lane, their work, their mark the newest. */
+typedef struct kv_place kv_place_t;
+
+KV_MUST_CHECK kv_status_t kv_place_new(int device, kv_place_t **out);
+void kv_place_rele(kv_place_t *place); /* NULL is allowed */
+int kv_place_device(const kv_place_t *place);
+void kv_place_lock(kv_place_t *place);
+void kv_place_unlock(kv_place_t *place);
+/* The lane's later work comes after all that has been done with the value. */
+KV_MUST_CHECK kv_status_t kv_place_before_locked(const kv_place_t *place, kv_lane_t lane);
+/* The mark, of which a share is taken, is the newest. */
+void kv_place_mark_locked(kv_place_t *place, kv_mark_t *mark);
+
+/* Gives memory on the place's device, contents unspecified, for work on the lane; other lanes come
+ * after the place's newest mark, which must be renewed after that work. Freed in the order of the
+ * place's newest mark. `data` may not be touched by the host. */
+KV_MUST_CHECK kv_status_t kv_device_buffer_new(kv_place_t *place, kv_lane_t lane, size_t bytes,
+                                               kv_buffer_t **out);
+/* The device whose memory this is; -1: the host's. */
+int kv_buffer_device(const kv_buffer_t *buffer);
+
+/* Gives pinned memory of the host, for copies that do not wait. A store of blocks in sizes of powers
+ * of two is kept. */
+KV_MUST_CHECK kv_status_t kv_pinned_new(int device, size_t bytes, kv_buffer_t **out);
+
+/* Copies a contiguous view in device memory to the host: on its stream, and waits. */
+KV_MUST_CHECK kv_status_t kv_device_fetch(const kv_view_t *view, void *to, kv_caller_t *caller);
+
+#endif
