@@ -29,6 +29,9 @@ typedef struct kv_lane {
  * KV_DEVICE for a device that is not there, with how many there are. */
 KV_MUST_CHECK kv_status_t kv_lane_own(int device, kv_lane_t *out);
 
+/* Whether this process has had a lane. If not, nothing is in device memory. */
+bool kv_device_used(void);
+
 static inline bool kv_lane_same(kv_lane_t a, kv_lane_t b)
 {
     return a.device == b.device && a.stream == b.stream;
@@ -37,12 +40,11 @@ static inline bool kv_lane_same(kv_lane_t a, kv_lane_t b)
 /* What is put on `to` later comes after all that is on `from` now. */
 KV_MUST_CHECK kv_status_t kv_lane_join(kv_lane_t from, kv_lane_t to);
 
-/* The table of the plug-in for work on a lane, and the thread's current device kept: everything
- * between the two may be put on lanes by the table. The first gives NULL for a process that has no
- * plug-in. */
+/* Between the two the thread may use the plug-in's table, which changes its current device: the
+ * second puts that right again. */
 typedef struct kv_device_scope {
     const kv_device_api_t *api;
-    int before;
+    int before; /* -1: unknown */
 } kv_device_scope_t;
 
 KV_MUST_CHECK kv_status_t kv_device_enter(kv_device_scope_t *scope);
@@ -67,42 +69,48 @@ KV_MUST_CHECK kv_status_t kv_mark_passed(const kv_mark_t *mark, bool *passed);
 KV_MUST_CHECK kv_status_t kv_mark_wait(const kv_mark_t *mark, kv_caller_t *caller);
 
 /* Calls drop(what) once, when the mark has passed or its device is lost: by kv_device_reap, in any
- * thread, no lock held. Without memory to remember it: KV_NO_MEMORY, nothing will be called. */
-KV_MUST_CHECK kv_status_t kv_mark_keep(kv_mark_t *mark, void (*drop)(void *what), void *what);
+ * thread, no lock held; or now, if there is no memory to remember it: then after a wait as above,
+ * without a caller. */
+void kv_mark_keep(kv_mark_t *mark, void (*drop)(void *what), void *what);
 /* Drops what has been kept for marks that have passed. Cheap when there is nothing. Stores do it
  * with each call on values of devices, the binding with each call. */
 void kv_device_reap(void);
-/* Waits until nothing is kept, a few seconds at most. At the end of a process, and of tests. */
+/* Waits until nothing is kept, a few seconds at most, and frees what is kept for later use. At the
+ * end of a process, and of tests. */
 void kv_device_settle(void);
 
 /* --------------------------------------------------------------------------------- buffers */
 
 /* Where a value is, and how far work on it has come; shared by counting by the value and its
- * buffers. Used by whoever holds the value; those that share it (readers) take the place's lock
- * around the whole of: newest mark before their lane, their work, their mark the newest. */
+ * buffers. */
 typedef struct kv_place kv_place_t;
 
 KV_MUST_CHECK kv_status_t kv_place_new(int device, kv_place_t **out);
+kv_place_t *kv_place_hold(kv_place_t *place);
 void kv_place_rele(kv_place_t *place); /* NULL is allowed */
 int kv_place_device(const kv_place_t *place);
-void kv_place_lock(kv_place_t *place);
-void kv_place_unlock(kv_place_t *place);
-/* The lane's later work comes after all that has been done with the value. */
-KV_MUST_CHECK kv_status_t kv_place_before_locked(const kv_place_t *place, kv_lane_t lane);
-/* The mark, of which a share is taken, is the newest. */
-void kv_place_mark_locked(kv_place_t *place, kv_mark_t *mark);
 
-/* Gives memory on the place's device, contents unspecified, for work on the lane; other lanes come
- * after the place's newest mark, which must be renewed after that work. Freed in the order of the
- * place's newest mark. `data` may not be touched by the host. */
+/* Around work on the value, by whoever may read or write it. Begin: what is put on the lane from
+ * now on comes after all that has been done with the value; *after, a share or NULL, is for the
+ * end. End: `mark`, which stands behind the work on that lane, becomes the place's newest, or,
+ * where other readers have ended work meanwhile, one that stands behind theirs too. Takes `after`.
+ */
+KV_MUST_CHECK kv_status_t kv_place_begin(kv_place_t *place, kv_lane_t lane, kv_mark_t **after);
+KV_MUST_CHECK kv_status_t kv_place_end(kv_place_t *place, kv_lane_t lane, kv_mark_t *mark,
+                                       kv_mark_t *after);
+
+/* Gives memory on the place's device, contents unspecified, for work on the lane that is ended by
+ * kv_place_end. Freed behind the place's newest mark. The host may not touch it. */
 KV_MUST_CHECK kv_status_t kv_device_buffer_new(kv_place_t *place, kv_lane_t lane, size_t bytes,
                                                kv_buffer_t **out);
-/* The device whose memory this is; -1: the host's. */
-int kv_buffer_device(const kv_buffer_t *buffer);
+/* The place of a buffer in device memory; NULL: the host's. */
+kv_place_t *kv_buffer_place(const kv_buffer_t *buffer);
 
-/* Gives pinned memory of the host, for copies that do not wait. A store of blocks in sizes of powers
- * of two is kept. */
+/* Gives pinned memory of the host, for copies that do not wait. Blocks, in sizes of powers of two,
+ * are used again. */
 KV_MUST_CHECK kv_status_t kv_pinned_new(int device, size_t bytes, kv_buffer_t **out);
+/* A drop for kv_mark_keep. */
+void kv_buffer_drop(void *buffer);
 
 /* Copies a contiguous view in device memory to the host: on its stream, and waits. */
 KV_MUST_CHECK kv_status_t kv_device_fetch(const kv_view_t *view, void *to, kv_caller_t *caller);

@@ -99,6 +99,10 @@ kv_status_t kv_device_load(const kv_device_api_t **out)
     uint64_t own = kv_fork_generation() + 1;
     uint64_t before = 0;
     bool is_first = atomic_compare_exchange_strong(&opener, &before, own);
+    if (KV_LIKELY(before == own && atomic_load(&state) == LOADED)) {
+        *out = &table;
+        return KV_OK;
+    }
     if (is_first || before == own) {
         kv_mutex_lock(&lock);
         load_locked();
