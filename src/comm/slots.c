@@ -49,17 +49,17 @@ kv_status_t kv_slot_make(const kv_host_t *host, kv_dtype_t dtype, int64_t count,
     return KV_OK;
 }
 
-kv_status_t kv_slots_weight(kv_slots_t *slots, const kv_host_t *host, const kv_step_t *step,
-                            kv_dtype_t dtype, int64_t num_rows, int64_t row_count, void *data,
-                            kv_weight_t *out)
+kv_status_t kv_slots_weight_by(kv_slots_t *slots, kv_slot_maker_t *maker, const kv_step_t *step,
+                               kv_dtype_t dtype, int64_t num_rows, int64_t row_count, void *data,
+                               kv_weight_t *out)
 {
     const kv_optim_numbers_t *numbers = &step->numbers;
     kv_slot_t described[KV_MAX_SLOTS];
     int num_slots = slots->optim->slots(numbers, described);
     int64_t count = num_rows * row_count;
     bool doubled = numbers->multi_precision && kv_dtype_is_narrow(dtype);
-    if (doubled && slots->master == NULL)
-        KV_TRY(kv_slot_make(host, dtype, count, data, &slots->master));
+    if (doubled)
+        KV_TRY(maker->make(maker, dtype, count, data, &slots->master));
     if (!doubled && slots->master != NULL) {
         /* From now on it would fall behind the weight. */
         kv_buffer_rele(slots->master);
@@ -72,11 +72,31 @@ kv_status_t kv_slots_weight(kv_slots_t *slots, const kv_host_t *host, const kv_s
                          .master = slots->master != NULL ? slots->master->data : NULL};
     for (int i = 0; i < num_slots; i++) {
         int place = kv_slots_place(slots, described[i].name);
-        if (slots->slot[place] == NULL)
-            KV_TRY(kv_slot_make(host, dtype, kv_slot_count(&described[i], num_rows, row_count),
-                                described[i].from_weight ? data : NULL, &slots->slot[place]));
+        KV_TRY(maker->make(maker, dtype, kv_slot_count(&described[i], num_rows, row_count),
+                           described[i].from_weight ? data : NULL, &slots->slot[place]));
         slots->kept[place] = described[i];
         out->slots[i] = slots->slot[place]->data;
     }
     return KV_OK;
+}
+
+typedef struct host_maker {
+    kv_slot_maker_t base;
+    const kv_host_t *host;
+} host_maker_t;
+
+static kv_status_t make_here(kv_slot_maker_t *maker, kv_dtype_t dtype, int64_t count,
+                             const void *weight, kv_buffer_t **buffer)
+{
+    return *buffer != NULL
+               ? KV_OK
+               : kv_slot_make(((host_maker_t *)maker)->host, dtype, count, weight, buffer);
+}
+
+kv_status_t kv_slots_weight(kv_slots_t *slots, const kv_host_t *host, const kv_step_t *step,
+                            kv_dtype_t dtype, int64_t num_rows, int64_t row_count, void *data,
+                            kv_weight_t *out)
+{
+    host_maker_t maker = {.base = {make_here}, .host = host};
+    return kv_slots_weight_by(slots, &maker.base, step, dtype, num_rows, row_count, data, out);
 }

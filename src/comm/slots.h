@@ -49,6 +49,14 @@ static inline int64_t kv_slot_count(const kv_slot_t *slot, int64_t num_rows, int
 KV_MUST_CHECK kv_status_t kv_slot_make(const kv_host_t *host, kv_dtype_t dtype, int64_t count,
                                        const void *weight, kv_buffer_t **out);
 
+/* Where the buffers of slots are made: *buffer is NULL, and gets `count` elements of the wide type
+ * of `dtype` as from kv_slot_make; or it is there, and is to be where it can be used. */
+typedef struct kv_slot_maker kv_slot_maker_t;
+struct kv_slot_maker {
+    kv_status_t (*make)(kv_slot_maker_t *maker, kv_dtype_t dtype, int64_t count, const void *weight,
+                        kv_buffer_t **buffer);
+};
+
 /* The value at `data`, num_rows rows of row_count elements, as a weight for this step, whose class
  * is that of `slots`: makes the buffers that the step needs and `slots` has not, and drops a master
  * that is no longer wanted. The caller may write value and slots, and the buffers that are there
@@ -57,6 +65,12 @@ KV_MUST_CHECK kv_status_t kv_slot_make(const kv_host_t *host, kv_dtype_t dtype, 
 KV_MUST_CHECK kv_status_t kv_slots_weight(kv_slots_t *slots, const kv_host_t *host,
                                           const kv_step_t *step, kv_dtype_t dtype, int64_t num_rows,
                                           int64_t row_count, void *data, kv_weight_t *out);
+
+/* The same with buffers that the maker makes. */
+KV_MUST_CHECK kv_status_t kv_slots_weight_by(kv_slots_t *slots, kv_slot_maker_t *maker,
+                                             const kv_step_t *step, kv_dtype_t dtype,
+                                             int64_t num_rows, int64_t row_count, void *data,
+                                             kv_weight_t *out);
 
 /* Gives the state of a row-sparse value the rows that the value has: those that are in it keep what
  * they have, the others begin. KV_NO_MEMORY changes nothing. */

@@ -5,6 +5,7 @@
  * the stored value afterwards. What has to do with row-sparse values is in sparse.c.
  */
 #include "base/memory.h"
+#include "comm/device_work.h"
 #include "store/internal.h"
 
 #include <string.h>
@@ -241,11 +242,24 @@ static kv_status_t rest_of_outs(const kv_work_t *work)
     return has_sparse_outs(&work->group) ? kv_work_pull_rows(work) : KV_OK;
 }
 
-kv_status_t kv_work_run(const kv_work_t *work, bool *delivering)
+/* What is left on a device of a key that has come home, or of an older state, comes home too. */
+static kv_status_t on_host(const kv_work_t *work)
+{
+    return work->push ? kv_work_bring_home(work) : KV_OK;
+}
+
+kv_status_t kv_work_run(kv_work_t *work, bool *delivering)
 {
     bool dense = work->push && work->group.values[0].sparse == NULL;
     kv_status_t status = KV_OK;
     *delivering = false;
+    if (KV_UNLIKELY(kv_device_used())) {
+        if (kv_work_on_device(work))
+            return kv_work_run_on_device(work, delivering);
+        KV_TRY(on_host(work));
+        if (!work->group.entry->sparse)
+            work->stored = work->group.entry->stored->data; /* a task was made before */
+    }
     if (work->push)
         KV_TRY(dense ? push_dense(work) : kv_work_push_rows(work));
     *delivering = true;
@@ -267,6 +281,12 @@ kv_status_t kv_work_undelivered(bool push, kv_status_t status)
 kv_status_t kv_work_merge(const kv_work_t *work)
 {
     kv_entry_t *entry = work->group.entry;
+    if (KV_UNLIKELY(kv_device_used() && entry->remote == NULL)) {
+        if (work->group.values[0].flags & KV_VIEW_CUDA)
+            return kv_work_merge_on_device(work);
+        KV_TRY(kv_work_bring_home(work));
+        KV_TRY(kv_buffer_bring_home(&entry->merged, work->caller));
+    }
     if (work->group.values[0].sparse != NULL)
         return kv_work_merge_rows(work);
     if (entry->merged == NULL)

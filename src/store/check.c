@@ -5,7 +5,6 @@
  * the contract's order, so that the first error of that order is the one reported.
  */
 #include "base/memory.h"
-#include "kernels/device_load.h"
 #include "store/internal.h"
 
 #include <inttypes.h>
@@ -128,27 +127,31 @@ static kv_status_t check_shape(const kv_group_t *group, const kv_view_t *view, b
                    kv_shape_format(entry->ndim, entry->shape, due, sizeof due));
 }
 
-static kv_status_t refuse_device(const kv_view_t *view, const char *where)
+static kv_status_t check_device(const kv_view_t *view, const char *where)
 {
-    static const char HOST[] = "stores of this version work in host memory: move it there first";
+    kv_lane_t own;
     if (!(view->flags & KV_VIEW_CUDA))
-        return kv_fail(KV_NOT_BUILT, "%s is in device memory; %s", where, HOST);
-    char device[32] = "CUDA";
-    if (view->device >= 0)
-        snprintf(device, sizeof device, "CUDA device %d", (int)view->device);
-    const kv_device_api_t *api;
-    kv_status_t status = kv_device_load(&api);
-    if (status == KV_OK)
-        return kv_fail(KV_NOT_BUILT, "%s is in device memory (%s); %s", where, device, HOST);
-    return kv_fail(status, "%s is in device memory (%s); %s. Besides, %s", where, device, HOST,
-                   kv_status_message(status));
+        return kv_fail(
+            KV_NOT_BUILT,
+            "%s is in the memory of a device that is no CUDA device: move it to the host "
+            "first",
+            where);
+    kv_status_t status = kv_lane_own(view->device, &own);
+    if (status != KV_OK)
+        return kv_fail(status, "%s is in CUDA memory, which cannot be used here: %s", where,
+                       kv_status_message(status));
+    if (view->strides != NULL)
+        return kv_fail(KV_INVALID,
+                       "%s is in CUDA memory and not contiguous: call its .contiguous() first",
+                       where);
+    return KV_OK;
 }
 
 static kv_status_t check_memory(const kv_group_t *group, const kv_view_t *view, bool out, int32_t i)
 {
     char where[NAME_BYTES + 32];
     if (view->flags & KV_VIEW_DEVICE)
-        return refuse_device(view, position(group, out, i, where, sizeof where));
+        KV_TRY(check_device(view, position(group, out, i, where, sizeof where)));
     if (out && (view->flags & KV_VIEW_READONLY))
         return kv_fail(KV_INVALID, "%s is read-only", position(group, out, i, where, sizeof where));
     return KV_OK;
@@ -165,6 +168,7 @@ static kv_status_t check_each(const kv_group_t *groups, int64_t num_groups, chec
     return KV_OK;
 }
 
+/* False for arrays in device memory, at which nobody needs to look as quickly. */
 static bool acceptable(const kv_group_t *groups, int64_t num_groups)
 {
     for (int64_t g = 0; g < num_groups; g++) {
@@ -408,6 +412,16 @@ static kv_status_t check_not_inside(const kv_plan_t *plan, const char *verb)
     return KV_OK;
 }
 
+bool kv_call_has_cuda(const kv_call_t *call)
+{
+    unsigned flags = 0;
+    for (int64_t i = 0; i < call->num_values; i++)
+        flags |= call->values[i].flags;
+    for (int64_t i = 0; i < call->num_outs; i++)
+        flags |= call->outs[i].flags;
+    return (flags & KV_VIEW_CUDA) != 0;
+}
+
 kv_status_t kv_plan_init(kv_store_t *store, const kv_call_t *call, const char *verb,
                          kv_plan_t *plan)
 {
@@ -421,6 +435,8 @@ kv_status_t kv_plan_init(kv_store_t *store, const kv_call_t *call, const char *v
     plan->steps = &plan->one_step;
     plan->counted = 0;
     plan->num_groups = 0;
+    plan->stage = NULL;
+    plan->cuda = kv_call_has_cuda(call);
     if (KV_UNLIKELY(call->num_items > 1)) {
         size_t bytes = (size_t)call->num_items * (sizeof(kv_group_t) + sizeof(int64_t));
         plan->groups = kv_alloc(bytes);
@@ -464,6 +480,7 @@ void kv_plan_fini(kv_plan_t *plan)
         kv_free(plan->groups);
     if (plan->steps != &plan->one_step)
         kv_free(plan->steps);
+    kv_stage_free(plan->stage);
     kv_free(plan->regrouped);
     kv_free(plan->same_ids);
     kv_optimizer_rele(plan->optimizer);

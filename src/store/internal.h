@@ -9,6 +9,7 @@
 #define KV_STORE_INTERNAL_H
 
 #include "base/thread.h"
+#include "comm/device.h"
 #include "comm/slots.h"
 #include "kv.h"
 #include "ps/client.h"
@@ -125,6 +126,8 @@ typedef struct kv_group {
     kv_slots_t *slots;           /* … and its state, one share */
 } kv_group_t;
 
+typedef struct kv_stage kv_stage_t;
+
 /* A call whose keys have been resolved. */
 typedef struct kv_plan {
     kv_group_t *groups;
@@ -138,6 +141,8 @@ typedef struct kv_plan {
     kv_row_ids_t *same_ids; /* … and of the row ids; they share the buffers of the call */
     kv_step_t *steps;
     kv_step_t one_step;
+    bool cuda;               /* there are arrays in device memory … */
+    kv_stage_t *stage;       /* … and these are their copies on the host; or NULL */
     kv_optim_state_t before; /* the optimizer's state when the call was counted … */
     uint64_t counted;        /* … and store->counted after it, 0: it was not */
 } kv_plan_t;
@@ -146,6 +151,7 @@ typedef struct kv_plan {
 KV_MUST_CHECK kv_status_t kv_plan_init(kv_store_t *store, const kv_call_t *call, const char *verb,
                                        kv_plan_t *plan);
 void kv_plan_fini(kv_plan_t *plan);
+bool kv_call_has_cuda(const kv_call_t *call);
 
 /* The checks of views against their entries, in the contract's order. */
 KV_MUST_CHECK kv_status_t kv_groups_check(kv_engine_t *engine, const kv_group_t *groups,
@@ -210,6 +216,8 @@ typedef struct kv_work {
     const kv_rowset_t *rows; /* … and its rows, or those of them that are asked for */
     const void **pointers;   /* [kv_work_pointers]: sources, then destinations */
     char *staging;           /* kv_work_staging bytes for the strided values, one after the other */
+    kv_caller_t *caller;     /* who waits for a device; NULL: a thread of the engine */
+    kv_hold_t *hold;         /* keeps arrays in device memory valid; NULL: there are none */
 } kv_work_t;
 
 size_t kv_work_staging(const kv_group_t *group);
@@ -229,7 +237,7 @@ void kv_residuals_fini(kv_residuals_t *residuals);
 
 /* Does it. After an error *delivering tells whether it was in writing outs, of which some may have
  * been written; else everything is as it was. */
-KV_MUST_CHECK kv_status_t kv_work_run(const kv_work_t *work, bool *delivering);
+KV_MUST_CHECK kv_status_t kv_work_run(kv_work_t *work, bool *delivering);
 /* Adds to the message of an error in writing outs what has happened nevertheless. */
 KV_MUST_CHECK kv_status_t kv_work_undelivered(bool push, kv_status_t status);
 
@@ -243,6 +251,48 @@ int64_t kv_entry_num_rows(const kv_entry_t *entry); /* stored ones */
 
 /* Every out becomes the stored value, or the rows asked for. */
 KV_MUST_CHECK kv_status_t kv_work_copy_out(const kv_work_t *work);
+
+/* ------------------------------------------------------------------------------ device.c
+ * All with the key held. */
+
+static inline bool kv_view_is_cuda(const kv_view_t *view)
+{
+    return (view->flags & KV_VIEW_CUDA) != 0;
+}
+
+/* Where work on an array in device memory is in order with its owner's. */
+static inline kv_lane_t kv_view_lane(const kv_view_t *view)
+{
+    return (kv_lane_t){.device = view->device, .stream = view->stream};
+}
+
+/* Keeps the arrays of a call until the mark has passed. NULL is allowed. */
+void kv_hold_until(kv_hold_t *hold, kv_mark_t *mark);
+
+/* Whether the key or one of the arrays is in device memory. */
+bool kv_work_on_device(const kv_work_t *work);
+/* kv_work_run for such work. */
+KV_MUST_CHECK kv_status_t kv_work_run_on_device(const kv_work_t *work, bool *delivering);
+/* kv_work_merge for values of which the first is in device memory: the key comes there. */
+KV_MUST_CHECK kv_status_t kv_work_merge_on_device(const kv_work_t *work);
+/* Everything that work on the host needs of the key comes to host memory. The key is written. */
+KV_MUST_CHECK kv_status_t kv_work_bring_home(const kv_work_t *work);
+
+/* Lends the key to an updater that works on the stream of the first value; then takes it back. */
+KV_MUST_CHECK kv_status_t kv_work_lend(const kv_work_t *work, kv_mark_t **after);
+KV_MUST_CHECK kv_status_t kv_work_take_back(const kv_work_t *work, kv_mark_t *after);
+
+/* ------------------------------------------------------------------------------- stage.c */
+
+/* For stores that merge on the host: values in device memory are copied there, where a kind merges
+ * on devices several of a key as their sum; their views and those of such outs become views of host
+ * memory. Waits for the copies. */
+KV_MUST_CHECK kv_status_t kv_plan_stage(const kv_store_t *store, kv_plan_t *plan,
+                                        kv_caller_t *caller);
+/* After the work: the outs in device memory get what has come to the host. */
+KV_MUST_CHECK kv_status_t kv_plan_unstage(const kv_plan_t *plan, kv_hold_t *hold,
+                                          kv_caller_t *caller);
+void kv_stage_free(kv_stage_t *stage); /* NULL is allowed */
 
 /* ------------------------------------------------------------------------------ sparse.c */
 
@@ -381,6 +431,7 @@ KV_MUST_CHECK kv_status_t kv_plan_run(kv_store_t *store, kv_plan_t *plan, kv_cal
 
 /* The first value of a new entry, not yet in the table. */
 KV_MUST_CHECK kv_status_t kv_entry_fill(kv_store_t *store, kv_entry_t *entry,
-                                        const kv_view_t *value, kv_caller_t *caller);
+                                        const kv_view_t *value, kv_hold_t *hold,
+                                        kv_caller_t *caller);
 
 #endif

@@ -24,6 +24,21 @@ static bool acceptable(const kv_entry_t *entry, const kv_view_t *value, const kv
            (value == NULL || out == NULL || !overlap_in_part(value, out, entry->bytes));
 }
 
+/* With the key held: whether a part of it is in device memory. */
+static bool on_device(const kv_entry_t *entry)
+{
+    const kv_slots_t *slots = entry->slots;
+    const kv_buffer_t *buffers[KV_MAX_SLOTS + 3] = {entry->stored, entry->merged};
+    if (slots != NULL) {
+        buffers[2] = slots->master;
+        memcpy(&buffers[3], slots->slot, sizeof slots->slot);
+    }
+    for (size_t i = 0; i < sizeof buffers / sizeof buffers[0]; i++)
+        if (buffers[i] != NULL && kv_buffer_place(buffers[i]) != NULL)
+            return true;
+    return false;
+}
+
 /* With the key held. */
 static void copy(const kv_entry_t *entry, void *to, const void *from)
 {
@@ -89,6 +104,10 @@ kv_status_t kv_store_try_small(kv_store_t *store, const kv_name_t *name, const k
         dep.var = &entry->var;
         dep.access = value != NULL ? KV_WRITE : KV_READ;
         *done = kv_engine_try_enter_one(engine, &dep);
+        if (KV_UNLIKELY(*done && kv_device_used()) && on_device(entry)) {
+            kv_engine_leave_one(engine, &dep);
+            *done = false;
+        }
         if (*done && value != NULL && store->updater != NULL) {
             updater = store->updater;
             atomic_fetch_add_explicit(&updater->refs, 1, memory_order_relaxed);

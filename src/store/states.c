@@ -6,6 +6,7 @@
  * changes something.
  */
 #include "base/memory.h"
+#include "comm/device_work.h"
 #include "store/internal.h"
 
 #include <inttypes.h>
@@ -54,7 +55,8 @@ static void unpin_entries(kv_entry_t **entries, int64_t count)
 
 /* A copy of one buffer, with its full shape if the key is row-sparse. */
 static kv_status_t copy_part(const kv_entry_t *entry, const kv_slots_t *slots,
-                             const kv_buffer_t *buffer, bool per_row, kv_state_part_t *part)
+                             const kv_buffer_t *buffer, bool per_row, kv_state_part_t *part,
+                             kv_caller_t *caller)
 {
     kv_state_layout_t layout = kv_state_layout(entry, per_row);
     int64_t full = entry->ndim > 0 ? entry->shape[0] : 1;
@@ -63,6 +65,8 @@ static kv_status_t copy_part(const kv_entry_t *entry, const kv_slots_t *slots,
     part->shape = entry->shape;
     if (!entry->sparse) {
         KV_TRY(kv_buffer_new((size_t)full * layout.row_bytes, &part->data));
+        if (kv_buffer_place(buffer) != NULL)
+            return kv_buffer_fetch(buffer, part->data->data, caller);
         memcpy(part->data->data, buffer->data, (size_t)full * layout.row_bytes);
         return KV_OK;
     }
@@ -76,15 +80,14 @@ static kv_status_t copy_part(const kv_entry_t *entry, const kv_slots_t *slots,
 
 static kv_status_t add_part(const kv_entry_t *entry, const kv_slots_t *slots,
                             const kv_buffer_t *buffer, bool per_row, const char *slot,
-                            kv_key_state_t *state)
+                            kv_key_state_t *state, kv_caller_t *caller)
 {
     kv_state_part_t *part = &state->parts[state->num_parts];
     if (buffer == NULL)
         return KV_OK;
     snprintf(part->slot, sizeof part->slot, "%s", slot);
-    KV_TRY(copy_part(entry, slots, buffer, per_row, part));
-    state->num_parts++;
-    return KV_OK;
+    state->num_parts++; /* its buffer goes with it, filled or not */
+    return copy_part(entry, slots, buffer, per_row, part, caller);
 }
 
 static kv_status_t make_parts(kv_key_state_t *state, int32_t num_residuals)
@@ -98,7 +101,7 @@ static kv_status_t make_parts(kv_key_state_t *state, int32_t num_residuals)
 /* With the key held, in one process. */
 static kv_status_t export_key(const kv_entry_t *entry, const kv_slots_t *slots,
                               const kv_optim_numbers_t *numbers, uint64_t epoch,
-                              kv_key_state_t *state)
+                              kv_key_state_t *state, kv_caller_t *caller)
 {
     const kv_residuals_t *residuals = &entry->residuals;
     int32_t num_residuals = residuals->epoch == epoch ? residuals->count : 0;
@@ -108,13 +111,13 @@ static kv_status_t export_key(const kv_entry_t *entry, const kv_slots_t *slots,
         int num_slots = slots->optim->slots(numbers, described);
         for (int i = 0; i < num_slots; i++)
             KV_TRY(add_part(entry, slots, slots->slot[kv_slots_place(slots, described[i].name)],
-                            described[i].per_row, described[i].name, state));
-        KV_TRY(add_part(entry, slots, slots->master, false, "master", state));
+                            described[i].per_row, described[i].name, state, caller));
+        KV_TRY(add_part(entry, slots, slots->master, false, "master", state, caller));
     }
     for (int32_t i = 0; i < num_residuals; i++) {
         char slot[32];
         snprintf(slot, sizeof slot, "residual.%" PRId32, i);
-        KV_TRY(add_part(entry, slots, residuals->buffers[i], false, slot, state));
+        KV_TRY(add_part(entry, slots, residuals->buffers[i], false, slot, state, caller));
     }
     return KV_OK;
 }
@@ -138,8 +141,8 @@ static kv_status_t export_one(kv_store_t *store, kv_entry_t *entry, uint64_t epo
     kv_mutex_unlock(&store->lock);
     kv_status_t status;
     if (store->client == NULL) {
-        status =
-            export_key(entry, slots, optimizer != NULL ? &optimizer->numbers : NULL, epoch, state);
+        status = export_key(entry, slots, optimizer != NULL ? &optimizer->numbers : NULL, epoch,
+                            state, caller);
     } else {
         status = make_parts(state, 0);
         if (status == KV_OK && optimizer != NULL)

@@ -199,11 +199,24 @@ static kv_status_t publish(kv_store_t *store, const kv_call_t *call, const kv_gr
     return status;
 }
 
+/* Whether values are merged in host memory, wherever they come from. */
+static bool merges_here(const kv_store_t *store)
+{
+    return store->kind.family != KV_KIND_DEVICE;
+}
+
+/* Carries out a checked call whose arrays are where they can be used. */
 static kv_status_t run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, bool push,
                        kv_caller_t *caller)
 {
-    return store->client != NULL ? kv_dist_run(store, plan, call, push, caller)
-                                 : kv_plan_run(store, plan, call, push, caller);
+    bool async = call->async;
+    call->async = async && plan->stage == NULL;
+    kv_status_t status = store->client != NULL ? kv_dist_run(store, plan, call, push, caller)
+                                               : kv_plan_run(store, plan, call, push, caller);
+    call->async = async;
+    if (status == KV_OK && plan->stage != NULL)
+        status = kv_plan_unstage(plan, call->hold, caller);
+    return status;
 }
 
 kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *caller)
@@ -230,21 +243,26 @@ kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *calle
         status = make_entries(call, verb, remote, &fresh, plan.groups, &made);
     if (status == KV_OK)
         status = kv_groups_check(store->runtime->engine, plan.groups, call->num_items, call, verb);
+    plan.num_groups = made;
+    plan.cuda = kv_call_has_cuda(call);
+    if (status == KV_OK && plan.cuda && merges_here(store))
+        status = kv_plan_stage(store, &plan, caller);
     if (status == KV_OK && remote)
         status = kv_dist_declare(store, plan.groups, call->num_items, caller, &kept);
     for (int64_t i = 0; i < call->num_items && status == KV_OK && !remote; i++)
-        status = kv_entry_fill(store, plan.groups[i].entry, &plan.groups[i].values[0], caller);
+        status = kv_entry_fill(store, plan.groups[i].entry, &plan.groups[i].values[0], call->hold,
+                               caller);
     kv_table_fini(&fresh);
     if (status == KV_OK)
         status = publish(store, call, plan.groups);
     if (status != KV_OK) {
         for (int64_t i = 0; i < made && !kept; i++)
             kv_var_retire(&plan.groups[i].entry->var);
+        kv_stage_free(plan.stage);
         kv_free(plan.groups);
         return status;
     }
     call->checked = true;
-    plan.num_groups = call->num_items;
     for (int64_t i = 0; i < plan.num_groups; i++)
         plan.groups[i].num_values = 0;
     if (call->num_outs > 0)
@@ -284,7 +302,9 @@ static kv_status_t plan_and_run(kv_store_t *store, kv_call_t *call, const char *
     KV_TRY(kv_store_check_open(store));
     KV_TRY(kv_plan_init(store, call, verb, &plan));
     kv_status_t status = KV_OK;
-    if (plan.optimizer != NULL)
+    if (KV_UNLIKELY(plan.cuda) && merges_here(store))
+        status = kv_plan_stage(store, &plan, caller);
+    if (status == KV_OK && plan.optimizer != NULL)
         status = counts(store) ? kv_plan_count(store, &plan) : kv_plan_check_updates(&plan);
     if (status == KV_OK) {
         call->checked = true;

@@ -5,6 +5,7 @@
  * error says that the value was updated.
  */
 #include "base/memory.h"
+#include "comm/device_work.h"
 #include "store/internal.h"
 
 #include <inttypes.h>
@@ -147,6 +148,8 @@ static kv_status_t run_here(kv_store_t *store, const kv_plan_t *plan, const kv_g
     KV_TRY(enter(store->runtime->engine, &op, caller));
     kv_work_t work =
         kv_work_of(&store->host, plan, group, push, scratch->pointers, scratch->staging);
+    work.caller = caller;
+    work.hold = call->hold;
     kv_status_t status = kv_work_run(&work, delivering);
     kv_engine_leave(store->runtime->engine, &op);
     return status;
@@ -154,7 +157,8 @@ static kv_status_t run_here(kv_store_t *store, const kv_plan_t *plan, const kv_g
 
 /* A task's work without a task, if the engine thinks that better than a queue. */
 static bool run_inline(kv_store_t *store, const kv_plan_t *plan, const kv_call_t *call, bool push,
-                       const scratch_t *scratch, bool *delivering, kv_status_t *status)
+                       const scratch_t *scratch, bool *delivering, kv_status_t *status,
+                       kv_caller_t *caller)
 {
     kv_op_t op;
     const kv_group_t *group = &plan->groups[0];
@@ -168,6 +172,7 @@ static bool run_inline(kv_store_t *store, const kv_plan_t *plan, const kv_call_t
     }
     kv_work_t work =
         kv_work_of(&store->host, plan, group, push, scratch->pointers, scratch->staging);
+    work.caller = caller;
     *status = kv_work_run(&work, delivering);
     kv_engine_leave(store->runtime->engine, &op);
     return true;
@@ -187,8 +192,10 @@ static void snapshot_fini(snapshot_t *snapshot)
     kv_rowset_fini(&snapshot->rows);
 }
 
-static kv_status_t snapshot_take(const kv_entry_t *entry, snapshot_t *out)
+static kv_status_t snapshot_take(const kv_entry_t *entry, snapshot_t *out, kv_caller_t *caller)
 {
+    if (!entry->sparse && kv_buffer_place(entry->stored) != NULL)
+        return kv_buffer_fetch(entry->stored, out->dense->data, caller);
     if (!entry->sparse) {
         memcpy(out->dense->data, entry->stored->data, entry->bytes);
         return KV_OK;
@@ -243,28 +250,44 @@ static kv_status_t call_updater(const kv_plan_t *plan, const kv_group_t *group, 
     return plan->updater->run(plan->updater, &update, caller);
 }
 
+/* The updater, and around it the order of its work on a device. */
+static kv_status_t run_updater(const kv_plan_t *plan, const kv_work_t *work, kv_caller_t *caller)
+{
+    kv_mark_t *after = NULL;
+    if (KV_LIKELY(!(work->group.values[0].flags & KV_VIEW_CUDA)))
+        return call_updater(plan, &work->group, caller);
+    KV_TRY(kv_work_lend(work, &after));
+    kv_status_t status = call_updater(plan, &work->group, caller);
+    kv_status_t ended = kv_work_take_back(work, after);
+    return status == KV_OK ? ended : status;
+}
+
 /* With the key held. `apart`: the outs are written later, from the snapshot. *delivering: the
  * updater has done its work. */
 static kv_status_t update_held(kv_store_t *store, const kv_plan_t *plan, const kv_group_t *group,
                                const scratch_t *scratch, kv_op_t *op, bool apart,
-                               snapshot_t *snapshot, bool *delivering, kv_caller_t *caller)
+                               snapshot_t *snapshot, bool *delivering, const kv_call_t *call,
+                               kv_caller_t *caller)
 {
     bool large = kv_group_bytes(group) >= KV_DETACH_BYTES;
     if (large)
         kv_caller_detach(caller);
     kv_work_t work =
         kv_work_of(&store->host, plan, group, true, scratch->pointers, scratch->staging);
+    work.caller = caller;
+    work.hold = call->hold;
     kv_status_t status = kv_work_merge(&work);
     kv_caller_attach(caller);
     KV_TRY(status);
     kv_engine_begin_callback(store->runtime->engine, op);
-    KV_TRY(call_updater(plan, group, caller));
+    KV_TRY(run_updater(plan, &work, caller));
     *delivering = true;
     if (group->num_outs == 0)
         return KV_OK;
     if (large)
         kv_caller_detach(caller);
-    status = apart ? snapshot_take(group->entry, snapshot) : kv_work_copy_out(&work);
+    work.push = false;
+    status = apart ? snapshot_take(group->entry, snapshot, caller) : kv_work_run(&work, delivering);
     kv_caller_attach(caller);
     return status;
 }
@@ -285,8 +308,8 @@ static kv_status_t update_here(kv_store_t *store, const kv_plan_t *plan, const k
         KV_TRY(kv_buffer_new(group->entry->bytes, &snapshot.dense));
     kv_status_t status = enter(store->runtime->engine, &op, caller);
     if (status == KV_OK) {
-        status =
-            update_held(store, plan, group, scratch, &op, apart, &snapshot, delivering, caller);
+        status = update_held(store, plan, group, scratch, &op, apart, &snapshot, delivering, call,
+                             caller);
         kv_engine_leave(store->runtime->engine, &op);
     }
     if (status == KV_OK && apart)
@@ -319,18 +342,19 @@ kv_status_t kv_plan_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, boo
     scratch_t scratch;
     kv_status_t status = KV_OK;
     bool delivering = false;
-    if (call->async && plan->updater == NULL) {
+    /* Work on devices is only put in order here: there is nothing to wait for. */
+    if (call->async && plan->updater == NULL && !plan->cuda) {
         if (plan->num_groups != 1 || call->handle != NULL)
             return kv_plan_submit(store, plan, call, push);
         /* One small operation on idle variables needs no task. */
         KV_TRY(scratch_init(plan, &scratch));
-        bool done = run_inline(store, plan, call, push, &scratch, &delivering, &status);
+        bool done = run_inline(store, plan, call, push, &scratch, &delivering, &status, caller);
         call->num_done = done && (status == KV_OK || (push && delivering));
         kv_free(scratch.block);
         return done ? status : kv_plan_submit(store, plan, call, push);
     }
     KV_TRY(scratch_init(plan, &scratch));
-    if (plan->updater == NULL && moved_bytes(plan) >= KV_DETACH_BYTES)
+    if (plan->updater == NULL && !plan->cuda && moved_bytes(plan) >= KV_DETACH_BYTES)
         kv_caller_detach(caller);
     const kv_group_t *group = plan->groups;
     for (int64_t g = 0; g < plan->num_groups && status == KV_OK; g++) {
@@ -347,7 +371,7 @@ kv_status_t kv_plan_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, boo
 }
 
 kv_status_t kv_entry_fill(kv_store_t *store, kv_entry_t *entry, const kv_view_t *value,
-                          kv_caller_t *caller)
+                          kv_hold_t *hold, kv_caller_t *caller)
 {
     kv_dep_t dep = {.var = NULL, .access = KV_READ};
     kv_op_t op;
@@ -356,15 +380,20 @@ kv_status_t kv_entry_fill(kv_store_t *store, kv_entry_t *entry, const kv_view_t 
         kv_op_init(&op, &dep, 1, 0);
         KV_TRY(enter(store->runtime->engine, &op, caller));
     }
-    bool detach = !caller->detached && (entry->sparse || entry->bytes >= KV_DETACH_BYTES);
+    bool detach = !caller->detached && !(value->flags & KV_VIEW_CUDA) &&
+                  (entry->sparse || entry->bytes >= KV_DETACH_BYTES);
     if (detach)
         kv_caller_detach(caller);
     kv_status_t status = KV_OK;
-    if (value->sparse != NULL) {
+    if (value->sparse != NULL || (value->flags & KV_VIEW_CUDA)) {
         kv_work_t work = {.host = &store->host,
                           .group = {.entry = entry, .num_values = 1, .values = value},
-                          .push = true};
+                          .push = true,
+                          .caller = caller,
+                          .hold = hold};
         bool delivering;
+        kv_buffer_rele(entry->stored); /* the device has its own */
+        entry->stored = NULL;
         status = kv_work_run(&work, &delivering);
     } else if (value->strides != NULL) {
         kv_view_gather(value, entry->stored->data);
