@@ -56,7 +56,7 @@ static struct {
     bool torn; /* a barrier that some threads did not reach */
     Fiber *current;
     ucontext_t home;
-} &block = *new std::remove_reference_t<decltype(block)>;
+} &block = *new std::remove_reference_t<decltype(block)>();
 
 static std::vector<Fiber *> &fibers = *new std::vector<Fiber *>;
 static std::vector<Fiber *> &idle = *new std::vector<Fiber *>;
