@@ -118,18 +118,6 @@ static kv_status_t choose_lane(const kv_unit_t *units, int64_t num_units, int de
 
 /* -------------------------------------------------------------------------------- preparing */
 
-static kv_status_t check_limits(const kv_group_t *group)
-{
-    char name[96];
-    if (group->num_values <= KV_DEVICE_SOURCES && group->num_outs < KV_DEVICE_OUTPUTS)
-        return KV_OK;
-    return kv_fail(
-        KV_INVALID,
-        "key %s has %d values and %d outs in one call; on a device it can have %d and %d",
-        kv_name_format(&group->entry->name, name, sizeof name), group->num_values, group->num_outs,
-        KV_DEVICE_SOURCES, KV_DEVICE_OUTPUTS - 1);
-}
-
 /* Brings the target to the device, or makes it there: what an updater gets has no contents. */
 static kv_status_t place_target(kv_batch_t *batch, kv_unit_t *unit)
 {
@@ -215,13 +203,12 @@ static kv_status_t prepare(kv_batch_t *batch, kv_unit_t *unit)
 {
     const kv_work_t *work = unit->work;
     kv_entry_t *entry = work->group.entry;
-    KV_TRY(check_limits(&work->group));
     KV_TRY(place_target(batch, unit));
     if (work->push) {
         KV_TRY(bring_values(batch, unit));
         unit->dst[unit->num_dst++] = (*unit->target)->data;
     }
-    for (int32_t i = 0; i < work->group.num_outs; i++)
+    for (int32_t i = 0; i < work->group.num_outs && unit->num_dst < KV_DEVICE_OUTPUTS; i++)
         if (kv_view_is_cuda(&work->group.outs[i]) &&
             work->group.outs[i].device == batch->on.lane.device)
             unit->dst[unit->num_dst++] = work->group.outs[i].data;
@@ -261,10 +248,10 @@ static kv_status_t send_out(kv_batch_t *batch, kv_unit_t *unit)
 {
     const kv_group_t *group = &unit->work->group;
     const kv_buffer_t *stored = group->entry->stored;
-    int device = batch->on.lane.device;
+    int device = batch->on.lane.device, written = unit->num_dst - unit->work->push;
     for (int32_t i = 0; i < group->num_outs; i++) {
         const kv_view_t *out = &group->outs[i];
-        if (kv_view_is_cuda(out) && out->device != device)
+        if (kv_view_is_cuda(out) && (out->device != device || written-- <= 0))
             KV_TRY(kv_device_copy(&batch->on, device, stored->data, out->device, out->data,
                                   stored->bytes));
     }
@@ -532,6 +519,32 @@ static kv_status_t run_here(const kv_work_t *work, bool *delivering)
     return entry->sparse ? densify(work) : upload_outs(work, stored);
 }
 
+/* A push of more values than a kernel adds up is done on the host. */
+static kv_status_t run_many_here(const kv_work_t *work, bool *delivering)
+{
+    int32_t count = work->group.num_values;
+    size_t bytes = work->group.entry->bytes;
+    kv_view_t *views = kv_alloc((size_t)count * sizeof *views);
+    kv_buffer_t *room = NULL;
+    KV_TRY_ALLOC(views, "the values of a call");
+    kv_status_t status = kv_buffer_new((size_t)count * bytes, &room);
+    for (int32_t i = 0; i < count && status == KV_OK; i++) {
+        views[i] = work->group.values[i];
+        if (!kv_view_is_cuda(&views[i]))
+            continue;
+        views[i].data = (char *)room->data + (size_t)i * bytes;
+        views[i].flags = 0;
+        status = kv_device_fetch(&work->group.values[i], views[i].data, work->caller);
+    }
+    kv_work_t host = *work;
+    host.group.values = views;
+    if (status == KV_OK)
+        status = run_here(&host, delivering);
+    kv_buffer_rele(room);
+    kv_free(views);
+    return status;
+}
+
 /* ------------------------------------------------------------------------------------- calls */
 
 kv_status_t kv_work_run_on_device(const kv_work_t *work, bool *delivering)
@@ -543,12 +556,55 @@ kv_status_t kv_work_run_on_device(const kv_work_t *work, bool *delivering)
     kv_status_t status =
         home < 0 || rows ? run_here(work, delivering) : run_there(&work, 1, home, NULL, &launched);
     *delivering = *delivering || launched;
-    return status == KV_OK ? KV_OK : kv_work_undelivered(work->push && *delivering, status);
+    return status == KV_OK || !*delivering ? status : kv_work_undelivered(work->push, status);
+}
+
+/* Whether the work can share launches with that of other keys. */
+static bool can_share(const kv_work_t *work)
+{
+    return home_of(work) >= 0 && work->group.num_values <= KV_DEVICE_SOURCES &&
+           !(work->push && work->group.values[0].sparse != NULL);
+}
+
+kv_status_t kv_works_run(kv_work_t *works, int64_t count, int64_t *num_done, bool *delivering)
+{
+    const kv_work_t **together = kv_alloc((size_t)count * (sizeof *together + sizeof(bool)));
+    KV_TRY_ALLOC(together, "work on a device");
+    bool *done = (bool *)(together + count);
+    kv_status_t status = KV_OK;
+    memset(done, 0, (size_t)count * sizeof *done);
+    *num_done = 0;
+    for (int64_t i = 0; i < count && status == KV_OK; i++) {
+        int64_t shared = 0;
+        int home = home_of(&works[i]);
+        if (done[i])
+            continue;
+        if (!can_share(&works[i])) {
+            status = kv_work_run(&works[i], delivering);
+            continue;
+        }
+        for (int64_t j = i; j < count; j++) {
+            if (!done[j] && can_share(&works[j]) && home_of(&works[j]) == home) {
+                together[shared++] = &works[j];
+                done[j] = true;
+            }
+        }
+        *delivering = false;
+        status = run_there(together, shared, home, NULL, delivering);
+    }
+    kv_free(together);
+    if (status == KV_OK)
+        *num_done = count;
+    return status;
 }
 
 kv_status_t kv_work_merge_on_device(const kv_work_t *work)
 {
     bool launched;
+    if (work->group.num_values > KV_DEVICE_SOURCES)
+        return kv_fail(KV_INVALID,
+                       "%d CUDA values were pushed for an updater, %d at once are possible",
+                       work->group.num_values, KV_DEVICE_SOURCES);
     kv_work_t merge = *work;
     const kv_work_t *one = &merge;
     merge.group.num_outs = 0;

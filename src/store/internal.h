@@ -273,6 +273,10 @@ void kv_hold_until(kv_hold_t *hold, kv_mark_t *mark);
 bool kv_work_on_device(const kv_work_t *work);
 /* kv_work_run for such work. */
 KV_MUST_CHECK kv_status_t kv_work_run_on_device(const kv_work_t *work, bool *delivering);
+/* kv_work_run for several keys, all held: those of one device share launches. All or, after an
+ * error, nobody knows how many are done. */
+KV_MUST_CHECK kv_status_t kv_works_run(kv_work_t *works, int64_t count, int64_t *num_done,
+                                       bool *delivering);
 /* kv_work_merge for values of which the first is in device memory: the key comes there. */
 KV_MUST_CHECK kv_status_t kv_work_merge_on_device(const kv_work_t *work);
 /* Everything that work on the host needs of the key comes to host memory. The key is written. */

@@ -155,6 +155,38 @@ static kv_status_t run_here(kv_store_t *store, const kv_plan_t *plan, const kv_g
     return status;
 }
 
+/* All keys of a call at once, as one operation: those of one device share launches. */
+static kv_status_t run_together(kv_store_t *store, const kv_plan_t *plan, kv_call_t *call,
+                                bool push, const scratch_t *scratch, bool *delivering,
+                                kv_caller_t *caller)
+{
+    int32_t num_deps = 0;
+    for (int64_t g = 0; g < plan->num_groups; g++)
+        num_deps += kv_group_num_deps(&plan->groups[g]);
+    size_t count = (size_t)plan->num_groups;
+    kv_work_t *works = kv_alloc(count * sizeof *works + (size_t)num_deps * sizeof(kv_dep_t));
+    KV_TRY_ALLOC(works, "the keys of a call");
+    kv_dep_t *deps = (kv_dep_t *)(works + count);
+    num_deps = 0;
+    for (int64_t g = 0; g < plan->num_groups; g++)
+        num_deps += kv_group_deps(&plan->groups[g], push, true, deps + num_deps);
+    kv_op_t op;
+    kv_op_init(&op, deps, num_deps, call->priority);
+    kv_status_t status = enter(store->runtime->engine, &op, caller);
+    if (status == KV_OK) {
+        for (size_t g = 0; g < count; g++) {
+            works[g] = kv_work_of(&store->host, plan, &plan->groups[g], push, scratch->pointers,
+                                  scratch->staging);
+            works[g].caller = caller;
+            works[g].hold = call->hold;
+        }
+        status = kv_works_run(works, plan->num_groups, &call->num_done, delivering);
+        kv_engine_leave(store->runtime->engine, &op);
+    }
+    kv_free(works);
+    return status;
+}
+
 /* A task's work without a task, if the engine thinks that better than a queue. */
 static bool run_inline(kv_store_t *store, const kv_plan_t *plan, const kv_call_t *call, bool push,
                        const scratch_t *scratch, bool *delivering, kv_status_t *status,
@@ -357,7 +389,10 @@ kv_status_t kv_plan_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, boo
     if (plan->updater == NULL && !plan->cuda && moved_bytes(plan) >= KV_DETACH_BYTES)
         kv_caller_detach(caller);
     const kv_group_t *group = plan->groups;
-    for (int64_t g = 0; g < plan->num_groups && status == KV_OK; g++) {
+    bool together = plan->cuda && plan->num_groups > 1 && plan->updater == NULL;
+    if (together)
+        status = run_together(store, plan, call, push, &scratch, &delivering, caller);
+    for (int64_t g = 0; g < plan->num_groups && status == KV_OK && !together; g++) {
         group = &plan->groups[g];
         delivering = false;
         status = plan->updater != NULL
