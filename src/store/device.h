@@ -1,5 +1,5 @@
-/* Work on the keys of one device, for device.c, which gathers it and puts it in order, and
- * device_launch.c, which launches it.
+/* Work on the keys of one device, for the files that gather it (device.c), put it in order
+ * (device_batch.c) and launch it (device_launch.c).
  */
 #ifndef KV_STORE_DEVICE_H
 #define KV_STORE_DEVICE_H
@@ -57,6 +57,15 @@ typedef union kv_device_job {
 /* Puts the sums, codes and steps of all units on the lane. Waits where a step takes norms. After an
  * error some units may be done, and others not. */
 KV_MUST_CHECK kv_status_t kv_batch_launch(kv_batch_t *batch);
+
+/* Does the work on keys that are on the device, or come there by it; all are held, and belong to
+ * one call. `target` NULL, or the buffer that one push writes instead of the stored value.
+ * *launched: whether something may have been changed. */
+KV_MUST_CHECK kv_status_t kv_batch_run(const kv_work_t *const *works, int64_t count, int device,
+                                       kv_buffer_t **target, bool *launched);
+
+/* Those outs of the work that are in host memory get the value, which is there too. */
+KV_MUST_CHECK kv_status_t kv_deliver_here(kv_work_t work, const void *stored);
 
 static inline bool kv_unit_codes(const kv_unit_t *unit)
 {
