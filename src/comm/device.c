@@ -389,17 +389,21 @@ kv_status_t kv_place_end(kv_place_t *place, kv_lane_t lane, kv_mark_t *mark, kv_
     }
 }
 
+void kv_lane_free(kv_lane_t lane, void *pointer)
+{
+    kv_status_t status = KV_DEVICE;
+    for (int attempt = 0; attempt < 2 && status != KV_OK; attempt++)
+        ONE_CALL(status, api->free(lane.device, lane.stream, pointer, sentence));
+}
+
 static void release_on_device(kv_buffer_t *base)
 {
     device_buffer_t *buffer = (device_buffer_t *)base;
     kv_lane_t lane;
     kv_mark_t *mark = newest(buffer->place);
     if (base->bytes > 0 && kv_lane_own(buffer->place->device, &lane) == KV_OK &&
-        (mark == NULL || kv_mark_before(mark, lane) == KV_OK)) {
-        kv_status_t status;
-        ONE_CALL(status, api->free(lane.device, lane.stream, base->data, sentence));
-        (void)status; /* the memory of a device that is lost is lost with it */
-    }
+        (mark == NULL || kv_mark_before(mark, lane) == KV_OK))
+        kv_lane_free(lane, base->data);
     kv_mark_rele(mark);
     kv_place_rele(buffer->place);
     kv_count(KV_COUNT_BUFFERS, -1);
