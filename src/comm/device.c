@@ -65,35 +65,39 @@ static struct {
     atomic_bool used; /* there has been a lane */
 } devices = {.lock = KV_MUTEX_INIT(KV_RANK_LEAF)};
 
-/* ---------------------------------------------------------------------------------- scopes */
+/* ------------------------------------------------------------------------- the current device */
 
-kv_status_t kv_device_enter(kv_device_scope_t *scope)
+static _Thread_local struct {
+    int depth;
+    int before; /* -1: unknown */
+} current;
+
+kv_status_t kv_device_enter(const kv_device_api_t **out)
 {
+    KV_TRY(kv_device_load(out));
     char sentence[KV_DEVICE_SENTENCE];
-    KV_TRY(kv_device_load(&scope->api));
-    if (scope->api->current(&scope->before, sentence) != KV_DEVICE_OK)
-        scope->before = -1;
+    if (current.depth++ == 0 && (*out)->current(&current.before, sentence) != KV_DEVICE_OK)
+        current.before = -1;
     return KV_OK;
 }
 
-void kv_device_leave(const kv_device_scope_t *scope)
+void kv_device_leave(void)
 {
+    const kv_device_api_t *api;
     char sentence[KV_DEVICE_SENTENCE];
-    if (scope->before >= 0)
-        (void)scope->api->make_current(scope->before, sentence); /* a device that died stays so */
+    if (--current.depth == 0 && current.before >= 0 && kv_device_load(&api) == KV_OK)
+        (void)api->make_current(current.before, sentence); /* a device that died stays so */
 }
 
-/* One call of the table, its current device put right. `api` and `sentence` are there for `call`.
- */
+/* One call of the table. `api` and `sentence` are there for `call`. */
 #define ONE_CALL(status, call)                                                                     \
     do {                                                                                           \
-        kv_device_scope_t scope;                                                                   \
-        (status) = kv_device_enter(&scope);                                                        \
+        const kv_device_api_t *api;                                                                \
+        (status) = kv_device_enter(&api);                                                          \
         if ((status) == KV_OK) {                                                                   \
-            const kv_device_api_t *api = scope.api;                                                \
-            char sentence[KV_DEVICE_SENTENCE] = "";                                                \
+            char sentence[KV_DEVICE_SENTENCE];                                                     \
             (status) = kv_device_check((call), sentence);                                          \
-            kv_device_leave(&scope);                                                               \
+            kv_device_leave();                                                                     \
         }                                                                                          \
     } while (0)
 
@@ -178,13 +182,18 @@ static kv_status_t take_mark(int device, kv_mark_t **out)
 kv_status_t kv_mark_new(kv_lane_t lane, kv_mark_t **out)
 {
     kv_mark_t *mark = NULL;
-    kv_status_t status;
-    KV_TRY(take_mark(lane.device, &mark));
-    ONE_CALL(status, api->event_record(lane.device, mark->event, lane.stream, sentence));
-    if (status != KV_OK)
-        kv_mark_rele(mark);
-    else
-        *out = mark;
+    kv_status_t status = KV_DEVICE;
+    /* Once more, since nobody would know how far the work on the lane is. */
+    for (int attempt = 0; attempt < 2 && status != KV_OK; attempt++) {
+        status = take_mark(lane.device, &mark);
+        if (status == KV_OK)
+            ONE_CALL(status, api->event_record(lane.device, mark->event, lane.stream, sentence));
+        if (status != KV_OK)
+            kv_mark_rele(mark);
+        else
+            *out = mark;
+        mark = NULL;
+    }
     return status;
 }
 

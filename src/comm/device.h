@@ -40,15 +40,10 @@ static inline bool kv_lane_same(kv_lane_t a, kv_lane_t b)
 /* What is put on `to` later comes after all that is on `from` now. */
 KV_MUST_CHECK kv_status_t kv_lane_join(kv_lane_t from, kv_lane_t to);
 
-/* Between the two the thread may use the plug-in's table, which changes its current device: the
- * second puts that right again. */
-typedef struct kv_device_scope {
-    const kv_device_api_t *api;
-    int before; /* -1: unknown */
-} kv_device_scope_t;
-
-KV_MUST_CHECK kv_status_t kv_device_enter(kv_device_scope_t *scope);
-void kv_device_leave(const kv_device_scope_t *scope);
+/* Gives the plug-in's table for use until kv_device_leave, which makes the thread's current device
+ * again what it was: the table's functions change it. May be nested. */
+KV_MUST_CHECK kv_status_t kv_device_enter(const kv_device_api_t **out);
+void kv_device_leave(void);
 
 /* ---------------------------------------------------------------------------------- marks */
 

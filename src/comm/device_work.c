@@ -37,7 +37,7 @@ static kv_status_t reserve(void ***list, int count, int *most)
 kv_status_t kv_device_work_begin(kv_device_work_t *work, kv_lane_t lane)
 {
     *work = (kv_device_work_t){.lane = lane};
-    return kv_device_enter(&work->scope);
+    return kv_device_enter(&work->api);
 }
 
 kv_status_t kv_device_work_end(kv_device_work_t *work, kv_mark_t **mark)
@@ -49,7 +49,7 @@ kv_status_t kv_device_work_end(kv_device_work_t *work, kv_mark_t **mark)
         kv_mark_keep(*mark, kv_buffer_drop, work->pinned[i]);
     kv_free(work->temps);
     kv_free(work->pinned);
-    kv_device_leave(&work->scope);
+    kv_device_leave();
     return status;
 }
 

@@ -9,7 +9,7 @@
 #include "comm/slots.h"
 
 typedef struct kv_device_work {
-    kv_device_scope_t scope;
+    const kv_device_api_t *api;
     kv_lane_t lane;
     void **temps;         /* device memory, freed at the end */
     kv_buffer_t **pinned; /* kept until the work is done */
@@ -20,7 +20,7 @@ typedef struct kv_device_work {
  * the sentence. */
 #define KV_DEVICE_DO(work, function, ...)                                                          \
     kv_device_do_check(                                                                            \
-        (work)->scope.api->function((work)->lane.device, __VA_ARGS__, kv_device_sentence()))
+        (work)->api->function((work)->lane.device, __VA_ARGS__, kv_device_sentence()))
 
 /* A sentence of this thread, and what became of it. */
 char *kv_device_sentence(void);

@@ -378,12 +378,16 @@ kv_status_t kv_batch_run(const kv_work_t *const *works, int64_t count, int devic
 {
     kv_batch_t batch = {.caller = works[0]->caller};
     kv_lane_t lane;
-    void *block;
+    void *block = NULL;
+    const kv_device_api_t *api;
+    KV_TRY(kv_device_enter(&api)); /* once for all that follows */
     kv_device_reap();
-    KV_TRY(make_units(&batch, works, count, target, &block));
-    kv_status_t status = choose_lane(batch.units, count, device, &lane);
+    kv_status_t status = make_units(&batch, works, count, target, &block);
+    if (status == KV_OK)
+        status = choose_lane(batch.units, count, device, &lane);
     if (status == KV_OK)
         status = run(&batch, lane, launched);
     kv_free(block);
+    kv_device_leave();
     return status;
 }
