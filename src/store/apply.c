@@ -282,6 +282,7 @@ kv_status_t kv_work_merge(const kv_work_t *work)
 {
     kv_entry_t *entry = work->group.entry;
     if (KV_UNLIKELY(kv_device_used() && entry->remote == NULL)) {
+        kv_entry_drop_twins(entry);
         if (work->group.values[0].flags & KV_VIEW_CUDA)
             return kv_work_merge_on_device(work);
         KV_TRY(kv_work_bring_home(work));

@@ -168,6 +168,10 @@ kv_status_t kv_work_run_on_device(const kv_work_t *work, bool *delivering)
 {
     bool launched = false;
     *delivering = false;
+    if (work->push)
+        kv_entry_drop_twins(work->group.entry);
+    else if (work->group.entry->twins != NULL)
+        return kv_work_pull_twins(work, delivering);
     int home = home_of(work);
     bool rows = work->push && work->group.values[0].sparse != NULL;
     kv_status_t status = home < 0 || rows ? run_here(work, delivering)
@@ -182,6 +186,7 @@ kv_status_t kv_work_run_on_device(const kv_work_t *work, bool *delivering)
 static bool can_share(const kv_work_t *work)
 {
     return home_of(work) >= 0 && work->group.num_values <= KV_DEVICE_SOURCES &&
+           work->group.entry->twins == NULL &&
            !(work->push && work->group.values[0].sparse != NULL);
 }
 

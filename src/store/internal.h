@@ -21,6 +21,8 @@ typedef struct kv_residuals {
     kv_buffer_t **buffers; /* [count], NULL where there is none yet */
 } kv_residuals_t;
 
+typedef struct kv_twins kv_twins_t;
+
 typedef struct kv_entry kv_entry_t;
 struct kv_entry {
     kv_var_t var;
@@ -39,6 +41,7 @@ struct kv_entry {
     kv_remote_t *remote;     /* of a dist store: what its client knows of the key, which … */
     _Atomic bool deleted;    /* … is gone from the servers */
     kv_buffer_t *stored;     /* NULL: row-sparse, or on servers */
+    kv_twins_t *twins;       /* of kind nccl: copies on other devices, or NULL */
     kv_rowset_t rows;        /* row-sparse */
     kv_buffer_t *merged;     /* what an updater gets as `recv` or servers are sent, or NULL */
     kv_rowset_t merged_rows; /* the same for a row-sparse push */
@@ -66,12 +69,14 @@ typedef struct kv_table {
 typedef enum kv_key_type { KV_KEYS_OPEN, KV_KEYS_TEXT, KV_KEYS_NUMBER } kv_key_type_t;
 
 typedef struct kv_agreement kv_agreement_t;
+typedef struct kv_nccl_team kv_nccl_team_t;
 
 struct kv_store {
     kv_runtime_t *runtime;
     kv_kind_t kind;
     kv_client_t *client; /* of a dist store; NULL in a server's process */
     kv_host_t host;
+    kv_nccl_team_t *team; /* of kind nccl, else NULL */
     char name[32];
     kv_mutex_t lock;
     /* Guarded by the lock: */
@@ -285,6 +290,27 @@ KV_MUST_CHECK kv_status_t kv_work_bring_home(const kv_work_t *work);
 /* Lends the key to an updater that works on the stream of the first value; then takes it back. */
 KV_MUST_CHECK kv_status_t kv_work_lend(const kv_work_t *work, kv_mark_t **after);
 KV_MUST_CHECK kv_status_t kv_work_take_back(const kv_work_t *work, kv_mark_t *after);
+
+/* -------------------------------------------------------------------------------- nccl.c */
+
+/* KV_NOT_BUILT, KV_DEVICE if there is no NCCL or no device. */
+KV_MUST_CHECK kv_status_t kv_nccl_team_new(kv_nccl_team_t **out);
+void kv_nccl_team_retire(kv_nccl_team_t *team); /* NULL is allowed */
+/* The variable that every push by NCCL writes. */
+kv_var_t *kv_nccl_team_var(kv_nccl_team_t *team);
+/* Ends what a device does for NCCL when somebody has waited for it in vain. */
+void kv_nccl_team_abort(kv_nccl_team_t *team);
+/* Whether the values of a push are such as NCCL adds up: dense, one on each of some devices. */
+bool kv_plan_takes_nccl(const kv_store_t *store, const kv_plan_t *plan);
+/* The push, with keys, arrays and team held; `works` as for kv_works_run. Not *fits: other devices
+ * than those of the pushes before, and nothing was done. */
+KV_MUST_CHECK kv_status_t kv_nccl_push(kv_nccl_team_t *team, const kv_plan_t *plan,
+                                       const kv_work_t *works, kv_caller_t *caller, bool *fits,
+                                       bool *launched);
+/* A pull of a key with twins, held: each out from its own device. */
+KV_MUST_CHECK kv_status_t kv_work_pull_twins(const kv_work_t *work, bool *delivering);
+/* The key is changed alone. */
+void kv_entry_drop_twins(kv_entry_t *entry);
 
 /* ------------------------------------------------------------------------------- stage.c */
 

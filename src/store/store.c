@@ -15,27 +15,25 @@
 
 enum { NAME_BYTES = 96 };
 
-static kv_status_t check_kind(const char *name, const kv_kind_t *kind)
-{
-    switch (kind->family) {
-    case KV_KIND_NCCL:
-        return kv_fail(KV_NOT_BUILT,
-                       "'%.64s' needs CUDA devices and NCCL, which this version of kvstore cannot "
-                       "use yet; use 'local' or 'device'",
-                       name);
-    default:
-        return KV_OK;
-    }
-}
-
 kv_status_t kv_store_new(kv_runtime_t *runtime, const char *name, const kv_store_options_t *options,
                          kv_store_t **out)
 {
     kv_kind_t kind;
     KV_TRY(kv_kind_parse(name, &kind));
-    KV_TRY(check_kind(name, &kind));
+    kv_nccl_team_t *team = NULL;
+    if (kind.family == KV_KIND_NCCL) {
+        kv_status_t status = kv_nccl_team_new(&team);
+        if (status != KV_OK)
+            return kv_fail(status,
+                           "a store of kind 'nccl' cannot be had here: %s; without it, 'device' "
+                           "takes CUDA arrays too, and 'local' all others",
+                           kv_status_message(status));
+    }
     kv_store_t *store = kv_calloc(1, sizeof *store);
+    if (store == NULL)
+        kv_nccl_team_retire(team);
     KV_TRY_ALLOC(store, "a store");
+    store->team = team;
     store->runtime = runtime;
     store->kind = kind;
     store->client = options->client;
@@ -76,6 +74,7 @@ void kv_store_close(kv_store_t *store)
 void kv_store_free(kv_store_t *store)
 {
     kv_store_close(store);
+    kv_nccl_team_retire(store->team);
     kv_agreements_rele(store->adrift);
     kv_mutex_fini(&store->lock);
     kv_free(store);
@@ -202,7 +201,7 @@ static kv_status_t publish(kv_store_t *store, const kv_call_t *call, const kv_gr
 /* Whether values are merged in host memory, wherever they come from. */
 static bool merges_here(const kv_store_t *store)
 {
-    return store->kind.family != KV_KIND_DEVICE;
+    return store->kind.family == KV_KIND_LOCAL || store->kind.family == KV_KIND_DIST;
 }
 
 /* Carries out a checked call whose arrays are where they can be used. */
@@ -214,6 +213,8 @@ static kv_status_t run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, bool
     kv_status_t status = store->client != NULL ? kv_dist_run(store, plan, call, push, caller)
                                                : kv_plan_run(store, plan, call, push, caller);
     call->async = async;
+    if (status == KV_TIMEOUT && store->team != NULL)
+        kv_nccl_team_abort(store->team);
     if (status == KV_OK && plan->stage != NULL)
         status = kv_plan_unstage(plan, call->hold, caller);
     return status;

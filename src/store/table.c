@@ -13,6 +13,7 @@ static void entry_free(void *context)
     if (entry->cache.drop != NULL)
         entry->cache.drop(entry->cache.data);
     kv_remote_free(entry->remote);
+    kv_entry_drop_twins(entry);
     kv_buffer_rele(entry->stored);
     kv_buffer_rele(entry->merged);
     kv_rowset_fini(&entry->rows);

@@ -155,19 +155,23 @@ static kv_status_t run_here(kv_store_t *store, const kv_plan_t *plan, const kv_g
     return status;
 }
 
-/* All keys of a call at once, as one operation: those of one device share launches. */
+/* All keys of a call at once, as one operation: those of one device share launches, and NCCL takes
+ * a list as a whole. */
 static kv_status_t run_together(kv_store_t *store, const kv_plan_t *plan, kv_call_t *call,
                                 bool push, const scratch_t *scratch, bool *delivering,
                                 kv_caller_t *caller)
 {
-    int32_t num_deps = 0;
+    bool by_nccl = push && kv_plan_takes_nccl(store, plan), done = false;
+    int32_t num_deps = by_nccl;
     for (int64_t g = 0; g < plan->num_groups; g++)
         num_deps += kv_group_num_deps(&plan->groups[g]);
     size_t count = (size_t)plan->num_groups;
     kv_work_t *works = kv_alloc(count * sizeof *works + (size_t)num_deps * sizeof(kv_dep_t));
     KV_TRY_ALLOC(works, "the keys of a call");
     kv_dep_t *deps = (kv_dep_t *)(works + count);
-    num_deps = 0;
+    num_deps = by_nccl;
+    if (by_nccl)
+        deps[0] = (kv_dep_t){.var = kv_nccl_team_var(store->team), .access = KV_WRITE};
     for (int64_t g = 0; g < plan->num_groups; g++)
         num_deps += kv_group_deps(&plan->groups[g], push, true, deps + num_deps);
     kv_op_t op;
@@ -180,7 +184,12 @@ static kv_status_t run_together(kv_store_t *store, const kv_plan_t *plan, kv_cal
             works[g].caller = caller;
             works[g].hold = call->hold;
         }
-        status = kv_works_run(works, plan->num_groups, &call->num_done, delivering);
+        if (by_nccl)
+            status = kv_nccl_push(store->team, plan, works, caller, &done, delivering);
+        if (status == KV_OK && done)
+            call->num_done = plan->num_groups;
+        else if (status == KV_OK)
+            status = kv_works_run(works, plan->num_groups, &call->num_done, delivering);
         kv_engine_leave(store->runtime->engine, &op);
     }
     kv_free(works);
@@ -389,7 +398,8 @@ kv_status_t kv_plan_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, boo
     if (plan->updater == NULL && !plan->cuda && moved_bytes(plan) >= KV_DETACH_BYTES)
         kv_caller_detach(caller);
     const kv_group_t *group = plan->groups;
-    bool together = plan->cuda && plan->num_groups > 1 && plan->updater == NULL;
+    bool together = plan->cuda && plan->updater == NULL &&
+                    (plan->num_groups > 1 || (push && kv_plan_takes_nccl(store, plan)));
     if (together)
         status = run_together(store, plan, call, push, &scratch, &delivering, caller);
     for (int64_t g = 0; g < plan->num_groups && status == KV_OK && !together; g++) {
