@@ -17,6 +17,7 @@ EMULATION = (
     "-Wall -Wextra -Isrc -Itests/gpu/emu"
 ).split()
 RULES = HERE / "emu_rules.cpp"
+NCCL = HERE / "emu_nccl.cpp"
 # What setup.py builds the plug-in for devices with.
 make = SimpleNamespace(**runpy.run_path(str(CUDA / "make.py")))
 
@@ -38,6 +39,12 @@ def objects():
 
 def link(parts, target):
     build.call(["g++", "-shared", "-pthread", *map(str, parts)], target)
+    return target
+
+
+def nccl(target):
+    """The stand-in for libnccl, for a process that has opened the emulated plug-in."""
+    build.call(["g++", "-Itests/gpu", *EMULATION, "-shared", str(NCCL), "-ldl"], target)
     return target
 
 

@@ -138,9 +138,16 @@ def programs():
     return plugin.programs()
 
 
-def run(program, library, *names, seeds=None):
+@pytest.fixture(scope="module")
+def nccl(tmp_path_factory):
+    return plugin.nccl(tmp_path_factory.mktemp("nccl") / "libnccl.so.2")
+
+
+def run(program, library, *names, seeds=None, nccl=None):
     """The program's status and what it printed."""
     env = {**os.environ, "KVSTORE_CUDA_PLUGIN": str(library)}
+    if nccl is not None:
+        env["KVSTORE_NCCL"] = str(nccl)
     if seeds is not None:
         env["KVSTORE_CUDA_SEEDS"] = str(seeds)
     done = subprocess.run(
@@ -166,8 +173,8 @@ def test_the_emulation_shows_mistakes(tmp_path):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_program_passes_on_the_emulation(programs, emulated, name):
-    status, output = run(programs[name], emulated)
+def test_program_passes_on_the_emulation(programs, emulated, nccl, name):
+    status, output = run(programs[name], emulated, nccl=nccl)
     assert status == 0 and "ok " in output, output
 
 
