@@ -70,6 +70,23 @@ def planted(folder, file, old, new, users):
     return link(parts.values(), folder / "planted.so")
 
 
+def planted_core(folder, file, old, new, name):
+    """A program of test_gpu_*.c with a mistake: a source of the core in which `old` is `new`."""
+    text = (ROOT / "src" / file).read_text()
+    assert old in text, f"{file} has changed, and the mistake with it: {old}"
+    copy = folder / Path(file).name
+    copy.write_text(text.replace(old, new))
+    program = programs()[name]
+    flags = [*build.COMMON, *build.FLAVOURS["debug"], *build.ucx_flags("debug")]
+    parts = [copy, program.parent / f"tests-gpu-{name}.c.o"]
+    for source in (path for part in build.FOLDERS for path in (ROOT / "src" / part).glob("*.c")):
+        if source != ROOT / "src" / file:
+            parts.append(program.parent / f"{'-'.join(source.relative_to(ROOT).parts)}.o")
+    target = folder / name
+    build.call(["gcc", *flags, "-w", *map(str, parts), "-lm", "-lpthread", "-ldl"], target)
+    return target
+
+
 def programs():
     """The programs of test_gpu_*.c, by name."""
     return {path.stem: path for path in build.build("debug", pattern="test_gpu_*.c", folder="gpu")}

@@ -127,6 +127,43 @@ PLANTED = {
     ),
 }
 
+# In comm/nccl.c, likewise.
+SUMS = ("test_gpu_nccl", "lists_of_all_types_are_summed_in_one_group")
+PLANTED_NCCL = {
+    "a call returns before its work is on the lanes": (
+        "if (state == KV_NCCL_SUCCESS)",
+        "if (is_fine(state))",
+        SUMS,
+    ),
+    "a sum is in another lane": ("member, lanes[member]", "member, lanes[0]", SUMS),
+    "devices take part without a group": (
+        "int result = nccl->library->ncclGroupStart();",
+        "int result = KV_NCCL_SUCCESS;",
+        SUMS,
+    ),
+    "a type is another one": ("kv_nccl_dtype(job->dtype)", "7", SUMS),
+    "a broadcast comes from another device": (
+        "first_rank + member == root",
+        "first_rank + member == 0",
+        ("test_gpu_nccl", "one_device_gives_its_values_to_all"),
+    ),
+    "two threads are inside": (
+        "bool is_entered = !is_over && !nccl->is_entered;",
+        "bool is_entered = !is_over;",
+        ("test_gpu_nccl_failures", "a_signal_handler_does_not_wait_for_itself"),
+    ),
+    "a communicator is not aborted": (
+        "if (nccl->members[i].comm != NULL)",
+        "if (nccl->members[i].comm != NULL && i > 0)",
+        ("test_gpu_nccl_failures", "a_group_that_does_not_begin_is_aborted"),
+    ),
+    "a lost group is used": (
+        "bool is_over = nccl->is_lost ||",
+        "bool is_over =",
+        ("test_gpu_nccl_failures", "an_error_in_a_call_ends_the_group"),
+    ),
+}
+
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or shutil.which("gcc") is None,
     reason="the emulation is built with gcc and g++, one of which is missing here",
@@ -185,3 +222,12 @@ def test_a_planted_mistake_is_noticed(programs, tmp_path, mistake):
     status, output = run(programs[program], library, name, seeds=8)
     assert status != 0 and re.search(r"\.[ch]:\d+: ", output), output
     assert "KVSTORE_CUDA_PLUGIN" not in output, output
+
+
+@pytest.mark.parametrize("mistake", PLANTED_NCCL)
+def test_a_planted_mistake_with_nccl_is_noticed(emulated, nccl, tmp_path, mistake):
+    old, new, (program, name) = PLANTED_NCCL[mistake]
+    program = plugin.planted_core(tmp_path, "comm/nccl.c", old, new, program)
+    status, output = run(program, emulated, name, seeds=8, nccl=nccl)
+    assert status != 0, output
+    assert re.search(r"\.[ch]:\d+: ", output) or status < 0, output

@@ -55,7 +55,10 @@ static void *sum_in_thread(void *argument)
 {
     value_t *value = argument;
     caller_t caller = patient();
-    return kv_nccl_sum(group, lanes, 1, &value->job, &caller.base) == KV_OK ? argument : NULL;
+    kv_status_t status = KV_OK;
+    for (int i = 0; i < 20 && status == KV_OK; i++)
+        status = kv_nccl_sum(group, lanes, 1, &value->job, &caller.base);
+    return status == KV_OK ? argument : NULL;
 }
 
 static void sums_at_once(void)
@@ -65,7 +68,7 @@ static void sums_at_once(void)
     if (!nccl_begin() || !group_new())
         return;
     for (int i = 0; i < THREADS; i++)
-        value_open(&values[i], KV_FLOAT32, 500 + i, i % 2 == 0);
+        value_open(&values[i], KV_FLOAT32, 500 + i, false);
     for (int i = 0; i < THREADS; i++)
         CHECK_EQ(pthread_create(&threads[i], NULL, sum_in_thread, &values[i]), 0);
     for (int i = 0; i < THREADS; i++) {
