@@ -29,7 +29,7 @@ enum {
 static kv_device_api_t api;
 static char sentence[KV_DEVICE_SENTENCE];
 static uint64_t gpu_random;
-static void *gpu_stream, *gpu_event; /* of device 0 */
+static void *gpu_stream, *gpu_event;  /* of device 0 */
 static int gpu_devices = GPU_DEVICES; /* of the emulation */
 
 /* The emulation's, all NULL on a real device. */

@@ -48,6 +48,9 @@ static void wrong_devices(void)
     CHECK_STATUS(kv_nccl_id(&shared_id), KV_OK);
     CHECK_STATUS(kv_nccl_join(&shared_id, 2, 1, 2, all_devices, NULL, &group), KV_INVALID);
     CHECK_STATUS(kv_nccl_join(&shared_id, 2, -1, 1, all_devices, NULL, &group), KV_INVALID);
+    kv_fault_set("alloc", 1);
+    CHECK_STATUS(kv_nccl_new(2, all_devices, NULL, &group), KV_NO_MEMORY);
+    kv_fault_set("alloc", 0);
     CHECK_EQ(emu_nccl.counter("inits"), 0);
     nccl_end();
 }
@@ -182,10 +185,10 @@ static void another_thread_ends_a_call(void)
     each_seed_emulated(aborted_inside);
 }
 
-static void *abort_outside(void *why)
+static void *abort_outside(void *unused)
 {
-    kv_nccl_abort(group, why);
-    return NULL;
+    kv_nccl_abort(group, "the deadline has passed");
+    return unused;
 }
 
 static void aborted_on_devices(void)
@@ -205,7 +208,7 @@ static void aborted_on_devices(void)
         CHECK(!done);
     }
     CHECK_STATUS(kv_nccl_check(group), KV_OK);
-    CHECK_EQ(pthread_create(&thread, NULL, abort_outside, "the deadline has passed"), 0);
+    CHECK_EQ(pthread_create(&thread, NULL, abort_outside, NULL), 0);
     CHECK_EQ(pthread_join(thread, NULL), 0);
     lost("the deadline has passed");
     for (int i = 0; i < num_devices; i++) {

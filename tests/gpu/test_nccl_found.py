@@ -10,8 +10,8 @@ import sys
 import pytest
 
 CALLS = (
-    "GetUniqueId CommInitRankConfig CommFinalize CommDestroy CommAbort CommGetAsyncError GroupStart "
-    "GroupEnd AllReduce Broadcast GetErrorString GetLastError"
+    "GetUniqueId CommInitRankConfig CommFinalize CommDestroy CommAbort CommGetAsyncError "
+    "GroupStart GroupEnd AllReduce Broadcast GetErrorString GetLastError"
 ).split()
 CODE = """
 from kvstore import _core
