@@ -28,10 +28,7 @@ MODULES = (
     ("rich", "the demo's progress bar"),
     ("ray", "clusters on Ray"),
 )
-LIBRARIES = (
-    ("cuda", "the CUDA driver"),
-    ("nccl", "NCCL"),
-)
+LIBRARIES = (("cuda", "the CUDA driver"),)
 
 # Read by setup.py, not by the package.
 BUILD_VARIABLES = ("KVSTORE_BUILD", "KVSTORE_UCX", "KVSTORE_CUDA", "KVSTORE_CUDA_ARCH")
@@ -97,6 +94,18 @@ def find_ucx() -> str | None:
     return ctypes.util.find_library("ucp")
 
 
+def nccl_folder() -> str | None:
+    """The folder of NCCL's library in the package nvidia-nccl-cu12 or -cu13; None: the system's."""
+    try:
+        spec = importlib.util.find_spec("nvidia.nccl")
+    except (ImportError, ValueError):
+        return None
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        if (Path(folder) / "lib" / "libnccl.so.2").exists():
+            return str(Path(folder) / "lib")
+    return None
+
+
 def unknown_settings(known: list[str]) -> Iterator[str]:
     """A line for each variable of the environment that looks like a setting and is none."""
     for variable in sorted(os.environ):
@@ -133,6 +142,7 @@ def report() -> Iterator[str]:
         yield _row("processors", str(info["processors"]))
         yield _row("dist stores", "yes" if info["ucx"] else "no: built without UCX")
     yield from _cuda()
+    yield from _nccl()
 
     yield ""
     yield "Optional libraries"
@@ -183,6 +193,20 @@ def _cuda() -> Iterator[str]:
             f"{device['name']}, {device['bytes'] / 2**30:.1f} GiB, "
             f"compute capability {device['major']}.{device['minor']}",
         )
+
+
+def _nccl() -> Iterator[str]:
+    """Which NCCL there is. Stores do not use it yet."""
+    from . import _core
+    from .errors import KVStoreError
+
+    try:
+        file, version = _core.nccl_library(nccl_folder())
+    except KVStoreError as error:
+        yield _row("NCCL", f"no: {error}")
+        return
+    number = f"{version // 10000}.{version % 10000 // 100}.{version % 100}"
+    yield _row("NCCL", f"{file}, {number}; stores of this version do not use it")
 
 
 def _row(name: str, text: str) -> str:

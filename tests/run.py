@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -373,6 +374,9 @@ def gpu(options):
         print(missing)
         return SKIPPED
     env = {"KVSTORE_CUDA_PLUGIN": str(cuda_plugin(archs))}
+    folder = runpy.run_path(str(ROOT / "kvstore" / "_about.py"))["nccl_folder"]()
+    if folder is not None and "KVSTORE_NCCL" not in os.environ:
+        env["KVSTORE_NCCL"] = f"{folder}/libnccl.so.2"
     for program in plugin.programs().values():
         run(program, env=env)
 

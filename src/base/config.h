@@ -23,7 +23,10 @@
       "them; results do not depend on it")                                                         \
     X(CUDA_PLUGIN, "KVSTORE_CUDA_PLUGIN", "auto",                                                  \
       "file of the CUDA plug-in; auto: the one that stands beside the core, where the "            \
-      "installation has built it")
+      "installation has built it")                                                                 \
+    X(NCCL, "KVSTORE_NCCL", "auto",                                                                \
+      "file of NCCL's library; auto: one that the process has loaded, else that of the package "   \
+      "nvidia-nccl-cu12 or nvidia-nccl-cu13, else the system's libnccl.so.2")
 
 typedef enum kv_config {
 #define KV_CONFIG_ENUM(id, variable, fallback, help) KV_CONFIG_##id,

@@ -27,7 +27,8 @@
     X(NET_MESSAGES, "net_messages")                                                                \
     X(NET_ARRIVALS, "net_arrivals")                                                                \
     X(SLICES, "slices")                                                                            \
-    X(REQUESTS, "requests")
+    X(REQUESTS, "requests")                                                                        \
+    X(NCCL_GROUPS, "nccl_groups")
 
 typedef enum kv_counter {
 #define KV_COUNTER_ENUM(id, name) KV_COUNT_##id,

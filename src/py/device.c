@@ -1,4 +1,5 @@
-/* What Python is told of the CUDA plug-in and its devices. */
+/* What Python is told of the CUDA plug-in, its devices, and NCCL. */
+#include "comm/nccl.h"
 #include "kernels/device_load.h"
 #include "py/py.h"
 #include "py/store.h"
@@ -46,4 +47,23 @@ PyObject *kv_py_cuda_device(PyObject *module, PyObject *number)
                          (long long)info.bytes, "major", info.major, "minor", info.minor,
                          "processors", info.processors, "driver", info.driver, "runtime",
                          info.runtime);
+}
+
+PyObject *kv_py_nccl_library(PyObject *module, PyObject *folder)
+{
+    const char *file = NULL;
+    int version = 0;
+    kv_status_t status;
+    PyObject *path = NULL;
+    if (folder != Py_None && !PyUnicode_FSConverter(folder, &path))
+        return NULL;
+    const char *text = path != NULL ? PyBytes_AS_STRING(path) : NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    status = kv_nccl_load(text, &file, &version);
+    Py_END_ALLOW_THREADS;
+    Py_XDECREF(path);
+    if (status != KV_OK)
+        return kv_py_raise(kv_py_state(module), status);
+    PyObject *name = PyUnicode_DecodeFSDefault(file);
+    return name != NULL ? Py_BuildValue("(Ni)", name, version) : NULL;
 }

@@ -224,6 +224,9 @@ static PyMethodDef FUNCTIONS[] = {
     {"cuda_device", kv_py_cuda_device, METH_O,
      "cuda_device($module, number, /)\n--\n\nWhat the plug-in tells of a device. Raises "
      "DeviceError."},
+    {"nccl_library", kv_py_nccl_library, METH_O,
+     "nccl_library($module, folder, /)\n--\n\nNCCL, opened if it was not, from the folder of its "
+     "package or, None, of the system: (file, version).\nRaises NotBuiltError."},
     {"optimizer_classes", kv_py_optimizer_classes, METH_NOARGS,
      "optimizer_classes($module, /)\n--\n\nThe built-in optimizers: name -> title, rate, "
      "parameters."},

@@ -70,6 +70,7 @@ PyObject *kv_py_optimizer_common(PyObject *module, PyObject *unused);
 /* Functions of the module: device.c. */
 PyObject *kv_py_cuda_plugin(PyObject *module, PyObject *unused);
 PyObject *kv_py_cuda_device(PyObject *module, PyObject *number);
+PyObject *kv_py_nccl_library(PyObject *module, PyObject *folder);
 PyObject *kv_py_optimizer_classes(PyObject *module, PyObject *unused);
 PyObject *kv_py_optimizer_check(PyObject *module, PyObject *args);
 /* A built-in class and its numbers out of Python's dicts, ranges unchecked; false with an

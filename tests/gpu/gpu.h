@@ -29,7 +29,8 @@ enum {
 static kv_device_api_t api;
 static char sentence[KV_DEVICE_SENTENCE];
 static uint64_t gpu_random;
-static void *gpu_stream, *gpu_event; /* of device 0 */
+static void *gpu_stream, *gpu_event;  /* of device 0 */
+static int gpu_devices = GPU_DEVICES; /* of the emulation */
 
 /* The emulation's, all NULL on a real device. */
 static struct {
@@ -91,7 +92,7 @@ static inline bool gpu_begin(uint64_t seed, int peer)
     if (!gpu_load())
         return false;
     if (emu.reset != NULL)
-        emu.reset(seed, GPU_DEVICES, GPU_BYTES, peer);
+        emu.reset(seed, gpu_devices, GPU_BYTES, peer);
     return OK(gpu.open(KV_DEVICE_ABI, sizeof api, &api, sentence)) &&
            OK(api.stream_new(0, &gpu_stream, sentence)) &&
            OK(api.event_new(0, &gpu_event, sentence));

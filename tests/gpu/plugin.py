@@ -17,6 +17,7 @@ EMULATION = (
     "-Wall -Wextra -Isrc -Itests/gpu/emu"
 ).split()
 RULES = HERE / "emu_rules.cpp"
+NCCL = HERE / "emu_nccl.cpp"
 # What setup.py builds the plug-in for devices with.
 make = SimpleNamespace(**runpy.run_path(str(CUDA / "make.py")))
 
@@ -41,6 +42,12 @@ def link(parts, target):
     return target
 
 
+def nccl(target):
+    """The stand-in for libnccl, for a process that has opened the emulated plug-in."""
+    build.call(["g++", "-Itests/gpu", *EMULATION, "-shared", str(NCCL), "-ldl"], target)
+    return target
+
+
 def rules(target):
     """The program that makes the mistakes which the emulation must show."""
     parts = [path for name, path in objects().items() if name.endswith(".cpp")]
@@ -61,6 +68,23 @@ def planted(folder, file, old, new, users):
         parts[source.name] = folder / f"{source.name}.o"
         build.call(["g++", f"-I{folder}", *EMULATION, "-w", "-c", str(source)], parts[source.name])
     return link(parts.values(), folder / "planted.so")
+
+
+def planted_core(folder, file, old, new, name):
+    """A program of test_gpu_*.c with a mistake: a source of the core in which `old` is `new`."""
+    text = (ROOT / "src" / file).read_text()
+    assert old in text, f"{file} has changed, and the mistake with it: {old}"
+    copy = folder / Path(file).name
+    copy.write_text(text.replace(old, new))
+    program = programs()[name]
+    flags = [*build.COMMON, *build.FLAVOURS["debug"], *build.ucx_flags("debug")]
+    parts = [copy, program.parent / f"tests-gpu-{name}.c.o"]
+    for source in (path for part in build.FOLDERS for path in (ROOT / "src" / part).glob("*.c")):
+        if source != ROOT / "src" / file:
+            parts.append(program.parent / f"{'-'.join(source.relative_to(ROOT).parts)}.o")
+    target = folder / name
+    build.call(["gcc", *flags, "-w", *map(str, parts), "-lm", "-lpthread", "-ldl"], target)
+    return target
 
 
 def programs():

@@ -48,8 +48,9 @@ def python(code, plugin=None, *, script=True):
 
 def report(plugin=None):
     lines = python(["-m", "kvstore"], plugin, script=False).split("\n\n")[0].splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("  CUDA "))
-    return "\n".join(line.strip() for line in lines[start:])
+    starts = ("  CUDA ", "  NCCL ")
+    first, end = (i for i, line in enumerate(lines) if line.startswith(starts))
+    return "\n".join(line.strip() for line in lines[first:end])
 
 
 def compiled(command):

@@ -127,6 +127,43 @@ PLANTED = {
     ),
 }
 
+# In comm/nccl.c, likewise.
+SUMS = ("test_gpu_nccl", "lists_of_all_types_are_summed_in_one_group")
+PLANTED_NCCL = {
+    "a call returns before its work is on the lanes": (
+        "if (state == KV_NCCL_SUCCESS)",
+        "if (is_fine(state))",
+        SUMS,
+    ),
+    "a sum is in another lane": ("member, lanes[member]", "member, lanes[0]", SUMS),
+    "devices take part without a group": (
+        "int result = nccl->library->ncclGroupStart();",
+        "int result = KV_NCCL_SUCCESS;",
+        SUMS,
+    ),
+    "a type is another one": ("kv_nccl_dtype(job->dtype)", "7", SUMS),
+    "a broadcast comes from another device": (
+        "first_rank + member == root",
+        "first_rank + member == 0",
+        ("test_gpu_nccl", "one_device_gives_its_values_to_all"),
+    ),
+    "two threads are inside": (
+        "bool is_entered = !is_over && !nccl->is_entered;",
+        "bool is_entered = !is_over;",
+        ("test_gpu_nccl_failures", "a_signal_handler_does_not_wait_for_itself"),
+    ),
+    "a communicator is not aborted": (
+        "if (nccl->members[i].comm != NULL)",
+        "if (nccl->members[i].comm != NULL && i > 0)",
+        ("test_gpu_nccl_failures", "a_group_that_does_not_begin_is_aborted"),
+    ),
+    "a lost group is used": (
+        "bool is_over = nccl->is_lost ||",
+        "bool is_over =",
+        ("test_gpu_nccl_failures", "an_error_in_a_call_ends_the_group"),
+    ),
+}
+
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or shutil.which("gcc") is None,
     reason="the emulation is built with gcc and g++, one of which is missing here",
@@ -138,9 +175,16 @@ def programs():
     return plugin.programs()
 
 
-def run(program, library, *names, seeds=None):
+@pytest.fixture(scope="module")
+def nccl(tmp_path_factory):
+    return plugin.nccl(tmp_path_factory.mktemp("nccl") / "libnccl.so.2")
+
+
+def run(program, library, *names, seeds=None, nccl=None):
     """The program's status and what it printed."""
     env = {**os.environ, "KVSTORE_CUDA_PLUGIN": str(library)}
+    if nccl is not None:
+        env["KVSTORE_NCCL"] = str(nccl)
     if seeds is not None:
         env["KVSTORE_CUDA_SEEDS"] = str(seeds)
     done = subprocess.run(
@@ -166,8 +210,8 @@ def test_the_emulation_shows_mistakes(tmp_path):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_program_passes_on_the_emulation(programs, emulated, name):
-    status, output = run(programs[name], emulated)
+def test_program_passes_on_the_emulation(programs, emulated, nccl, name):
+    status, output = run(programs[name], emulated, nccl=nccl)
     assert status == 0 and "ok " in output, output
 
 
@@ -178,3 +222,12 @@ def test_a_planted_mistake_is_noticed(programs, tmp_path, mistake):
     status, output = run(programs[program], library, name, seeds=8)
     assert status != 0 and re.search(r"\.[ch]:\d+: ", output), output
     assert "KVSTORE_CUDA_PLUGIN" not in output, output
+
+
+@pytest.mark.parametrize("mistake", PLANTED_NCCL)
+def test_a_planted_mistake_with_nccl_is_noticed(emulated, nccl, tmp_path, mistake):
+    old, new, (program, name) = PLANTED_NCCL[mistake]
+    program = plugin.planted_core(tmp_path, "comm/nccl.c", old, new, program)
+    status, output = run(program, emulated, name, seeds=8, nccl=nccl)
+    assert status != 0, output
+    assert re.search(r"\.[ch]:\d+: ", output) or status < 0, output

@@ -367,6 +367,14 @@ void emu_run_all(void)
     close_all();
 }
 
+void emu_run_some(void)
+{
+    std::lock_guard<std::mutex> guard(lock);
+    begin_locked();
+    step_a_little();
+    close_all();
+}
+
 static int64_t counter_locked(const std::string &name)
 {
     int64_t count = 0;
@@ -404,6 +412,19 @@ int64_t emu_counter(const char *name)
     std::lock_guard<std::mutex> guard(lock);
     begin_locked();
     return counter_locked(name);
+}
+
+int emu_current_device(void)
+{
+    int device = 0;
+    cudaGetDevice(&device);
+    return device;
+}
+
+void emu_tell(const char *sentence)
+{
+    std::lock_guard<std::mutex> guard(lock);
+    mistake(cudaErrorUnknown, "%s", sentence);
 }
 
 const char *emu_report(void)

@@ -115,6 +115,7 @@ struct Behind {
 struct Operation {
     std::function<void()> work; /* may be none */
     std::vector<Behind> behind;
+    std::function<bool()> may_begin; /* asked when it comes to it; may be none */
 };
 
 struct Stream {
@@ -133,8 +134,10 @@ struct Event {
 
 void streams_reset(int devices);
 size_t add_stream(int device, bool blocking);
-void enqueue(size_t stream, std::function<void()> work, std::vector<Behind> behind = {});
+void enqueue(size_t stream, std::function<void()> work, std::vector<Behind> behind = {},
+             std::function<bool()> may_begin = {});
 bool step();
+void step_a_little();
 void run_until_done(size_t stream, uint64_t count);
 /* The stream's number, its device's error, or cudaErrorInvalidResourceHandle. */
 cudaError_t find_stream(cudaStream_t handle, size_t *out);

@@ -31,6 +31,9 @@ EMU_CONTROL void emu_fail_call(const char *name, int64_t n, int error);
 /* Runs everything that is queued. */
 EMU_CONTROL void emu_run_all(void);
 
+/* Runs a few operations or none, as a query does. */
+EMU_CONTROL void emu_run_some(void);
+
 /* How many: "launches" (kernels run), "copies" (done), "queued" (operations not run yet),
  * "mistakes" (sentences written), "live_allocations", "live_bytes" (of devices that live),
  * "live_pinned", "live_streams", "live_events"; or, by the name of one of the runtime's calls, how
@@ -39,6 +42,31 @@ EMU_CONTROL int64_t emu_counter(const char *name);
 
 /* The last sentence about a mistake, "" if there is none since emu_reset. Valid until the next. */
 EMU_CONTROL const char *emu_report(void);
+
+/* For other libraries that work on devices (emu_nccl.cpp). An array that work touches, in the
+ * memory of a device. */
+typedef struct emu_array {
+    int device;
+    const void *pointer;
+    size_t bytes;
+} emu_array_t;
+
+/* Puts one piece of work into several streams of different devices: it begins when each of them
+ * has come to it and all the devices live, and each goes on when it is done. `begin(context)` is
+ * asked by the executor, which must not be called by it: 1: run(context) is called, once; 0: not
+ * yet; -1: it is left out, also where a device is lost. drop(context) is called once, in the end.
+ * The arrays must lie whole in their devices' memory. Gives a cudaError_t; if that is not 0,
+ * nothing was put anywhere and nothing will be called. */
+EMU_CONTROL int emu_together(const char *caller, int num_streams, const int *devices,
+                             void *const *streams, int num_arrays, const emu_array_t *arrays,
+                             int (*begin)(void *context), void (*run)(void *context),
+                             void (*drop)(void *context), void *context);
+
+/* The calling thread's. */
+EMU_CONTROL int emu_current_device(void);
+
+/* Tells a mistake as the emulation's own are told. */
+EMU_CONTROL void emu_tell(const char *sentence);
 
 #ifdef __cplusplus
 }

@@ -2,6 +2,7 @@
 #include "emu.h"
 
 #include <cstring>
+#include <memory>
 
 namespace emu
 {
@@ -46,7 +47,8 @@ cudaError_t find_stream(cudaStream_t handle, size_t *out)
 
 /* The default stream is behind all earlier work of the blocking streams of its device, and before
  * their later work. */
-void enqueue(size_t number, std::function<void()> work, std::vector<Behind> behind)
+void enqueue(size_t number, std::function<void()> work, std::vector<Behind> behind,
+             std::function<bool()> may_begin)
 {
     Stream &stream = state.streams[number];
     size_t legacy = state.devices[stream.device].legacy;
@@ -57,7 +59,7 @@ void enqueue(size_t number, std::function<void()> work, std::vector<Behind> behi
         if (i != number && ordered && other.done < other.issued)
             behind.push_back({i, other.issued});
     }
-    stream.queue.push_back({std::move(work), std::move(behind)});
+    stream.queue.push_back({std::move(work), std::move(behind), std::move(may_begin)});
     stream.issued++;
 }
 
@@ -65,10 +67,11 @@ static bool may_begin(const Stream &stream)
 {
     if (stream.queue.empty())
         return false;
-    for (const Behind &behind : stream.queue.front().behind)
+    const Operation &next = stream.queue.front();
+    for (const Behind &behind : next.behind)
         if (state.streams[behind.stream].done < behind.count)
             return false;
-    return true;
+    return !next.may_begin || next.may_begin();
 }
 
 /* Runs one operation, of the stream with the highest rank, which now and then gets a new one: so a
@@ -95,10 +98,13 @@ void run_until_done(size_t stream, uint64_t count)
 {
     while (state.streams[stream].done < count && step())
         ;
+    if (state.streams[stream].done < count)
+        mistake(cudaErrorUnknown, "a wait for a stream of device %d would never end",
+                state.streams[stream].device);
     release_pools();
 }
 
-static void step_a_little()
+void step_a_little()
 {
     for (uint64_t n = random_below(4); n > 0 && step(); n--)
         ;
@@ -199,9 +205,88 @@ static cudaError_t copy(const char *caller, void *to, const void *from, size_t b
     return cudaSuccess;
 }
 
+/* ------------------------------------------------------------------- work of several streams */
+
+/* The first stream does it, behind the others, which wait for it. */
+static void enqueue_together(const char *caller, const std::vector<size_t> &streams,
+                             const std::vector<int> &devices, std::function<int()> begin,
+                             std::function<void()> run)
+{
+    std::vector<Behind> arrived;
+    for (size_t stream : streams) {
+        enqueue(stream, nullptr);
+        arrived.push_back({stream, state.streams[stream].issued});
+    }
+    auto may_begin = [=] {
+        bool live = true;
+        for (int device : devices)
+            live = live && state.devices[device].dead == cudaSuccess;
+        int answer = begin();
+        return answer < 0 || (answer > 0 && live);
+    };
+    auto work = [=] {
+        std::string where;
+        open_all();
+        if (begin() > 0 && !guarded(run, &where))
+            for (int device : devices)
+                kill_device(device, mistake(cudaErrorIllegalAddress, "%s touched %s", caller,
+                                            where.c_str()));
+    };
+    enqueue(streams[0], work, arrived, may_begin);
+    Behind done = {streams[0], state.streams[streams[0]].issued};
+    for (size_t i = 1; i < streams.size(); i++)
+        enqueue(streams[i], nullptr, {done});
+}
+
+static cudaError_t check_array(const char *caller, const emu_array_t &array)
+{
+    Place found = place(array.pointer, array.bytes);
+    if (!found.whole || found.where != ON_DEVICE || found.device != array.device)
+        return mistake(cudaErrorInvalidValue, "%s of %zu bytes %s: not an array of device %d",
+                       caller, array.bytes, describe(array.pointer).c_str(), array.device);
+    return state.devices[array.device].dead;
+}
+
+/* As a library does that makes the device of the stream current. */
+static cudaError_t find_stream_of(int device, cudaStream_t handle, size_t *out)
+{
+    int before = this_thread().device;
+    this_thread().device = device;
+    cudaError_t error = find_stream(handle, out);
+    this_thread().device = before;
+    if (error == cudaSuccess && state.streams[*out].device != device)
+        return mistake(cudaErrorInvalidResourceHandle, "a stream of device %d is used for %d",
+                       state.streams[*out].device, device);
+    return error;
+}
+
 } // namespace emu
 
 using namespace emu;
+
+int emu_together(const char *caller, int num_streams, const int *devices, void *const *streams,
+                 int num_arrays, const emu_array_t *arrays, int (*begin)(void *),
+                 void (*run)(void *), void (*drop)(void *), void *context)
+{
+    return call("emu_together", ANYWHERE, [&] {
+        std::vector<size_t> found((size_t)num_streams);
+        for (int i = 0; i < num_streams; i++) {
+            cudaError_t error = find_stream_of(devices[i], (cudaStream_t)streams[i], &found[i]);
+            if (error != cudaSuccess)
+                return error;
+        }
+        for (int i = 0; i < num_arrays; i++) {
+            cudaError_t error = check_array(caller, arrays[i]);
+            if (error != cudaSuccess)
+                return error;
+        }
+        std::shared_ptr<void> held(context, drop);
+        enqueue_together(
+            caller, found, {devices, devices + num_streams}, [=] { return begin(held.get()); },
+            [=] { run(held.get()); });
+        return cudaSuccess;
+    });
+}
 
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream)
