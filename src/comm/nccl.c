@@ -286,12 +286,12 @@ static int begin(kv_nccl_t *nccl, const kv_nccl_id_t *id, const kv_device_api_t 
 static kv_status_t join(kv_nccl_t *nccl, const kv_nccl_id_t *id, const int *devices,
                         kv_caller_t *caller)
 {
-    kv_device_scope_t scope;
+    const kv_device_api_t *api;
     KV_TRY(kv_nccl_library(&nccl->library));
-    KV_TRY(kv_device_enter(&scope));
-    kv_status_t status = check_devices(nccl->num_members, devices, scope.api);
-    int result = status == KV_OK ? begin(nccl, id, scope.api) : KV_NCCL_SUCCESS;
-    kv_device_leave(&scope);
+    KV_TRY(kv_device_enter(&api));
+    kv_status_t status = check_devices(nccl->num_members, devices, api);
+    int result = status == KV_OK ? begin(nccl, id, api) : KV_NCCL_SUCCESS;
+    kv_device_leave();
     KV_TRY(status);
     patience_t patience_ = patience(caller, KV_DEVICE_WAIT_NS);
     nccl->is_entered = true;
