@@ -1,6 +1,7 @@
 """Stores by name: ``create``, the abstract class of stores, and the registry of users' own."""
 
 import abc
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable
@@ -119,7 +120,17 @@ def create(name: str = "local", **options: Any) -> Any:
         make = _registered.get(name.lower())
         if make is None and name.lower() in _core.kinds() and name.lower().startswith("dist"):
             return _create_dist(name, options)
+        if make is None and name.lower() == "nccl":
+            _open_nccl()
     return _core.KVStore(name, **options) if make is None else make(**options)
+
+
+def _open_nccl() -> None:
+    """Lets the core find NCCL in its package. What is wrong with it the core tells itself."""
+    from ._about import nccl_folder
+
+    with contextlib.suppress(NotBuiltError):
+        _core.nccl_library(nccl_folder())
 
 
 _STORE_OPTIONS = ("timeout", "deterministic", "num_threads")
