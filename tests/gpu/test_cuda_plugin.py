@@ -263,7 +263,7 @@ def test_cuda_arrays_are_refused_by_key_and_nothing_changes(emulated, tmp_path, 
             assert error.endswith("tells of memory at 0x1000, which is on no CUDA device")
         else:
             assert error.startswith("NotBuiltError: ") and who in error
-            assert "is in device memory (CUDA);" in error and "move it there first" in error
+            assert "is in CUDA memory, which cannot be used here: " in error
             assert error.endswith("name the file of a plug-in, or auto")
     assert last == "[0.0, 0.0, 0.0] ['w']"
 
@@ -271,5 +271,5 @@ def test_cuda_arrays_are_refused_by_key_and_nothing_changes(emulated, tmp_path, 
 def test_a_cuda_array_where_no_driver_is_is_a_device_error(small):
     code = "kv = kvstore.create(); print(caught(kv.init, 'w', Cuda())); kv.close()"
     out = python(code, small("none", "DEVICES=0"))
-    assert out.startswith("DeviceError: the value of key 'w' is in device memory")
-    assert "Besides, there is no CUDA device here" in out
+    assert out.startswith("DeviceError: the value of key 'w' is in CUDA memory, which cannot be")
+    assert "there is no CUDA device here" in out
