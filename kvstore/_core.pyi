@@ -11,10 +11,16 @@ import numpy.typing as npt
 class _SupportsDLPack(Protocol):
     def __dlpack__(self, *, stream: Any = None) -> Any: ...
 
+class _SupportsCUDA(Protocol):
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
 class _Buffer(Protocol):
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
-_Array: TypeAlias = np.ndarray[Any, Any] | NDArray | RowSparse | _SupportsDLPack | _Buffer
+_Array: TypeAlias = (
+    np.ndarray[Any, Any] | NDArray | RowSparse | _SupportsDLPack | _SupportsCUDA | _Buffer
+)
 _Key: TypeAlias = str | SupportsIndex
 # Lists and tuples; of n keys with n arrays or n lists of arrays.
 _Keys: TypeAlias = _Key | Sequence[_Key]

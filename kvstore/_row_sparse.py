@@ -49,7 +49,9 @@ def from_torch(tensor: Any) -> RowSparse:
         kind = getattr(tensor, "layout", type(tensor).__name__)
         raise ArrayTypeError(f"from_torch takes a tensor of layout torch.sparse_coo, not {kind}")
     if tensor.device.type != "cpu":
-        raise ArrayTypeError(f"from_torch takes a tensor on the CPU, not on {tensor.device}")
+        raise ArrayTypeError(
+            f"from_torch takes a tensor on the CPU, not on {tensor.device}: pass its .cpu()"
+        )
     if tensor.sparse_dim() == 0:
         raise InvalidArgumentError("from_torch takes a tensor with a sparse dimension")
     tensor = tensor.detach().coalesce()

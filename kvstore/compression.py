@@ -39,10 +39,11 @@ def encode(
     Parameters
     ----------
     gradient : array
-        Of type float64, float32, float16 or bfloat16, in host memory; any shape. Not changed.
+        Of type float64, float32, float16 or bfloat16; any shape. Not changed. A CUDA array is
+        copied to the host.
     residual : array
-        Of the gradient's shape, float32 (for a float64 gradient float64), writable; it starts as
-        zeros and is updated in place. It shares no memory with the gradient.
+        Of the gradient's shape, float32 (for a float64 gradient float64), writable, in host memory;
+        it starts as zeros and is updated in place. It shares no memory with the gradient.
     params : dict
         ``type``: ``'2bit'`` or ``'1bit'``; ``threshold``: a number, 0.5 if it is not given. It is
         rounded to float32, except for a float64 gradient.

@@ -126,7 +126,9 @@ typedef struct kv_call {
      * return before; all foreign memory then stays valid until `hold` is released (`hold` may be
      * NULL when every view is an array of ours). An updater makes any call synchronous. */
     bool async;
-    kv_hold_t *hold;      /* the call takes shares of its own */
+    /* The call takes shares of its own: until asynchronous work is done, and, whatever the call is,
+     * until devices are done with CUDA memory, which stays valid so long. */
+    kv_hold_t *hold;
     kv_handle_t **handle; /* may be NULL; set when an asynchronous call succeeds: one share for the
                              caller. With an updater NULL: everything is done already */
     bool checked;         /* out: all checks passed, so an error comes from the work itself */
@@ -178,6 +180,9 @@ typedef struct kv_update {
     int ndim;
     const int64_t *shape;
     kv_buffer_t *recv, *stored;
+    int device;   /* where both buffers are: a CUDA device's number; -1: the host */
+    void *stream; /* of that device: what is put on it finds the buffers' elements, and what is put
+                     on it after the updater finds them as the updater has left them */
     const kv_rowset_t *recv_rows;
     kv_rowset_t *stored_rows;
     const kv_view_t *first; /* the first pushed value: tells the array library */

@@ -8,6 +8,7 @@
 #include "py/py.h"
 
 #include "base/memory.h"
+#include "py/cuda_in.h"
 #include "py/dlpack.h"
 #include <string.h>
 
@@ -92,71 +93,6 @@ static int buffer_in(kv_state_t *state, PyObject *object, kv_view_t *view, kv_le
     return 1;
 }
 
-/* ------------------------------------------------------------------ __cuda_array_interface__ */
-
-/* What is needed to tell its owner what is wrong with it; the memory stays where it is. The same
- * results as above. */
-static int cuda_in(kv_state_t *state, PyObject *object, kv_view_t *view, kv_lease_t *lease)
-{
-    PyObject *interface = NULL, *shape = NULL, *type = NULL;
-    int64_t *extents = NULL;
-    int result = -1;
-    interface = PyObject_GetAttrString(object, "__cuda_array_interface__");
-    if (interface == NULL) {
-        if (PyErr_ExceptionMatches(PyExc_AttributeError)) {
-            PyErr_Clear();
-            result = 0;
-        }
-        goto end;
-    }
-    shape = PyMapping_GetItemString(interface, "shape");
-    type = PyMapping_GetItemString(interface, "typestr");
-    if (shape == NULL || type == NULL)
-        goto end;
-    Py_ssize_t ndim = PyTuple_Check(shape) ? PyTuple_GET_SIZE(shape) : KV_MAX_DIMS + 1;
-    if (ndim > KV_MAX_DIMS) {
-        kv_py_fail(state, KV_BAD_TYPE, "the shape of an array is no tuple of at most %d numbers",
-                   KV_MAX_DIMS);
-        goto end;
-    }
-    extents = kv_alloc((size_t)ndim * sizeof *extents);
-    if (extents == NULL) {
-        PyErr_NoMemory();
-        goto end;
-    }
-    for (Py_ssize_t i = 0; i < ndim; i++) {
-        extents[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));
-        if (extents[i] == -1 && PyErr_Occurred())
-            goto end;
-    }
-    kv_dtype_t dtype = kv_numpy_dtype(state, type);
-    if (dtype == KV_DTYPE_NONE)
-        goto end;
-    size_t bytes;
-    *view = (kv_view_t){
-        .shape = extents,
-        .ndim = (int32_t)ndim,
-        .dtype = (uint8_t)dtype,
-        .flags = KV_VIEW_DEVICE | KV_VIEW_CUDA,
-        .device = -1,
-        .owner = object,
-    };
-    kv_status_t status = kv_shape_size(dtype, (int)ndim, extents, &view->count, &bytes);
-    if (status != KV_OK) {
-        kv_py_raise(state, status);
-        goto end;
-    }
-    *lease = (kv_lease_t){.owner = Py_NewRef(object), .data = extents, .drop = kv_free};
-    extents = NULL;
-    result = 1;
-end:
-    kv_free(extents);
-    Py_XDECREF(type);
-    Py_XDECREF(shape);
-    Py_XDECREF(interface);
-    return result;
-}
-
 /* -------------------------------------------------------------------------------- refusals */
 
 static void refuse(kv_state_t *state, PyObject *object)
@@ -219,7 +155,7 @@ bool kv_py_array_in(kv_state_t *state, PyObject *object, bool for_out, kv_view_t
     if (known == 0)
         known = buffer_in(state, object, view, lease);
     if (known == 0)
-        known = cuda_in(state, object, view, lease);
+        known = kv_cuda_array_in(state, object, view, lease);
     if (known > 0)
         return true;
     *lease = (kv_lease_t){.owner = NULL};

@@ -298,6 +298,7 @@ bool kv_args_init(kv_args_t *args, kv_state_t *state, const char *verb, PyObject
     args->verb = verb;
     args->python_ran = false;
     args->row_ids = NULL;
+    args->kept = NULL;
     views_init(&args->values);
     views_init(&args->outs);
     if (!take_keys(args, key) ||
@@ -332,6 +333,73 @@ bool kv_args_init(kv_args_t *args, kv_state_t *state, const char *verb, PyObject
 error:
     kv_args_fini(args);
     return false;
+}
+
+/* ------------------------------------------------------------------- CUDA arrays of a call */
+
+typedef struct keep {
+    kv_hold_t hold;
+    kv_release_t release;
+    int64_t count;
+    kv_lease_t leases[];
+} keep_t;
+
+static keep_t *keep_of(kv_hold_t *hold)
+{
+    return (keep_t *)((char *)hold - offsetof(keep_t, hold));
+}
+
+static void release_keep(kv_release_t *release)
+{
+    keep_t *keep = (keep_t *)((char *)release - offsetof(keep_t, release));
+    for (int64_t i = 0; i < keep->count; i++)
+        kv_lease_drop(&keep->leases[i]);
+    kv_free(keep);
+    kv_count(KV_COUNT_HOLDS, -1);
+}
+
+static void release_keep_later(kv_hold_t *hold)
+{
+    kv_py_release_later(&keep_of(hold)->release);
+}
+
+static int64_t count_cuda(const kv_views_t *views)
+{
+    int64_t count = 0;
+    for (int64_t i = 0; i < views->count; i++)
+        count += (views->views[i].flags & KV_VIEW_CUDA) != 0;
+    return count;
+}
+
+static void move_leases(kv_views_t *views, keep_t *keep)
+{
+    for (int64_t i = 0; i < views->count; i++) {
+        if (!(views->views[i].flags & KV_VIEW_CUDA))
+            continue;
+        keep->leases[keep->count++] = views->leases[i];
+        views->leases[i] = (kv_lease_t){.owner = NULL};
+    }
+}
+
+bool kv_args_keep(kv_args_t *args)
+{
+    int64_t count = count_cuda(&args->values) + count_cuda(&args->outs);
+    if (KV_LIKELY(count == 0))
+        return true;
+    keep_t *keep = kv_alloc(sizeof *keep + (size_t)count * sizeof keep->leases[0]);
+    if (keep == NULL) {
+        PyErr_NoMemory();
+        return false;
+    }
+    atomic_init(&keep->hold.refs, 1);
+    keep->hold.release = release_keep_later;
+    keep->release.free = release_keep;
+    keep->count = 0;
+    move_leases(&args->values, keep);
+    move_leases(&args->outs, keep);
+    kv_count(KV_COUNT_HOLDS, 1);
+    args->kept = args->call.hold = &keep->hold;
+    return true;
 }
 
 /* --------------------------------------------------------------------------------- row ids */
@@ -427,6 +495,9 @@ bool kv_args_row_ids(kv_args_t *args, PyObject *row_ids)
 
 void kv_args_fini(kv_args_t *args)
 {
+    if (args->kept != NULL && atomic_fetch_sub(&args->kept->refs, 1) == 1)
+        release_keep(&keep_of(args->kept)->release);
+    args->kept = NULL;
     for (int64_t i = 0; args->row_ids != NULL && i < args->outs.count; i++)
         kv_buffer_rele(args->row_ids[i].ids);
     kv_free(args->row_ids);

@@ -35,6 +35,7 @@ typedef struct kv_args {
     PyObject *local_keys[KV_LOCAL_ITEMS];
     kv_hold_t hold; /* heap only */
     kv_release_t release;
+    kv_hold_t *kept; /* a share, or NULL; see kv_args_keep */
 } kv_args_t;
 
 /* Converts. `value` and `out` may be NULL; `single`: exactly one value a key (init). With
@@ -48,6 +49,10 @@ bool kv_args_row_ids(kv_args_t *args, PyObject *row_ids);
  * reshape one, and a view points into the array. From here to the end of the checks none may run.
  * False with an exception; the call must still be ended. */
 bool kv_args_look_again(kv_args_t *args);
+/* What a synchronous call has put on a device may run after it: the hold that the call gets takes
+ * over what keeps its CUDA arrays valid. Afterwards kv_args_look_again must not be called. False
+ * with an exception; the call must still be ended. */
+bool kv_args_keep(kv_args_t *args);
 /* Leaves an empty call; may be called again. */
 void kv_args_fini(kv_args_t *args);
 

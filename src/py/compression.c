@@ -27,7 +27,7 @@ static void drop(operand_t *operand)
 
 /* ------------------------------------------------------------------------------ arguments */
 
-/* An array in host memory of an element type that the store can hold. */
+/* An array within reach of an element type that the store can hold. */
 static bool take(kv_state_t *state, const char *what, PyObject *object, bool for_out,
                  operand_t *operand)
 {
@@ -36,9 +36,15 @@ static bool take(kv_state_t *state, const char *what, PyObject *object, bool for
     const kv_view_t *view = &operand->view;
     if (view->sparse != NULL)
         kv_py_fail(state, KV_BAD_TYPE, "%s must be a dense array, not a RowSparse", what);
-    else if (view->flags & KV_VIEW_DEVICE)
-        kv_py_fail(state, KV_BAD_TYPE, "%s must be in host memory: bring '%.100s' there first",
+    else if (kv_view_beyond(view))
+        kv_py_fail(state, KV_BAD_TYPE,
+                   "%s must be in memory of the host or of a CUDA device: bring '%.100s' to the "
+                   "host first",
                    what, Py_TYPE(object)->tp_name);
+    else if (for_out && (view->flags & KV_VIEW_DEVICE))
+        kv_py_fail(state, KV_BAD_TYPE,
+                   "%s is changed in place and must be in host memory, where '%.100s' is not", what,
+                   Py_TYPE(object)->tp_name);
     else if (view->dtype == KV_DTYPE_NONE)
         kv_py_fail(state, KV_BAD_TYPE, "%s cannot have elements of type %.100s", what,
                    view->type_name);
@@ -146,23 +152,24 @@ static bool parse_coding(kv_state_t *state, const char *type, double threshold, 
 
 /* ----------------------------------------------------------------------------------- work */
 
-/* Room for the elements of an array that is not contiguous. */
-static bool stage(operand_t *operand)
+/* Room for the elements of an array that is not contiguous; and those of a CUDA array. */
+static bool stage(kv_state_t *state, operand_t *operand)
 {
     const kv_view_t *view = &operand->view;
     operand->data = view->data;
-    if (view->strides == NULL)
+    if (view->strides == NULL && !(view->flags & KV_VIEW_DEVICE))
         return true;
     operand->data = operand->staged =
         kv_alloc_elements((size_t)view->count * kv_dtype_bytes((kv_dtype_t)view->dtype));
     if (operand->staged == NULL)
         PyErr_NoMemory();
-    return operand->staged != NULL;
+    return operand->staged != NULL &&
+           (!(view->flags & KV_VIEW_DEVICE) || kv_view_copy_out(state, view, operand->staged));
 }
 
 static void gather(operand_t *operand)
 {
-    if (operand->staged != NULL)
+    if (operand->staged != NULL && !(operand->view.flags & KV_VIEW_DEVICE))
         kv_view_gather(&operand->view, operand->staged);
 }
 
@@ -225,7 +232,7 @@ static bool run(kv_state_t *state, job_t *job, void (*chunk)(void *context, int6
         if (array != NULL)
             deps[num_deps++] =
                 (kv_dep_t){.var = &array->var, .access = i == 1 ? KV_WRITE : KV_READ};
-        if (!stage(&job->operands[i]))
+        if (!stage(state, &job->operands[i]))
             return false;
     }
     kv_py_caller_init(&caller, KV_PY_DEFAULT_TIMEOUT_NS);

@@ -5,6 +5,8 @@
  * ml_dtypes.
  */
 #include "py/py.h"
+
+#include "comm/device.h"
 #include <string.h>
 
 PyObject *kv_numpy_function(const char *function)
@@ -227,10 +229,24 @@ static PyObject *create_full(PyObject *module, PyObject *const *args, Py_ssize_t
 
 /* ------------------------------------------------------------------------ arrays of others */
 
+static bool fetch(kv_state_t *state, const kv_view_t *view, void *data)
+{
+    kv_py_caller_t caller;
+    kv_py_caller_init(&caller, KV_PY_DEFAULT_TIMEOUT_NS);
+    kv_caller_detach(&caller.base);
+    kv_status_t status = kv_device_fetch(view, data, &caller.base);
+    kv_caller_attach(&caller.base);
+    if (status != KV_OK)
+        kv_py_raise(state, status);
+    return status == KV_OK;
+}
+
 bool kv_view_copy_out(kv_state_t *state, const kv_view_t *view, void *data)
 {
     if (view->array != NULL)
         return kv_array_copy_out(state, view->array, view->array->dtype, data);
+    if (view->flags & KV_VIEW_DEVICE)
+        return fetch(state, view, data);
     size_t bytes = (size_t)view->count * kv_dtype_bytes((kv_dtype_t)view->dtype);
     PyThreadState *thread = bytes >= KV_DETACH_BYTES ? PyEval_SaveThread() : NULL;
     if (view->strides != NULL)
@@ -278,10 +294,12 @@ static PyObject *copy_converted(kv_state_t *state, PyObject *source, const kv_vi
     PyObject *own = NULL, *numbers = NULL, *type = NULL, *changed = NULL, *result = NULL;
     kv_view_t changed_view;
     kv_lease_t lease;
-    if (view->dtype == KV_BFLOAT16) {
+    if (view->dtype == KV_BFLOAT16 || (view->flags & KV_VIEW_DEVICE)) {
         own = copy_view(state, view);
         if (own != NULL)
-            numbers = kv_array_numpy(state, kv_ndarray_array(state, own), KV_FLOAT32);
+            numbers =
+                kv_array_numpy(state, kv_ndarray_array(state, own),
+                               view->dtype == KV_BFLOAT16 ? KV_FLOAT32 : (kv_dtype_t)view->dtype);
     } else {
         numbers = kv_numpy_call(state, "asarray", source);
     }
@@ -331,11 +349,16 @@ static PyObject *create_array(PyObject *module, PyObject *const *args, Py_ssize_
         return NULL;
     if (!kv_py_array_in(state, source, false, &view, &lease))
         goto end;
-    if (view.flags & KV_VIEW_DEVICE)
+    if (kv_view_beyond(&view))
         kv_py_fail(state, KV_BAD_TYPE,
-                   "kvstore.array copies host memory: bring '%.100s' to the "
-                   "host first",
+                   "kvstore.array copies memory of the host and of CUDA devices: bring '%.100s' to "
+                   "the host first",
                    Py_TYPE(source)->tp_name);
+    else if ((view.flags & KV_VIEW_DEVICE) && view.dtype == KV_DTYPE_NONE)
+        kv_py_fail(state, KV_BAD_TYPE,
+                   "an array cannot hold elements of type %.100s: convert them, or bring '%.100s' "
+                   "to the host first",
+                   view.type_name, Py_TYPE(source)->tp_name);
     else if (view.dtype != KV_DTYPE_NONE && (target == KV_DTYPE_NONE || target == view.dtype))
         result = copy_view(state, &view);
     else if (target != KV_DTYPE_NONE)
@@ -358,7 +381,8 @@ PyDoc_STRVAR(array_doc,
              "Parameters\n"
              "----------\n"
              "object : array or list of numbers\n"
-             "    Anything with DLPack or the buffer protocol; lists go through `numpy.asarray`.\n"
+             "    Anything with DLPack or the buffer protocol, in memory of the host or, if it\n"
+             "    is contiguous, of a CUDA device; lists go through `numpy.asarray`.\n"
              "dtype : dtype-like, optional\n"
              "    Element type to convert to. By default that of `object`.\n\n"
              "Returns\n"

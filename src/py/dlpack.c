@@ -7,9 +7,13 @@
  * PyTorch's table hands out tensors that are to be negated when read (x.conj().imag is one) without
  * a word. Types that have is_neg() are asked for that first. is_conj() needs no question: only
  * complex tensors can have it, and those are refused for their type.
+ *
+ * A tensor of a CUDA device is ready in the order of some stream: that which the table or the
+ * library calls current, else the store's own, for which __dlpack__ is asked once more. The first
+ * time it is asked without a stream, so that tensors in host memory cost nothing.
  */
 #include "py/dlpack.h"
-#include "py/py.h"
+#include "py/cuda_in.h"
 
 #include "base/memory.h"
 #include <inttypes.h>
@@ -112,25 +116,26 @@ typedef struct owned {
 } owned_t;
 
 /* Deleters may run Python, and leases are dropped while exceptions are on their way. */
-#define DELETE(managed)                                                                            \
+#define KEEP_EXCEPTION(action)                                                                     \
     do {                                                                                           \
         PyObject *type, *value, *trace;                                                            \
         PyErr_Fetch(&type, &value, &trace);                                                        \
-        if ((managed)->deleter != NULL)                                                            \
-            (managed)->deleter(managed);                                                           \
+        action;                                                                                    \
         PyErr_Restore(type, value, trace);                                                         \
     } while (0)
 
 static void drop_versioned(void *data)
 {
     kv_dl_versioned_t *managed = data;
-    DELETE(managed);
+    if (managed->deleter != NULL)
+        KEEP_EXCEPTION(managed->deleter(managed));
 }
 
 static void drop_legacy(void *data)
 {
     kv_dl_managed_t *managed = data;
-    DELETE(managed);
+    if (managed->deleter != NULL)
+        KEEP_EXCEPTION(managed->deleter(managed));
 }
 
 /* A tensor with what the view needs besides: strides in bytes, or the name of its type. */
@@ -247,6 +252,11 @@ static bool fill(kv_state_t *state, PyObject *object, const owned_t *owned, bool
                    (int)tensor->ndim);
         return false;
     }
+    if (is_cuda(tensor->device) && (tensor->device.id < 0 || tensor->device.id > INT16_MAX)) {
+        kv_py_fail(state, KV_BAD_TYPE, "a tensor names CUDA device %d, which cannot be",
+                   (int)tensor->device.id);
+        return false;
+    }
     kv_status_t status = kv_shape_size(dtype, tensor->ndim, tensor->shape, &count, &bytes);
     if (status != KV_OK) {
         kv_py_raise(state, status);
@@ -312,47 +322,69 @@ static bool check_version(kv_state_t *state, kv_dl_version_t version)
     return false;
 }
 
+/* 0 also for a tensor of a device whose stream the table cannot tell. */
 static int ask_table(kv_state_t *state, const kv_dl_exchange_t *exchange, PyObject *object,
                      bool for_out, kv_view_t *view, kv_lease_t *lease)
 {
     kv_dl_versioned_t *managed = NULL;
-    if (exchange->from_object(object, &managed) != 0 || managed == NULL) {
-        if (!PyErr_Occurred())
-            PyErr_SetString(PyExc_BufferError, "no tensor and no reason");
-        return -1;
-    }
+    void *stream;
+    if (exchange->from_object(object, &managed) != 0)
+        managed = NULL;
+    if (managed == NULL)
+        goto error;
     owned_t owned = {.managed = managed, .drop = drop_versioned};
-    if (check_version(state, managed->version)) {
-        owned.tensor = &managed->tensor;
-        owned.flags = managed->flags;
-        if (fill(state, object, &owned, for_out, view, lease))
-            return 1;
+    if (!check_version(state, managed->version))
+        goto error;
+    owned.tensor = &managed->tensor;
+    owned.flags = managed->flags;
+    bool cuda = is_cuda(owned.tensor->device);
+    if (cuda && exchange->current_stream == NULL) {
+        drop_versioned(managed);
+        return 0;
     }
-    drop_versioned(managed);
+    if (cuda && exchange->current_stream(KV_DL_CUDA, owned.tensor->device.id, &stream) != 0)
+        goto error;
+    if (!fill(state, object, &owned, for_out, view, lease))
+        goto error;
+    if (cuda)
+        kv_cuda_follow(view, stream);
+    return 1;
+error:
+    if (!PyErr_Occurred())
+        PyErr_SetString(PyExc_BufferError, "no tensor and no reason");
+    if (managed != NULL)
+        drop_versioned(managed);
     return -1;
 }
 
-static PyObject *call_dlpack(kv_state_t *state, PyObject *method)
+/* `stream` NULL: not mentioned. */
+static PyObject *call_dlpack(kv_state_t *state, PyObject *method, PyObject *stream)
 {
-    PyObject *version = NULL, *names = NULL, *capsule = NULL;
-    version = Py_BuildValue("(ii)", KV_DLPACK_MAJOR, KV_DLPACK_MINOR);
-    names = PyTuple_Pack(1, state->str_max_version);
-    if (version != NULL && names != NULL) {
-        capsule = PyObject_Vectorcall(method, &version, 0, names);
-        /* Producers older than the keyword. */
-        if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {
-            PyErr_Clear();
-            capsule = PyObject_CallNoArgs(method);
-        }
-    }
+    PyObject *names = NULL, *capsule = NULL;
+    PyObject *version = Py_BuildValue("(ii)", KV_DLPACK_MAJOR, KV_DLPACK_MINOR);
+    PyObject *given[] = {stream, version};
+    if (version == NULL)
+        return NULL;
+    names = stream != NULL ? PyTuple_Pack(2, state->str_stream, state->str_max_version)
+                           : PyTuple_Pack(1, state->str_max_version);
+    if (names != NULL)
+        capsule = PyObject_Vectorcall(method, stream != NULL ? given : &version, 0, names);
     Py_XDECREF(names);
-    Py_XDECREF(version);
+    Py_DECREF(version);
+    /* Producers older than the keyword. */
+    if (capsule != NULL || !PyErr_ExceptionMatches(PyExc_TypeError))
+        return capsule;
+    PyErr_Clear();
+    names = stream != NULL ? PyTuple_Pack(1, state->str_stream) : NULL;
+    if (stream == NULL || names != NULL)
+        capsule = PyObject_Vectorcall(method, &stream, 0, names);
+    Py_XDECREF(names);
     return capsule;
 }
 
 /* A tensor that takes part in autograd refuses __dlpack__; what is read or written here is no step
  * of a computation, so it is asked again as detached. Leaves the exception if that is no help. */
-static PyObject *call_detached(kv_state_t *state, PyObject *object)
+static PyObject *call_detached(kv_state_t *state, PyObject *object, PyObject *stream)
 {
     PyObject *type, *value, *trace;
     PyObject *requires = NULL, *detached = NULL, *method = NULL, *capsule = NULL;
@@ -360,7 +392,7 @@ static PyObject *call_detached(kv_state_t *state, PyObject *object)
     if (find_named(object, "requires_grad", &requires) && requires == Py_True &&
         (detached = PyObject_CallMethod(object, "detach", NULL)) != NULL &&
         find_attribute(detached, state->str_dlpack, &method) && method != NULL)
-        capsule = call_dlpack(state, method);
+        capsule = call_dlpack(state, method, stream);
     Py_XDECREF(method);
     Py_XDECREF(detached);
     Py_XDECREF(requires);
@@ -374,13 +406,80 @@ static PyObject *call_detached(kv_state_t *state, PyObject *object)
     return capsule;
 }
 
+/* What __dlpack__ gave. A capsule that is not renamed deletes its tensor itself. */
+typedef struct answer {
+    PyObject *capsule;
+    const char *used; /* the capsule's name once the tensor has been taken */
+    owned_t owned;
+} answer_t;
+
+/* Its destructor may run Python too. */
+static void drop_capsule(PyObject *capsule)
+{
+    KEEP_EXCEPTION(Py_XDECREF(capsule));
+}
+
+static bool ask(kv_state_t *state, PyObject *object, PyObject *method, PyObject *stream,
+                answer_t *answer)
+{
+    Py_CLEAR(answer->capsule);
+    PyObject *capsule = call_dlpack(state, method, stream);
+    if (capsule == NULL && PyErr_ExceptionMatches(PyExc_Exception))
+        capsule = call_detached(state, object, stream);
+    answer->capsule = capsule;
+    if (capsule == NULL)
+        return false;
+    if (PyCapsule_IsValid(capsule, KV_DL_CAPSULE_VERSIONED)) {
+        kv_dl_versioned_t *managed = PyCapsule_GetPointer(capsule, KV_DL_CAPSULE_VERSIONED);
+        if (!check_version(state, managed->version))
+            return false;
+        answer->owned = (owned_t){&managed->tensor, managed->flags, managed, drop_versioned};
+        answer->used = KV_DL_CAPSULE_VERSIONED_USED;
+        return true;
+    }
+    if (PyCapsule_IsValid(capsule, KV_DL_CAPSULE)) {
+        kv_dl_managed_t *managed = PyCapsule_GetPointer(capsule, KV_DL_CAPSULE);
+        answer->owned = (owned_t){&managed->tensor, 0, managed, drop_legacy};
+        answer->used = KV_DL_CAPSULE_USED;
+        return true;
+    }
+    kv_py_fail(state, KV_BAD_TYPE,
+               "__dlpack__ of a value of type '%.100s' gave no capsule with a tensor",
+               Py_TYPE(object)->tp_name);
+    return false;
+}
+
+/* Asks for a tensor of a device once more, now for work on the store's own stream. With no such
+ * device the answer stays as it is. */
+static bool ask_for_own(kv_state_t *state, PyObject *object, PyObject *method, answer_t *answer,
+                        void **stream)
+{
+    kv_dl_device_t device = answer->owned.tensor->device;
+    int there = kv_cuda_own_stream(state, device.id, stream);
+    if (there <= 0)
+        return there == 0;
+    PyObject *number = PyLong_FromVoidPtr(*stream);
+    bool asked = number != NULL && ask(state, object, method, number, answer);
+    Py_XDECREF(number);
+    if (!asked)
+        return false;
+    kv_dl_device_t now = answer->owned.tensor->device;
+    if (now.type == device.type && now.id == device.id)
+        return true;
+    kv_py_fail(state, KV_BAD_TYPE,
+               "__dlpack__ of a value of type '%.100s' gave a tensor on CUDA device %d, and then "
+               "one that is somewhere else",
+               Py_TYPE(object)->tp_name, (int)device.id);
+    return false;
+}
+
 static int ask_method(kv_state_t *state, PyObject *object, bool for_out, kv_view_t *view,
                       kv_lease_t *lease)
 {
-    PyObject *method = NULL, *capsule = NULL;
-    int result = -1;
-    const char *used = NULL;
-    owned_t owned;
+    PyObject *method = NULL;
+    answer_t answer = {.capsule = NULL};
+    int result = -1, follows = 0;
+    void *stream = NULL;
     if (!find_attribute(object, state->str_dlpack, &method))
         goto end;
     /* A class is no array, though its instances may be. */
@@ -388,34 +487,23 @@ static int ask_method(kv_state_t *state, PyObject *object, bool for_out, kv_view
         result = 0;
         goto end;
     }
-    capsule = call_dlpack(state, method);
-    if (capsule == NULL && PyErr_ExceptionMatches(PyExc_Exception))
-        capsule = call_detached(state, object);
-    if (capsule == NULL)
+    if (!ask(state, object, method, NULL, &answer))
         goto end;
-    if (PyCapsule_IsValid(capsule, KV_DL_CAPSULE_VERSIONED)) {
-        kv_dl_versioned_t *managed = PyCapsule_GetPointer(capsule, KV_DL_CAPSULE_VERSIONED);
-        if (!check_version(state, managed->version))
+    if (is_cuda(answer.owned.tensor->device)) {
+        follows = kv_cuda_library_stream(object, answer.owned.tensor->device.id, &stream);
+        if (follows < 0 || (follows == 0 && !ask_for_own(state, object, method, &answer, &stream)))
             goto end;
-        owned = (owned_t){&managed->tensor, managed->flags, managed, drop_versioned};
-        used = KV_DL_CAPSULE_VERSIONED_USED;
-    } else if (PyCapsule_IsValid(capsule, KV_DL_CAPSULE)) {
-        kv_dl_managed_t *managed = PyCapsule_GetPointer(capsule, KV_DL_CAPSULE);
-        owned = (owned_t){&managed->tensor, 0, managed, drop_legacy};
-        used = KV_DL_CAPSULE_USED;
-    } else {
-        kv_py_fail(state, KV_BAD_TYPE,
-                   "__dlpack__ of a value of type '%.100s' gave no capsule with a tensor",
-                   Py_TYPE(object)->tp_name);
-        goto end;
     }
-    /* From here on a capsule that is not renamed deletes its tensor itself. */
-    if (fill(state, object, &owned, for_out, view, lease)) {
-        (void)PyCapsule_SetName(capsule, used); /* fails for what is no capsule only */
+    if (fill(state, object, &answer.owned, for_out, view, lease)) {
+        (void)PyCapsule_SetName(answer.capsule, answer.used); /* fails for what is none only */
+        if (follows)
+            kv_cuda_follow(view, stream);
+        else
+            view->stream = stream;
         result = 1;
     }
 end:
-    Py_XDECREF(capsule);
+    drop_capsule(answer.capsule);
     Py_XDECREF(method);
     return result;
 }
@@ -454,7 +542,9 @@ int kv_dlpack_array_in(kv_state_t *state, PyObject *object, bool for_out, kv_vie
     }
     result = traits.exchange != NULL
                  ? ask_table(state, traits.exchange, object, for_out, view, lease)
-                 : ask_method(state, object, for_out, view, lease);
+                 : 0;
+    if (result == 0)
+        result = ask_method(state, object, for_out, view, lease);
 end:
     Py_XDECREF(resolved);
     Py_XDECREF(answer);

@@ -7,6 +7,8 @@
 #ifndef KV_PY_DLPACK_H
 #define KV_PY_DLPACK_H
 
+#include "py/py.h"
+
 #include <assert.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -93,6 +95,25 @@ typedef struct kv_dl_exchange {
     int (*borrow)(void *object, kv_dl_tensor_t *out);        /* may be NULL */
     int (*current_stream)(int32_t device_type, int32_t device_id, void **out);
 } kv_dl_exchange_t;
+
+/* ------------------------------------------------------------------------ dlpack_out.c: tensors
+ * out
+ */
+
+/* What a __dlpack__ was asked for. */
+typedef struct kv_dlpack_asked {
+    PyObject *stream; /* borrowed; NULL: none */
+    bool versioned, copy;
+} kv_dlpack_asked_t;
+
+/* Reads the arguments of a __dlpack__ of an array on `device`, the only place to hand out. False
+ * with an exception: BufferError for another device. */
+bool kv_dlpack_parse(kv_dl_device_t device, PyObject *const *args, Py_ssize_t num_args,
+                     PyObject *names, kv_dlpack_asked_t *out);
+/* A capsule with `array`, whose memory is of `device`, as a DLPack tensor. It holds `owner`, which
+ * keeps the array alive, until the consumer has let go and the release list has been emptied. */
+PyObject *kv_dlpack_export(const kv_array_t *array, PyObject *owner, kv_dl_device_t device,
+                           bool versioned);
 
 #define KV_DL_AT(type, member, offset)                                                             \
     static_assert(offsetof(type, member) == (offset), #type "." #member)

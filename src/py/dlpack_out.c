@@ -4,7 +4,6 @@
  * GIL; our reference is then dropped by way of the release list.
  */
 #include "py/dlpack.h"
-#include "py/py.h"
 
 #include "base/memory.h"
 
@@ -48,7 +47,8 @@ static void capsule_free(PyObject *capsule)
         delete_legacy(PyCapsule_GetPointer(capsule, KV_DL_CAPSULE));
 }
 
-PyObject *kv_dlpack_export(const kv_array_t *array, PyObject *owner, bool versioned)
+PyObject *kv_dlpack_export(const kv_array_t *array, PyObject *owner, kv_dl_device_t device,
+                           bool versioned)
 {
     const int64_t *shape = array->shape;
     int ndim = array->ndim;
@@ -65,7 +65,7 @@ PyObject *kv_dlpack_export(const kv_array_t *array, PyObject *owner, bool versio
     kv_dtype_to_dlpack(array->dtype, &code, &bits);
     kv_dl_tensor_t tensor = {
         .data = array->count > 0 ? array->buffer->data : NULL,
-        .device = {.type = KV_DL_CPU},
+        .device = device,
         .ndim = ndim,
         .dtype = {.code = (uint8_t)code, .bits = (uint8_t)bits, .lanes = 1},
         .shape = export->extents,
@@ -91,4 +91,59 @@ PyObject *kv_dlpack_export(const kv_array_t *array, PyObject *owner, bool versio
     }
     Py_INCREF(owner);
     return capsule;
+}
+
+/* ------------------------------------------------------------------------------- arguments */
+
+/* Whether `asked` names the device where the array is. */
+static bool check_device(kv_dl_device_t device, PyObject *asked)
+{
+    if (asked == NULL || asked == Py_None)
+        return true;
+    int type, id;
+    if (!PyTuple_Check(asked) || !PyArg_ParseTuple(asked, "ii", &type, &id)) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_TypeError, "dl_device is a pair of integers, not %R", asked);
+        return false;
+    }
+    if (type != device.type || id != device.id) {
+        PyErr_Format(PyExc_BufferError, "the array is on device (%d, %d), not %R", (int)device.type,
+                     (int)device.id, asked);
+        return false;
+    }
+    return true;
+}
+
+/* The major version that the consumer can read; -1 with an exception. */
+static long major_version(PyObject *version)
+{
+    if (version == NULL || version == Py_None)
+        return 0;
+    if (!PyTuple_Check(version) || PyTuple_GET_SIZE(version) != 2) {
+        PyErr_Format(PyExc_TypeError, "max_version is a pair of integers, not %R", version);
+        return -1;
+    }
+    long major = PyLong_AsLong(PyTuple_GET_ITEM(version, 0));
+    if (major < 0 && !PyErr_Occurred())
+        PyErr_Format(PyExc_ValueError, "max_version is not negative: %R", version);
+    return major < 0 ? -1 : major;
+}
+
+bool kv_dlpack_parse(kv_dl_device_t device, PyObject *const *args, Py_ssize_t num_args,
+                     PyObject *names, kv_dlpack_asked_t *out)
+{
+    static const kv_param_t params[] = {
+        {"stream", false}, {"max_version", false}, {"dl_device", false}, {"copy", false}};
+    static const kv_signature_t signature = {"__dlpack__", 4, 0, params};
+    PyObject *values[4];
+    if (!kv_py_parse(&signature, args, num_args, names, values))
+        return false;
+    long major = major_version(values[1]);
+    if (major < 0 || !check_device(device, values[2]))
+        return false;
+    int copy = values[3] != NULL ? PyObject_IsTrue(values[3]) : 0;
+    *out = (kv_dlpack_asked_t){.stream = values[0] != Py_None ? values[0] : NULL,
+                               .versioned = major >= 1,
+                               .copy = copy > 0};
+    return copy >= 0;
 }

@@ -11,6 +11,7 @@
  * is therefore kept (`dropped`), and __array__ raises it again if it is the next call of the same
  * thread on this array.
  */
+#include "py/dlpack.h"
 #include "py/ndarray.h"
 #include <pythread.h>
 #include <string.h>
@@ -333,60 +334,19 @@ static PyObject *own_copy(kv_py_ndarray_t *self)
     return kv_ndarray_wrap(self->state, copy);
 }
 
-/* Whether `device` names the processor; the only place to hand out. */
-static bool check_device(PyObject *device)
-{
-    if (device == NULL || device == Py_None)
-        return true;
-    int type, id;
-    if (!PyTuple_Check(device) || !PyArg_ParseTuple(device, "ii", &type, &id)) {
-        PyErr_Clear();
-        PyErr_Format(PyExc_TypeError, "dl_device is a pair of integers, not %R", device);
-        return false;
-    }
-    if (type != 1 || id != 0) {
-        PyErr_Format(PyExc_BufferError, "the array is on the CPU, device (1, 0), not %R", device);
-        return false;
-    }
-    return true;
-}
-
-/* The major version that the consumer can read; -1 with an exception. */
-static long major_version(PyObject *version)
-{
-    if (version == NULL || version == Py_None)
-        return 0;
-    if (!PyTuple_Check(version) || PyTuple_GET_SIZE(version) != 2) {
-        PyErr_Format(PyExc_TypeError, "max_version is a pair of integers, not %R", version);
-        return -1;
-    }
-    long major = PyLong_AsLong(PyTuple_GET_ITEM(version, 0));
-    if (major < 0 && !PyErr_Occurred())
-        PyErr_Format(PyExc_ValueError, "max_version is not negative: %R", version);
-    return major < 0 ? -1 : major;
-}
-
 PyObject *kv_ndarray_to_dlpack(PyObject *object, PyObject *const *args, Py_ssize_t num_args,
                                PyObject *keyword_names)
 {
-    static const kv_param_t params[] = {
-        {"stream", false}, {"max_version", false}, {"dl_device", false}, {"copy", false}};
-    static const kv_signature_t signature = {"__dlpack__", 4, 0, params};
+    static const kv_dl_device_t CPU = {.type = KV_DL_CPU};
     kv_state_t *state = kv_as_ndarray(object)->state;
-    PyObject *values[4];
+    kv_dlpack_asked_t asked;
     kv_py_release_now();
     kv_ndarray_forget_dropped(kv_as_ndarray(object));
-    if (!kv_py_parse(&signature, args, num_args, keyword_names, values))
+    if (!kv_dlpack_parse(CPU, args, num_args, keyword_names, &asked))
         return NULL;
-    if (values[0] != NULL && values[0] != Py_None)
+    if (asked.stream != NULL)
         return kv_py_fail(state, KV_INVALID, "an array on the CPU has no stream: stream is None");
-    long major = major_version(values[1]);
-    if (major < 0 || !check_device(values[2]))
-        return NULL;
-    int copy = values[3] != NULL ? PyObject_IsTrue(values[3]) : 0;
-    if (copy < 0)
-        return NULL;
-    PyObject *source = copy ? own_copy(kv_as_ndarray(object)) : Py_NewRef(object);
+    PyObject *source = asked.copy ? own_copy(kv_as_ndarray(object)) : Py_NewRef(object);
     if (source == NULL)
         return NULL;
     kv_status_t status;
@@ -397,7 +357,7 @@ PyObject *kv_ndarray_to_dlpack(PyObject *object, PyObject *const *args, Py_ssize
     if (owner == NULL)
         kv_py_raise(state, status);
     else
-        result = kv_dlpack_export(array, owner, major >= 1);
+        result = kv_dlpack_export(array, owner, CPU, asked.versioned);
     Py_XDECREF(owner);
     Py_DECREF(source);
     return result;

@@ -1,5 +1,7 @@
 /* kvstore._core: the module, its state, and the functions that belong to no object. */
 #include "base/config.h"
+#include "comm/device.h"
+#include "py/device_view.h"
 #include "py/node.h"
 #include "py/py.h"
 #include "py/store.h"
@@ -190,6 +192,7 @@ static PyObject *shut_down(PyObject *module, PyObject *unused)
         kv_py_caller_init(&caller, EXIT_TIMEOUT_NS);
         kv_caller_detach(&caller.base);
         kv_runtime_stop(runtime, &caller.base);
+        kv_device_settle();
         kv_caller_attach(&caller.base);
         if (PyErr_Occurred())
             return NULL; /* Ctrl-C */
@@ -311,7 +314,7 @@ static int module_exec(PyObject *module)
         return -1;
     if (kv_ndarray_setup(module, state) < 0 || kv_rowsparse_setup(module, state) < 0 ||
         kv_handle_setup(module, state) < 0 || kv_node_setup(module, state) < 0 ||
-        kv_store_setup(module, state) < 0)
+        kv_store_setup(module, state) < 0 || kv_device_view_setup(module, state) < 0)
         return -1;
     return register_exit_hook(module);
 }
@@ -325,6 +328,7 @@ static int module_exec(PyObject *module)
         X((state)->handle_type);                                                                   \
         X((state)->rowsparse_type);                                                                \
         X((state)->node_type);                                                                     \
+        X((state)->device_view_type);                                                              \
         X((state)->numpy_bfloat16);                                                                \
         X((state)->exchange_cache);                                                                \
         X((state)->str_dlpack);                                                                    \

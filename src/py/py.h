@@ -17,6 +17,7 @@
 typedef struct kv_state {
     PyObject *errors[KV_STATUS_COUNT]; /* exception classes by code, NULL where none belongs */
     PyTypeObject *store_type, *ndarray_type, *handle_type, *rowsparse_type, *node_type;
+    PyTypeObject *device_view_type;
     PyObject *numpy_bfloat16; /* ml_dtypes' dtype object, NULL until first needed */
     int numpy_bfloat16_num;   /* its NumPy type number, -1 until known */
     PyObject *exchange_cache; /* dict: type -> what dlpack.c knows of it */
@@ -88,7 +89,8 @@ struct kv_release {
 /* Any thread, with or without the GIL, locks held or not. After the interpreter's exit hook it
  * leaks on purpose. */
 void kv_py_release_later(kv_release_t *release);
-/* Frees what has gathered. Cheap when there is nothing. Every call of the module starts with it. */
+/* Frees what has gathered, and what devices are done with. Cheap when there is nothing. Every call
+ * of the module starts with it. */
 void kv_py_release_now(void);
 /* The exit hook's bar: from now on nothing is freed. Returns how much was left. */
 int64_t kv_py_release_bar(void);
@@ -105,8 +107,9 @@ typedef struct kv_lease {
 void kv_lease_drop(kv_lease_t *lease);
 
 /* Fills a view and its lease from any array: our own type, exact NumPy arrays, the DLPack exchange
- * table, __dlpack__, the buffer protocol, in this order. An element type that the store cannot hold
- * is no error here: view->dtype is KV_DTYPE_NONE and type_name says what it is. False with
+ * table, __dlpack__, the buffer protocol, __cuda_array_interface__, in this order. An element type
+ * that the store cannot hold is no error here: view->dtype is KV_DTYPE_NONE and type_name says what
+ * it is; nor is memory of a device, whatever is there to use it. False with
  * ArrayTypeError for what is no array, naming `what` ("value of key 'w'" is formatted by the
  * caller); the cause is kept when a producer raised.
  * `for_out`: the view will be written. */
@@ -145,10 +148,6 @@ const char *kv_numpy_target(void);
 /* dlpack.c. 1: filled; 0: the object does not speak it; -1 with an exception. */
 int kv_dlpack_array_in(kv_state_t *state, PyObject *object, bool for_out, kv_view_t *view,
                        kv_lease_t *lease);
-/* dlpack_out.c. A capsule with `array` as a DLPack tensor. It holds `owner`, which keeps the array
- * alive and is counted in its `exports`, until the consumer has let go and the release list has
- * been emptied. */
-PyObject *kv_dlpack_export(const kv_array_t *array, PyObject *owner, bool versioned);
 
 /* The exception that is set, taken away: a new reference to the instance. */
 static inline PyObject *kv_py_take_exception(void)
@@ -193,8 +192,19 @@ kv_array_t *kv_ndarray_array(kv_state_t *state, PyObject *object);
 bool kv_array_copy_out(kv_state_t *state, kv_array_t *array, kv_dtype_t dtype, void *data);
 /* The same into a new NumPy array. */
 PyObject *kv_array_numpy(kv_state_t *state, kv_array_t *array, kv_dtype_t dtype);
-/* The elements of a dense view in host memory, one after the other. False with an exception. */
+/* The elements of a dense view, one after the other: of host memory, or of a CUDA array that is
+ * contiguous, which it waits for. False with an exception. */
 bool kv_view_copy_out(kv_state_t *state, const kv_view_t *view, void *data);
+/* Whether they are there already, at view->data, for as long as the view is. */
+static inline bool kv_view_in_place(const kv_view_t *view)
+{
+    return view->array == NULL && view->strides == NULL && !(view->flags & KV_VIEW_DEVICE);
+}
+/* Whether they are in memory of a device that they cannot be copied from. */
+static inline bool kv_view_beyond(const kv_view_t *view)
+{
+    return (view->flags & (KV_VIEW_DEVICE | KV_VIEW_CUDA)) == KV_VIEW_DEVICE;
+}
 /* numpy.<function>, a new reference. */
 PyObject *kv_numpy_function(const char *function);
 /* numpy.<function>(value), with our exceptions for what NumPy says about the value. */

@@ -6,6 +6,7 @@
  */
 #include "py/py.h"
 
+#include "comm/device.h"
 #include <stdatomic.h>
 
 static _Atomic(kv_release_t *) gathered;
@@ -31,6 +32,7 @@ void kv_py_release_later(kv_release_t *release)
 
 void kv_py_release_now(void)
 {
+    kv_device_reap();
     if (atomic_load_explicit(&gathered, memory_order_relaxed) == NULL || atomic_load(&barred))
         return;
     kv_release_t *release = atomic_exchange(&gathered, NULL), *next;

@@ -77,7 +77,7 @@ static kv_buffer_t *widened(kv_state_t *state, const kv_view_t *view)
         return NULL;
     }
     const void *from = view->data;
-    if (view->array != NULL || view->strides != NULL) {
+    if (!kv_view_in_place(view)) {
         if (dtype != KV_INT64 &&
             (narrow = kv_alloc_elements((size_t)count * kv_dtype_bytes(dtype))) == NULL) {
             PyErr_NoMemory();
@@ -159,8 +159,7 @@ static bool integers_in(kv_state_t *state, PyObject *source, bool listed, const 
         name_argument(state, what);
         return false;
     }
-    if (view->sparse == NULL && is_integer((kv_dtype_t)view->dtype) &&
-        !(view->flags & KV_VIEW_DEVICE))
+    if (view->sparse == NULL && is_integer((kv_dtype_t)view->dtype) && !kv_view_beyond(view))
         return true;
     /* What NumPy makes of an empty list is of float64. */
     if (listed && view->count == 0 && view->dtype == KV_FLOAT64)

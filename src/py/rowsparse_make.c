@@ -64,14 +64,16 @@ static kv_borrow_t *borrow_new(const kv_view_t *view, kv_lease_t *lease)
 
 /* ------------------------------------------------------------------------- rows and their ids */
 
-/* Whether a view can be read here: dense, in host memory, of a type that stores hold. */
+/* Whether a view can be copied from: dense, in memory within reach, of a type that stores hold. */
 static bool check_dense(kv_state_t *state, const kv_view_t *view, const char *what)
 {
     if (view->sparse != NULL)
         kv_py_fail(state, KV_BAD_TYPE, "%s must be a dense array, not a RowSparse", what);
-    else if (view->flags & KV_VIEW_DEVICE)
-        kv_py_fail(state, KV_BAD_TYPE, "%s must be in host memory: bring it to the host first",
-                   what);
+    else if (kv_view_beyond(view))
+        kv_py_fail(
+            state, KV_BAD_TYPE,
+            "%s must be in memory of the host or of a CUDA device: bring it to the host first",
+            what);
     else if (view->dtype == KV_DTYPE_NONE)
         kv_py_fail(state, KV_BAD_TYPE,
                    "a RowSparse cannot hold elements of type %.100s, but native float64, float32, "
@@ -189,6 +191,11 @@ PyObject *kv_rowsparse_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     }
     if (!check_dense(state, &view, "data") || !check_rows(state, &view, num_rows, ndim, extents))
         goto end;
+    if (!copy && (view.flags & KV_VIEW_DEVICE)) {
+        kv_py_fail(state, KV_INVALID,
+                   "copy=False needs data in host memory: row-sparse arrays live there");
+        goto end;
+    }
     if (!copy && view.strides != NULL) {
         kv_py_fail(
             state, KV_INVALID,
@@ -274,7 +281,7 @@ static bool gather_view(kv_state_t *state, kv_sparse_t *sparse, const kv_view_t 
     kv_runtime_t *runtime = kv_py_runtime(state);
     if (runtime == NULL)
         return false;
-    if (view->array != NULL || view->strides != NULL) {
+    if (!kv_view_in_place(view)) {
         staged = kv_alloc_elements(bytes);
         if (staged == NULL) {
             PyErr_NoMemory();

@@ -153,8 +153,8 @@ static bool read_part(reader_t *reader, kv_key_state_t *key, const char *slot, P
     bool good = false;
     kv_status_t status = KV_OK;
     if (view.array != NULL || view.sparse != NULL || view.dtype == KV_DTYPE_NONE ||
-        (view.flags & KV_VIEW_DEVICE))
-        kv_py_fail(reader->state, KV_BAD_TYPE, "state '%s' must be a NumPy array of numbers", slot);
+        kv_view_beyond(&view))
+        kv_py_fail(reader->state, KV_BAD_TYPE, "state '%s' must be an array of numbers", slot);
     else if ((status = kv_buffer_new((size_t)view.count * kv_dtype_bytes(view.dtype),
                                      &part->data)) != KV_OK)
         kv_py_raise(reader->state, status);
@@ -168,11 +168,8 @@ static bool read_part(reader_t *reader, kv_key_state_t *key, const char *slot, P
         part->shape = shape;
         for (int i = 0; i < view.ndim; i++)
             shape[i] = view.shape[i];
-        if (view.strides != NULL)
-            kv_view_gather(&view, part->data->data);
-        else
-            memcpy(part->data->data, view.data, part->data->bytes);
         key->num_parts++;
+        good = kv_view_copy_out(reader->state, &view, part->data->data);
     }
     kv_lease_drop(&lease);
     return good;

@@ -157,7 +157,8 @@ static PyObject *run_request(kv_py_store_t *self, const request_t *request)
         goto done;
     args->call.priority = priority;
     if ((request->skip_sparse && args->outs.count > 0 && !skip_sparse_outs(self, args)) ||
-        (request->row_ids != NULL && !kv_args_row_ids(args, request->row_ids))) {
+        (request->row_ids != NULL && !kv_args_row_ids(args, request->row_ids)) ||
+        (!wants_handle && !kv_args_keep(args))) {
         if (args == &local)
             kv_args_fini(args);
         goto done;

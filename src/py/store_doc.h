@@ -49,7 +49,8 @@
     "key : str, int, or list of them\n"                                                            \
     "    The first `init` fixes whether the store's keys are strings or integers.\n"               \
     "value : array, or list of one array a key\n"                                                  \
-    "    NumPy, DLPack, buffer protocol or `kvstore.NDArray`. It is copied.\n"                     \
+    "    NumPy, DLPack, buffer protocol, `__cuda_array_interface__` or\n"                          \
+    "    `kvstore.NDArray`. It is copied.\n"                                                       \
     "\n"                                                                                           \
     "Raises\n"                                                                                     \
     "------\n"                                                                                     \
@@ -80,7 +81,9 @@
     "----------\n"                                                                                 \
     "key : str, int, or list of them\n"                                                            \
     "value : array, list of arrays, or a list of either for each key\n"                            \
-    "    Of the key's shape and element type. Never written to.\n"                                 \
+    "    Of the key's shape and element type. Never written to. A CUDA array is read\n"            \
+    "    after the work on its library's current stream, and work put there later\n"               \
+    "    comes after the reading.\n"                                                               \
     "priority : int, default 0\n"                                                                  \
     "    Among waiting operations that could run, higher ones run first.\n"                        \
     "async_op : bool, default False\n"                                                             \
@@ -123,6 +126,7 @@
     "key : str, int, or list of them\n"                                                            \
     "out : array, list of arrays, or a list of either for each key, optional\n"                    \
     "    Writable arrays of the key's shape and element type that do not overlap.\n"               \
+    "    CUDA arrays are written in the order of their library's current stream.\n"                \
     "    Without it new `NDArray`s are returned.\n"                                                \
     "priority : int, default 0\n"                                                                  \
     "ignore_sparse : bool, default True\n"                                                         \
@@ -225,10 +229,11 @@
     "Let a Python function update stored values: updater(key, recv, stored).\n"                    \
     "\n"                                                                                           \
     "The function changes `stored` in place. `recv` is the sum of what was pushed,\n"              \
-    "never the caller's own array. Both are zero-copy arrays: torch tensors or\n"                  \
-    "CuPy arrays if the first pushed value is one, else NumPy arrays. It runs in\n"                \
-    "the pushing thread, in the order of the pushes; an exception comes out of\n"                  \
-    "that push, and what was written before stays.\n"                                              \
+    "never the caller's own array. Both are zero-copy arrays: torch tensors if the\n"              \
+    "first pushed value is one, else NumPy arrays. Where a store merges on a CUDA\n"               \
+    "device they are CUDA arrays of that value's library. It runs in the pushing\n"                \
+    "thread, in the order of the pushes; an exception comes out of that push, and\n"               \
+    "what was written before stays.\n"                                                             \
     "\n"                                                                                           \
     "Parameters\n"                                                                                 \
     "----------\n"                                                                                 \

@@ -1,11 +1,13 @@
 /* A Python function as the store's updater: fn(key, recv, stored).
  *
  * The arrays that the function gets are views of the store's memory, of the library that the pushed
- * value is of. They are kept with the key and used again at its next push, as long as the function
- * did not keep or reshape them.
+ * value is of. Those of NumPy are kept with the key and used again at its next push, as long as the
+ * function did not keep or reshape them.
  */
 #include "py/updater.h"
 #include "py/call.h"
+#include "py/cuda_in.h"
+#include "py/device_view.h"
 
 typedef struct py_updater {
     kv_updater_t base;
@@ -75,59 +77,74 @@ PyObject *kv_py_update_view(kv_state_t *state, const kv_update_t *update, kv_buf
     return kv_numpy_view(state, update->dtype, update->ndim, update->shape, buffer->data, base);
 }
 
-/* torch.from_dlpack or cupy.from_dlpack over the buffer. */
+static kv_lane_t lane_of(const kv_update_t *update)
+{
+    return (kv_lane_t){.device = update->device, .stream = update->stream};
+}
+
+/* The library's from_dlpack over the buffer; tells where its work on a device's goes. */
 static PyObject *library_view(kv_state_t *state, const kv_update_t *update, kv_buffer_t *buffer,
-                              PyObject *library)
+                              PyObject *library, kv_lane_t *lane)
 {
     kv_array_t *array;
     kv_status_t status =
         kv_array_from_buffer(update->dtype, update->ndim, update->shape, buffer, &array);
     if (status != KV_OK)
         return kv_py_raise(state, status);
-    PyObject *view = NULL, *owner = kv_ndarray_wrap(state, array);
+    PyObject *view = NULL;
+    PyObject *owner = update->device < 0 ? kv_ndarray_wrap(state, array)
+                                         : kv_device_view_new(state, array, lane_of(update));
     if (owner != NULL)
         view = PyObject_CallMethod(library, "from_dlpack", "O", owner);
+    if (view != NULL && update->device >= 0)
+        *lane = kv_device_view_lane(owner);
     Py_XDECREF(owner);
     return view;
 }
 
-/* The module (a new reference) whose arrays the function shall get, NULL for NumPy: that of the
- * pushed value's type if it is one that can take DLPack tensors in. */
-static PyObject *library_of(const kv_update_t *update)
+/* Sets the module (a new reference) whose arrays the function shall get, NULL for NumPy: that of
+ * the pushed value if it can take in DLPack tensors that are where the buffers are. Of host memory
+ * PyTorch makes tensors; others copy it, or think that an array is never changed. False with
+ * ArrayTypeError. */
+static bool find_library(kv_state_t *state, const kv_update_t *update, PyObject **out)
 {
     PyObject *value = update->first->owner;
-    if (update->first->array != NULL || update->first->sparse != NULL)
-        return NULL;
-    PyObject *module = PyObject_GetAttrString((PyObject *)Py_TYPE(value), "__module__");
-    PyObject *library = NULL;
-    if (module != NULL && PyUnicode_Check(module)) {
-        const char *name = PyUnicode_AsUTF8(module);
-        for (int i = 0; name != NULL && i < 2 && library == NULL; i++) {
-            static const char *const LIBRARIES[] = {"torch", "cupy"};
-            size_t length = strlen(LIBRARIES[i]);
-            if (strncmp(name, LIBRARIES[i], length) == 0 &&
-                (name[length] == '\0' || name[length] == '.'))
-                library = PyImport_ImportModule(LIBRARIES[i]);
-        }
-    }
-    Py_XDECREF(module);
-    PyErr_Clear();
-    return library;
+    bool foreign = update->first->array == NULL && update->first->sparse == NULL;
+    *out = foreign ? kv_py_library_of(value) : NULL;
+    bool torch = kv_py_is_library(*out, "torch");
+    if (update->device < 0 && !torch)
+        Py_CLEAR(*out);
+    if (update->device < 0 || torch)
+        return true;
+    if ((update->first->flags & KV_VIEW_CUDA) && *out != NULL &&
+        PyObject_HasAttrString(*out, "from_dlpack"))
+        return true;
+    Py_CLEAR(*out);
+    kv_py_fail(state, KV_BAD_TYPE,
+               "the updater needs CUDA arrays, since the value is in memory of CUDA device %d, and "
+               "the library of the pushed '%.100s' has no from_dlpack to make them: push arrays of "
+               "PyTorch or CuPy",
+               update->device, Py_TYPE(value)->tp_name);
+    return false;
 }
 
 /* Forgets the views if the pushed value is of another type than those before. */
-static void look_at_type(const kv_update_t *update, arguments_t *arguments, PyObject **library)
+static bool look_at_type(kv_state_t *state, const kv_update_t *update, arguments_t *arguments,
+                         PyObject **library)
 {
     PyTypeObject *pushed = Py_TYPE((PyObject *)update->first->owner);
-    if (KV_LIKELY(pushed == arguments->pushed && arguments->numpy))
-        return;
-    *library = library_of(update);
+    *library = NULL;
+    if (KV_LIKELY(pushed == arguments->pushed && arguments->numpy && update->device < 0))
+        return true;
+    if (!find_library(state, update, library))
+        return false;
     if (arguments->numpy != (*library == NULL)) {
         Py_CLEAR(arguments->recv);
         Py_CLEAR(arguments->stored);
     }
     arguments->numpy = *library == NULL;
     Py_XSETREF(arguments->pushed, (PyTypeObject *)Py_NewRef((PyObject *)pushed));
+    return true;
 }
 
 PyObject *kv_py_update_rows(kv_state_t *state, const kv_update_t *update, const kv_rowset_t *rows)
@@ -142,21 +159,25 @@ PyObject *kv_py_update_rows(kv_state_t *state, const kv_update_t *update, const 
     return kv_rowsparse_wrap(state, sparse);
 }
 
-/* Fills in the views that are not there yet. */
-static bool make_views(kv_state_t *state, const kv_update_t *update, arguments_t *arguments)
+/* Fills in the views that are not there yet. `lanes`: of recv and stored. */
+static bool make_views(kv_state_t *state, const kv_update_t *update, arguments_t *arguments,
+                       kv_lane_t *lanes)
 {
-    PyObject *library = NULL;
-    look_at_type(update, arguments, &library);
+    PyObject *library;
+    if (!look_at_type(state, update, arguments, &library))
+        return false;
     if (update->recv_rows != NULL) /* one that is kept was of a dense push */
         Py_XSETREF(arguments->recv, kv_py_update_rows(state, update, update->recv_rows));
     else if (arguments->recv == NULL)
-        arguments->recv = library == NULL ? kv_py_update_view(state, update, update->recv)
-                                          : library_view(state, update, update->recv, library);
+        arguments->recv = library == NULL
+                              ? kv_py_update_view(state, update, update->recv)
+                              : library_view(state, update, update->recv, library, &lanes[0]);
     if (arguments->recv != NULL && arguments->stored == NULL && update->stored_rows != NULL)
         arguments->stored = kv_py_update_rows(state, update, update->stored_rows);
     else if (arguments->recv != NULL && arguments->stored == NULL)
-        arguments->stored = library == NULL ? kv_py_update_view(state, update, update->stored)
-                                            : library_view(state, update, update->stored, library);
+        arguments->stored = library == NULL
+                                ? kv_py_update_view(state, update, update->stored)
+                                : library_view(state, update, update->stored, library, &lanes[1]);
     Py_XDECREF(library);
     return arguments->recv != NULL && arguments->stored != NULL;
 }
@@ -198,6 +219,18 @@ static kv_status_t keep_rows(kv_state_t *state, const kv_update_t *update, PyObj
     return status;
 }
 
+/* What the store does next comes after the function's work, failed or not. */
+static kv_status_t come_behind(const kv_update_t *update, const kv_lane_t *lanes,
+                               kv_status_t status)
+{
+    for (int i = 0; i < 2; i++) {
+        kv_status_t joined = kv_lane_join(lanes[i], lane_of(update));
+        if (joined != KV_OK && status == KV_OK)
+            status = joined;
+    }
+    return status;
+}
+
 /* ------------------------------------------------------------------------------- updater */
 
 static kv_status_t run(kv_updater_t *base, const kv_update_t *update, kv_caller_t *caller)
@@ -208,7 +241,8 @@ static kv_status_t run(kv_updater_t *base, const kv_update_t *update, kv_caller_
     if (arguments == NULL)
         return KV_CALLBACK;
     kv_status_t status = KV_CALLBACK;
-    if (make_views(updater->state, update, arguments)) {
+    kv_lane_t lanes[2] = {lane_of(update), lane_of(update)};
+    if (make_views(updater->state, update, arguments, lanes)) {
         PyObject *given[] = {arguments->key, arguments->recv, arguments->stored};
         PyObject *result = PyObject_Vectorcall(updater->function, given, 3, NULL);
         if (result != NULL)
@@ -217,6 +251,8 @@ static kv_status_t run(kv_updater_t *base, const kv_update_t *update, kv_caller_
         if (update->stored_rows != NULL)
             status = keep_rows(updater->state, update, arguments->stored, status);
     }
+    if (update->device >= 0)
+        status = come_behind(update, lanes, status);
     /* Row sets are other ones with each push. */
     if (!reusable(update, arguments, arguments->recv, update->recv))
         Py_CLEAR(arguments->recv);

@@ -54,6 +54,7 @@ static kv_update_t update_of(kv_server_update_t *update)
                          .shape = update->shape,
                          .recv = update->recv,
                          .stored = update->stored,
+                         .device = -1,
                          .recv_rows = &update->recv_rows,
                          .stored_rows = &update->stored_rows};
 }

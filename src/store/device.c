@@ -237,20 +237,17 @@ kv_status_t kv_work_merge_on_device(const kv_work_t *work)
 
 /* ---------------------------------------------------------------------------------- updaters */
 
-kv_status_t kv_work_lend(const kv_work_t *work, kv_mark_t **after)
+kv_status_t kv_work_lend(const kv_work_t *work, kv_lane_t *lane, kv_mark_t **after)
 {
-    const kv_view_t *first = &work->group.values[0];
-    if (!(first->flags & KV_VIEW_FOLLOWS))
-        return kv_fail(KV_NOT_BUILT,
-                       "an updater cannot work on CUDA arrays of a library that does not tell its "
-                       "current stream (PyTorch, CuPy and libraries with DLPack's exchange table "
-                       "do)");
-    return kv_place_begin(kv_buffer_place(work->group.entry->stored), kv_view_lane(first), after);
+    kv_place_t *place = kv_buffer_place(work->group.entry->stored);
+    *lane = kv_view_lane(&work->group.values[0]);
+    if (lane->device != kv_place_device(place))
+        KV_TRY(kv_lane_own(kv_place_device(place), lane));
+    return kv_place_begin(place, *lane, after);
 }
 
-kv_status_t kv_work_take_back(const kv_work_t *work, kv_mark_t *after)
+kv_status_t kv_work_take_back(const kv_work_t *work, kv_lane_t lane, kv_mark_t *after)
 {
-    kv_lane_t lane = kv_view_lane(&work->group.values[0]);
     kv_mark_t *mark;
     kv_status_t status = kv_mark_new(lane, &mark);
     if (status != KV_OK) {

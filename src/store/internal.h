@@ -287,9 +287,11 @@ KV_MUST_CHECK kv_status_t kv_work_merge_on_device(const kv_work_t *work);
 /* Everything that work on the host needs of the key comes to host memory. The key is written. */
 KV_MUST_CHECK kv_status_t kv_work_bring_home(const kv_work_t *work);
 
-/* Lends the key to an updater that works on the stream of the first value; then takes it back. */
-KV_MUST_CHECK kv_status_t kv_work_lend(const kv_work_t *work, kv_mark_t **after);
-KV_MUST_CHECK kv_status_t kv_work_take_back(const kv_work_t *work, kv_mark_t *after);
+/* Lends the key to an updater that works on a lane, or comes after it and lets it come after
+ * itself: that of the first value, if it is on the key's device. Then takes it back. */
+KV_MUST_CHECK kv_status_t kv_work_lend(const kv_work_t *work, kv_lane_t *lane, kv_mark_t **after);
+KV_MUST_CHECK kv_status_t kv_work_take_back(const kv_work_t *work, kv_lane_t lane,
+                                            kv_mark_t *after);
 
 /* -------------------------------------------------------------------------------- nccl.c */
 

@@ -60,6 +60,7 @@ static kv_status_t update(kv_store_t *store, kv_entry_t *entry, kv_updater_t *up
                         .shape = entry->shape,
                         .recv = entry->merged,
                         .stored = entry->stored,
+                        .device = -1,
                         .first = value,
                         .cache = &entry->cache};
     KV_TRY(updater->run(updater, &seen, caller));

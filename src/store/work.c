@@ -274,7 +274,8 @@ static kv_status_t update_outs(kv_store_t *store, const kv_plan_t *plan, const k
 }
 
 /* What the updater sees, and its call. */
-static kv_status_t call_updater(const kv_plan_t *plan, const kv_group_t *group, kv_caller_t *caller)
+static kv_status_t call_updater(const kv_plan_t *plan, const kv_group_t *group, kv_lane_t lane,
+                                kv_caller_t *caller)
 {
     kv_entry_t *entry = group->entry;
     bool rows = group->values[0].sparse != NULL;
@@ -284,6 +285,8 @@ static kv_status_t call_updater(const kv_plan_t *plan, const kv_group_t *group, 
                           .shape = entry->shape,
                           .recv = rows ? NULL : entry->merged,
                           .stored = entry->stored,
+                          .device = lane.device,
+                          .stream = lane.stream,
                           .recv_rows = rows ? &entry->merged_rows : NULL,
                           .stored_rows = entry->sparse ? &entry->rows : NULL,
                           .first = &group->values[0],
@@ -295,11 +298,12 @@ static kv_status_t call_updater(const kv_plan_t *plan, const kv_group_t *group, 
 static kv_status_t run_updater(const kv_plan_t *plan, const kv_work_t *work, kv_caller_t *caller)
 {
     kv_mark_t *after = NULL;
+    kv_lane_t lane = {.device = -1};
     if (KV_LIKELY(!(work->group.values[0].flags & KV_VIEW_CUDA)))
-        return call_updater(plan, &work->group, caller);
-    KV_TRY(kv_work_lend(work, &after));
-    kv_status_t status = call_updater(plan, &work->group, caller);
-    kv_status_t ended = kv_work_take_back(work, after);
+        return call_updater(plan, &work->group, lane, caller);
+    KV_TRY(kv_work_lend(work, &lane, &after));
+    kv_status_t status = call_updater(plan, &work->group, lane, caller);
+    kv_status_t ended = kv_work_take_back(work, lane, after);
     return status == KV_OK ? ended : status;
 }
 
