@@ -166,16 +166,16 @@ static bool read_numbers(kv_state_t *state, PyObject *tuple, const char *what, P
 static bool find_device(kv_state_t *state, kv_view_t *view)
 {
     char sentence[KV_DEVICE_SENTENCE] = "";
-    kv_device_scope_t scope;
+    const kv_device_api_t *api;
     kv_status_t status, asked = KV_OK;
     int device = -1;
     Py_BEGIN_ALLOW_THREADS;
-    status = kv_device_enter(&scope);
+    status = kv_device_enter(&api);
     if (status == KV_OK) {
-        device = scope.before >= 0 ? scope.before : 0;
-        if (view->count > 0)
-            asked = kv_device_check(scope.api->owner(view->data, &device, sentence), sentence);
-        kv_device_leave(&scope);
+        kv_device_code_t code = view->count > 0 ? api->owner(view->data, &device, sentence)
+                                                : api->current(&device, sentence);
+        asked = kv_device_check(code, sentence);
+        kv_device_leave();
     }
     Py_END_ALLOW_THREADS;
     if (asked != KV_OK) {
