@@ -595,7 +595,8 @@ def to_object(managed, out):
 def tell_stream(device_type, device, out):
     asked["current_stream"] += 1
     assert device_type == CUDA
-    out[0] = current_stream(device).handle
+    stream = current_streams().get(device)
+    out[0] = stream and stream.handle
     return 0
 
 

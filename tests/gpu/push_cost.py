@@ -8,6 +8,7 @@ import ctypes
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +19,8 @@ TIMES = 20_000
 
 def build(target):
     flags = "-std=c17 -O2 -fPIC -shared -fvisibility=hidden -Wall -Wextra".split()
-    sources = [f"-I{HERE.parents[1] / 'src'}", HERE / "push_cost.c"]
+    folders = (HERE.parents[1] / "src", sysconfig.get_path("include"))
+    sources = [*(f"-I{folder}" for folder in folders), HERE / "push_cost.c"]
     subprocess.run(["gcc", *flags, *sources, "-o", target], check=True)
     return ctypes.CDLL(str(target))
 
