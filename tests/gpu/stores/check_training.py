@@ -11,7 +11,7 @@ from kvstore import optimizer
 
 KINDS = ["device", "local"]
 BOTH = (0, 1)
-SHAPES = {"small": (5, 7), "rows": (40, 30), "one": (), "none": (0, 3)}
+SHAPES = {"small": (5, 7), "rows": (13, 9), "one": (), "none": (0, 3)}
 
 
 def made(name, numbers):

@@ -113,15 +113,18 @@ def test_large_arrays_and_many_small_ones(kind):
             small.check()
 
 
-def test_as_many_values_as_a_device_takes_and_one_more():
+@pytest.mark.parametrize("kind", ["device", "local"])
+def test_more_values_and_outs_than_one_launch_takes(kind):
     random = np.random.default_rng(7)
-    with twin("device") as both:
+    with twin(kind) as both:
         for key, dtype in enumerate(("float32", "float16", "int8")):
             both.init(key, draw(random, 33, dtype))
-            both.push(key, [draw(random, 33, dtype) for _ in range(96)], BOTH)
-            with pytest.raises(kvstore.InvalidArgumentError, match=f"key {key} .* 97 values"):
-                both.kv.push(key, [cuda.TableTensor(np.zeros(33, dtype)) for _ in range(97)])
+            both.push(key, [draw(random, 33, dtype) for _ in range(100)], BOTH)
             both.check(key)
+            outs = [cuda.TableTensor(np.zeros(33, dtype), i % cuda.num_devices) for i in range(140)]
+            both.kv.pull(key, out=outs)
+            wanted = both.host.pull(key).asnumpy()
+            assert all(same(out.numpy(), wanted) for out in outs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
