@@ -361,7 +361,7 @@ def cuda(options):
 
 
 def gpu(options):
-    """The tests of the plug-in on a GPU."""
+    """The tests of the plug-in and of stores on a GPU."""
     import plugin
 
     nvcc = shutil.which("nvcc")
@@ -379,6 +379,7 @@ def gpu(options):
         env["KVSTORE_NCCL"] = f"{folder}/libnccl.so.2"
     for program in plugin.programs().values():
         run(program, env=env)
+    pytest("-o", "python_files=check_*.py", *existing("gpu/stores"), env=env)
 
 
 def cuda_plugin(archs):
@@ -453,7 +454,7 @@ def minor(version):
 # ------------------------------------------------------------------------------------- choosing
 
 HABITS = (lint, asan, tsan, engine, golden, faults, fuzz, soak, versions, bench, large, cuda, gpu)
-NEEDS_PACKAGE = (lint, golden, faults, fuzz, soak, bench, large)
+NEEDS_PACKAGE = (lint, golden, faults, fuzz, soak, bench, large, gpu)
 
 
 def main():

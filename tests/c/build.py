@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("base", "net", "engine", "array", "kernels", "compress", "optim", "comm", "ps", "store")
 COMMON = (
     "-std=c17 -Wall -Wextra -ffp-contract=off -fno-math-errno -fno-trapping-math -D_GNU_SOURCE "
-    "-Isrc -fvisibility=hidden -pthread"
+    "-Isrc -fvisibility=hidden -fPIC -pthread"
 ).split()
 FLAVOURS = {
     "release": "-O3".split(),
@@ -91,6 +91,21 @@ def ucx_flags(flavour: str) -> list[str]:
     return ["-DKV_WITH_UCX", "-isystem", str(folder / "include")]
 
 
+def settings(
+    flavour: str = "debug", cc: str = "gcc", out: Path | None = None
+) -> tuple[list[str], Path]:
+    """What the compiler is given, and where its objects are."""
+    with_ucx = ucx_flags(flavour)
+    suffix = ("" if cc == "gcc" else f"-{Path(cc).name}") + ("-ucx" if with_ucx else "")
+    out = (out or ROOT / "build" / f"c-{flavour}{suffix}").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    return COMMON + FLAVOURS[flavour] + with_ucx, out
+
+
+def core_sources() -> list[Path]:
+    return [path for folder in FOLDERS for path in sorted((ROOT / "src" / folder).glob("*.c"))]
+
+
 def build(
     flavour: str = "debug",
     cc: str = "gcc",
@@ -99,12 +114,8 @@ def build(
     folder: str = "c",
 ) -> list[Path]:
     """The programs of these sources, up to date. BuildError has the compiler's words."""
-    with_ucx = ucx_flags(flavour)
-    flags = COMMON + FLAVOURS[flavour] + with_ucx
-    suffix = ("" if cc == "gcc" else f"-{Path(cc).name}") + ("-ucx" if with_ucx else "")
-    out = (out or ROOT / "build" / f"c-{flavour}{suffix}").resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    core = [path for folder in FOLDERS for path in sorted((ROOT / "src" / folder).glob("*.c"))]
+    flags, out = settings(flavour, cc, out)
+    core = core_sources()
     tests = sorted((ROOT / "tests" / folder).glob(pattern))
 
     def link(test: Path, object_: Path) -> Path:

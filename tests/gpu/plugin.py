@@ -1,7 +1,9 @@
 """Builds the CUDA sources as a plug-in for the emulation (emu/), and the programs that test it."""
 
 import runpy
+import shutil
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,3 +92,31 @@ def planted_core(folder, file, old, new, name):
 def programs():
     """The programs of test_gpu_*.c, by name."""
     return {path.stem: path for path in build.build("debug", pattern="test_gpu_*.c", folder="gpu")}
+
+
+def package(folder, file=None, old="", new=""):
+    """A copy of the package, to be put on the path, with a core that checks itself; with a mistake
+    in it if there is a file: one of src/ in which `old` is `new`."""
+    import numpy
+
+    flags, out = build.settings("debug")
+    binding = ["-I" + sysconfig.get_path("include"), "-I" + numpy.get_include()]
+    binding += ['-DKV_FLAVOUR="debug"']
+    sources = {source: flags for source in build.core_sources()}
+    sources |= {source: flags + binding for source in sorted((ROOT / "src" / "py").glob("*.c"))}
+    with ThreadPoolExecutor(build.JOBS) as pool:
+        made = pool.map(lambda pair: build.compile_source(*pair, "gcc", out), sources.items())
+        parts = dict(zip(sources, made, strict=True))
+    if file is not None:
+        source = ROOT / "src" / file
+        text = source.read_text()
+        assert text.count(old) == 1, f"{file} has changed, and the mistake with it: {old}"
+        copy = folder / source.name
+        copy.write_text(text.replace(old, new))
+        parts[source] = folder / f"{source.name}.o"
+        build.call(["gcc", *sources[source], "-w", "-c", str(copy)], parts[source])
+    whole = folder / "kvstore"
+    shutil.copytree(ROOT / "kvstore", whole, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    core = whole / ("_core" + sysconfig.get_config_var("EXT_SUFFIX"))
+    build.call(["gcc", "-shared", "-pthread", *map(str, parts.values()), "-lm", "-ldl"], core)
+    return folder

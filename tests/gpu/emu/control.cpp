@@ -330,6 +330,13 @@ void emu_reset(uint64_t seed, int devices, size_t bytes_per_device, int peer)
     reset(seed, devices, bytes_per_device, peer != 0);
 }
 
+void emu_seed(uint64_t seed)
+{
+    std::lock_guard<std::mutex> guard(lock);
+    begin_locked();
+    state.random = seed;
+}
+
 void emu_fail_alloc(int64_t n, int64_t times)
 {
     std::lock_guard<std::mutex> guard(lock);

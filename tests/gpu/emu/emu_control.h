@@ -16,6 +16,9 @@ extern "C" {
  * EMU_PEER (1) of the environment. */
 EMU_CONTROL void emu_reset(uint64_t seed, int devices, size_t bytes_per_device, int peer);
 
+/* The order in which work runs is from now on the one of this seed. */
+EMU_CONTROL void emu_seed(uint64_t seed);
+
 /* The n-th allocation from now, and those after it, `times` in all, find no memory: on devices and
  * of pinned memory. n = 0: none. */
 EMU_CONTROL void emu_fail_alloc(int64_t n, int64_t times);

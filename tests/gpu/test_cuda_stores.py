@@ -1,0 +1,145 @@
+"""Stores over CUDA memory, on the emulation: the tests of stores/, in processes of their own."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import plugin
+
+STORES = plugin.HERE / "stores"
+FILES = sorted(path.name for path in STORES.glob("check_*.py"))
+
+# Mistakes in the core: file, text, what stands there instead, the tests of check_order.py that notice.
+MISTAKES = {
+    "nothing (which nobody may notice)": (None, "", "", "streams"),
+    "a value's place is not waited for": (
+        "comm/device.c",
+        "kv_status_t status = mark != NULL ? kv_mark_before(mark, lane) : KV_OK;",
+        "kv_status_t status = KV_OK;",
+        "streams_need or overtaken",
+    ),
+    "a value's place keeps its old mark": (
+        "comm/device.c",
+        "            place->newest = mark;",
+        "            (void)0;",
+        "streams_need or overtaken",
+    ),
+    "another stream's work is not waited for": (
+        "comm/device.c",
+        "kv_status_t status = kv_mark_before(mark, to);",
+        "kv_status_t status = KV_OK;",
+        "several_streams or after_the_work",
+    ),
+    "another stream does not come after": (
+        "store/device_batch.c",
+        "kv_status_t behind = kv_mark_before(mark, batch->others[i]);",
+        "kv_status_t behind = KV_OK;",
+        "right_after_its_push or training_loop or random",
+    ),
+    "arrays are let go at once": (
+        "store/device_batch.c",
+        "    kv_mark_keep(mark, drop_hold, hold);",
+        "    drop_hold(hold);",
+        "held_until or too_early",
+    ),
+    "arrays are never let go": (
+        "comm/device.c",
+        "    for (kept_t *kept = ready; kept != NULL; kept = next) {",
+        "    for (kept_t *kept = ready; false; kept = next) {",
+        "held_until",
+    ),
+    "memory is freed before its last use": (
+        "comm/device.c",
+        "(mark == NULL || kv_mark_before(mark, lane) == KV_OK))",
+        "(mark == NULL || mark != NULL))",
+        "closes_and_keys_go",
+    ),
+    "a mark passes early": (
+        "comm/device.c",
+        "KV_TRY(kv_mark_passed(mark, &passed));\n    if (passed)",
+        "passed = true;\n    if (passed)",
+        "right_after_its_push or host_waits",
+    ),
+    "an array of another device is read in place": (
+        "store/device_batch.c",
+        "} else if (value->device != device) {",
+        "} else if (false) {",
+        "after_the_work",
+    ),
+    "the thread's device is another one afterwards": (
+        "comm/device.c",
+        "(void)scope->api->make_current(scope->before, sentence);",
+        "(void)sentence;",
+        "current_device_stays",
+    ),
+    "the host does not wait for a library that tells no stream": (
+        "store/device_batch.c",
+        "batch->waits = batch->waits || !(view->flags & KV_VIEW_FOLLOWS);",
+        "",
+        "the_host_waits",
+    ),
+    "the host waits for every push": (
+        "store/device_batch.c",
+        "batch->waits = batch->waits || !(view->flags & KV_VIEW_FOLLOWS);",
+        "batch->waits = true;",
+        "does_not_wait",
+    ),
+}
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="the emulation is built with g++, which is missing here"
+)
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    return plugin.link(plugin.objects().values(), tmp_path_factory.mktemp("gpu") / "emulated.so")
+
+
+def run(emulated, *arguments, path=(), **env):
+    """pytest's status and output."""
+    env = {**os.environ, "KVSTORE_CUDA_PLUGIN": str(emulated), **env}
+    env["PYTHONPATH"] = os.pathsep.join([*map(str, path), env.get("PYTHONPATH", "")])
+    options = ("-c", plugin.ROOT / "pyproject.toml", "--rootdir", plugin.ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-p", "no:cacheprovider", *arguments],
+        env=env,
+        cwd="/",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        timeout=300,
+    )
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_file_passes_on_the_emulation(emulated, name):
+    status, output = run(emulated, STORES / name)
+    assert status == 0, output
+
+
+@pytest.mark.parametrize("env", [{"EMU_PEER": "0"}, {"EMU_DEVICES": "1"}, {"EMU_DEVICES": "3"}])
+def test_so_does_one_on_other_machines(emulated, env):
+    """Devices without access to each other, one alone, three."""
+    files = [STORES / "check_values.py", STORES / "check_order.py"]
+    status, output = run(emulated, *files, KVSTORE_CUDA_SEEDS="1", **env)
+    assert status == 0, output
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_core_is_noticed(emulated, tmp_path, mistake):
+    name, *change, tests = MISTAKES[mistake]
+    folder = plugin.package(tmp_path, name, *change)
+    status, output = run(
+        emulated,
+        *("-x", STORES / "check_order.py", "-k", tests),
+        path=[folder],
+        KVSTORE_CUDA_SEEDS="6",
+    )
+    assert f"{folder}/kvstore/_core" in output, output
+    assert status == (1 if name else 0), output
