@@ -67,8 +67,8 @@ KV_MUST_CHECK kv_status_t kv_mark_wait(const kv_mark_t *mark, kv_caller_t *calle
  * thread, no lock held; or now, if there is no memory to remember it: then after a wait as above,
  * without a caller. */
 void kv_mark_keep(kv_mark_t *mark, void (*drop)(void *what), void *what);
-/* Drops what has been kept for marks that have passed. Cheap when there is nothing. Stores do it
- * with each call on values of devices, the binding with each call. */
+/* Drops what has been kept for marks that have passed. Cheap when there is nothing. The binding
+ * does it at each call. */
 void kv_device_reap(void);
 /* Waits until nothing is kept, a few seconds at most, and frees what is kept for later use. At the
  * end of a process, and of tests. */

@@ -381,7 +381,6 @@ kv_status_t kv_batch_run(const kv_work_t *const *works, int64_t count, int devic
     void *block = NULL;
     const kv_device_api_t *api;
     KV_TRY(kv_device_enter(&api)); /* once for all that follows */
-    kv_device_reap();
     kv_status_t status = make_units(&batch, works, count, target, &block);
     if (status == KV_OK)
         status = choose_lane(batch.units, count, device, &lane);

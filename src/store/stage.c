@@ -152,7 +152,6 @@ kv_status_t kv_plan_stage(const kv_store_t *store, kv_plan_t *plan, kv_caller_t 
     stage->values = (stand_in_t *)(stage->views + values + outs);
     stage->outs = stage->values + values;
     plan->stage = stage;
-    kv_device_reap();
     kv_view_t *next = stage->views;
     for (int64_t g = 0; g < plan->num_groups; g++) {
         int32_t used = plan->groups[g].num_values + plan->groups[g].num_outs;
