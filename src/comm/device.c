@@ -14,6 +14,7 @@ enum {
     SPIN_NS = 20 * 1000,           /* a wait that is over by then does not sleep */
     SLEEP_NS = 50 * 1000,          /* at first, then longer each time … */
     LONGEST_SLEEP_NS = 500 * 1000, /* … up to this */
+    KEPT_LOOKS = 4,                /* marks that a look at what is kept finds not passed, at most */
     FIRST_ORDER = 12,              /* pinned blocks of 4 KiB … */
     NUM_ORDERS = 64 - FIRST_ORDER,
 };
@@ -60,7 +61,7 @@ static struct {
     kv_mark_t *marks[MAX_DEVICES];
     pinned_t *pinned[NUM_ORDERS];
     int64_t pinned_bytes;
-    kept_t *kept; /* in any order */
+    kept_t *kept, *newest_kept; /* the oldest first */
     _Atomic int64_t num_kept;
     atomic_bool used; /* there has been a lane */
 } devices = {.lock = KV_MUTEX_INIT(KV_RANK_LEAF)};
@@ -278,9 +279,23 @@ void kv_mark_keep(kv_mark_t *mark, void (*drop)(void *what), void *what)
     }
     *kept = (kept_t){.mark = kv_mark_hold(mark), .drop = drop, .what = what};
     kv_mutex_lock(&devices.lock);
-    kept->next = devices.kept;
-    devices.kept = kept;
+    if (devices.kept == NULL)
+        devices.kept = kept;
+    else
+        devices.newest_kept->next = kept;
+    devices.newest_kept = kept;
     atomic_fetch_add(&devices.num_kept, 1);
+    kv_mutex_unlock(&devices.lock);
+}
+
+/* The list comes back in front, also to what others have added meanwhile. */
+static void put_back(kept_t *first, kept_t *last)
+{
+    kv_mutex_lock(&devices.lock);
+    last->next = devices.kept;
+    if (devices.kept == NULL)
+        devices.newest_kept = last;
+    devices.kept = first;
     kv_mutex_unlock(&devices.lock);
 }
 
@@ -289,29 +304,34 @@ void kv_device_reap(void)
     if (KV_LIKELY(atomic_load_explicit(&devices.num_kept, memory_order_relaxed) == 0))
         return;
     kv_mutex_lock(&devices.lock);
-    kept_t *all = devices.kept, *waiting = NULL, *ready = NULL, *next;
+    kept_t *first = devices.kept, *last = devices.newest_kept;
     devices.kept = NULL;
     kv_mutex_unlock(&devices.lock);
-    for (kept_t *kept = all; kept != NULL; kept = next) {
+    /* What is far behind those that wait will wait too: nobody looks at all of a long list. */
+    kept_t *ready = NULL, **at = &first, *before = NULL;
+    for (int waiting = 0; *at != NULL && waiting < KEPT_LOOKS;) {
+        kept_t *kept = *at;
         bool passed = false;
-        next = kept->next;
         /* Nothing runs on a device that is lost. */
-        kept_t **list = kv_mark_passed(kept->mark, &passed) != KV_OK || passed ? &ready : &waiting;
-        kept->next = *list;
-        *list = kept;
+        if (kv_mark_passed(kept->mark, &passed) == KV_OK && !passed) {
+            waiting++;
+            before = kept;
+            at = &kept->next;
+            continue;
+        }
+        *at = kept->next;
+        if (kept == last)
+            last = before;
+        kept->next = ready;
+        ready = kept;
     }
-    kv_mutex_lock(&devices.lock);
-    for (kept_t *kept = waiting; kept != NULL; kept = next) {
-        next = kept->next;
-        kept->next = devices.kept;
-        devices.kept = kept;
-    }
-    kv_mutex_unlock(&devices.lock);
-    for (kept_t *kept = ready; kept != NULL; kept = next) {
-        next = kept->next;
-        kept->drop(kept->what);
-        kv_mark_rele(kept->mark);
-        kv_free(kept);
+    if (first != NULL)
+        put_back(first, last);
+    for (kept_t *next; ready != NULL; ready = next) {
+        next = ready->next;
+        ready->drop(ready->what);
+        kv_mark_rele(ready->mark);
+        kv_free(ready);
         atomic_fetch_sub(&devices.num_kept, 1);
     }
 }

@@ -179,6 +179,8 @@ kv_status_t kv_work_run_on_device(const kv_work_t *work, bool *delivering)
                              ? run_many_here(work, delivering)
                              : kv_batch_run(&work, 1, home, NULL, &launched);
     *delivering = *delivering || launched;
+    if (launched && work->push && (status == KV_DEVICE || status == KV_TIMEOUT))
+        return kv_fail(status, "%s; the value may have been updated", kv_status_message(status));
     return status == KV_OK || !*delivering ? status : kv_work_undelivered(work->push, status);
 }
 

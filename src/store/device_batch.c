@@ -316,6 +316,8 @@ static kv_status_t run(kv_batch_t *batch, kv_lane_t lane, bool *launched)
     kv_status_t ended = kv_device_work_end(&batch->on, &mark);
     if (ended == KV_OK)
         ended = close_order(batch, mark);
+    else if (batch->units[0].work->hold != NULL) /* for ever: nobody can tell when they may go */
+        atomic_fetch_add(&batch->units[0].work->hold->refs, 1);
     for (int64_t u = 0; u < batch->num_units; u++)
         waits = waits || batch->units[u].arrived != NULL;
     if (status == KV_OK)
