@@ -165,7 +165,7 @@ def report() -> Iterator[str]:
 
 
 def _cuda() -> Iterator[str]:
-    """The plug-in: what the installation decided, what it finds now. Stores do not use it yet."""
+    """The plug-in: what the installation decided, what it finds now."""
     from . import _core
     from .errors import KVStoreError
 
@@ -176,7 +176,7 @@ def _cuda() -> Iterator[str]:
         with contextlib.suppress(OSError):
             yield _row("", f"the installation said: {(HERE / '_cuda.txt').read_text().strip()}")
         return
-    yield _row("CUDA", f"{file}; stores of this version do not use it")
+    yield _row("CUDA", file)
     for number in range(count):
         try:
             device = _core.cuda_device(number)
@@ -196,7 +196,7 @@ def _cuda() -> Iterator[str]:
 
 
 def _nccl() -> Iterator[str]:
-    """Which NCCL there is. Stores do not use it yet."""
+    """Which NCCL stores of kind nccl would use."""
     from . import _core
     from .errors import KVStoreError
 
@@ -206,7 +206,7 @@ def _nccl() -> Iterator[str]:
         yield _row("NCCL", f"no: {error}")
         return
     number = f"{version // 10000}.{version % 10000 // 100}.{version % 100}"
-    yield _row("NCCL", f"{file}, {number}; stores of this version do not use it")
+    yield _row("NCCL", f"{file}, {number}")
 
 
 def _row(name: str, text: str) -> str:

@@ -72,19 +72,24 @@ def planted(folder, file, old, new, users):
     return link(parts.values(), folder / "planted.so")
 
 
-def planted_core(folder, file, old, new, name):
-    """A program of test_gpu_*.c with a mistake: a source of the core in which `old` is `new`."""
-    text = (ROOT / "src" / file).read_text()
-    assert old in text, f"{file} has changed, and the mistake with it: {old}"
-    copy = folder / Path(file).name
+def mistaken(folder, source, old, new):
+    """A copy of a source of the core in which `old` is `new`."""
+    text = source.read_text()
+    assert text.count(old) == 1, f"{source.name} has changed, and the mistake with it: {old}"
+    copy = folder / source.name
     copy.write_text(text.replace(old, new))
-    program = programs()[name]
-    flags = [*build.COMMON, *build.FLAVOURS["debug"], *build.ucx_flags("debug")]
-    parts = [copy, program.parent / f"tests-gpu-{name}.c.o"]
-    for source in (path for part in build.FOLDERS for path in (ROOT / "src" / part).glob("*.c")):
-        if source != ROOT / "src" / file:
-            parts.append(program.parent / f"{'-'.join(source.relative_to(ROOT).parts)}.o")
+    return copy
+
+
+def planted_core(folder, file, old, new, name):
+    """A program of test_gpu_*.c with a mistake in a source of the core."""
+    source = ROOT / "src" / file
+    flags, out = build.settings("debug")
+    test = programs()[name].with_name(f"tests-gpu-{name}.c.o")
+    parts = {path: build.compile_source(path, flags, "gcc", out) for path in build.core_sources()}
+    parts[source] = mistaken(folder, source, old, new)
     target = folder / name
+    parts = [test, *parts.values()]
     build.call(["gcc", *flags, "-w", *map(str, parts), "-lm", "-lpthread", "-ldl"], target)
     return target
 
@@ -109,10 +114,7 @@ def package(folder, file=None, old="", new=""):
         parts = dict(zip(sources, made, strict=True))
     if file is not None:
         source = ROOT / "src" / file
-        text = source.read_text()
-        assert text.count(old) == 1, f"{file} has changed, and the mistake with it: {old}"
-        copy = folder / source.name
-        copy.write_text(text.replace(old, new))
+        copy = mistaken(folder, source, old, new)
         parts[source] = folder / f"{source.name}.o"
         build.call(["gcc", *sources[source], "-w", "-c", str(copy)], parts[source])
     whole = folder / "kvstore"

@@ -98,7 +98,7 @@ def small(build_c, tmp_path_factory):
 def test_the_report_names_plugin_driver_and_devices(small):
     plugin = small()
     assert report(plugin).splitlines() == [
-        f"CUDA        {plugin}; stores of this version do not use it",
+        f"CUDA        {plugin}",
         "driver for CUDA 13.0, plug-in built with 12.4",
         "device 0    Small, 2.5 GiB, compute capability 8.6",
         "device 1    not usable: device 1 is lost",
@@ -133,7 +133,7 @@ def test_the_plugin_beside_the_core_is_the_one(small, tmp_path):
     assert f"this installation has no CUDA plug-in ({package}/libkvstore_cuda.so is not" in before
     assert "the installation said: without CUDA: there is no nvcc here" in before
     shutil.copy(small(), package / "libkvstore_cuda.so")
-    assert f"{package}/libkvstore_cuda.so; stores of this version" in told()
+    assert f"  CUDA        {package}/libkvstore_cuda.so\n" in told()
 
 
 # ---------------------------------------------------------------------------------------- errors

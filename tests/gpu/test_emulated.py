@@ -136,9 +136,10 @@ PLANTED_NCCL = {
         SUMS,
     ),
     "a sum is in another lane": ("member, lanes[member]", "member, lanes[0]", SUMS),
-    "devices take part without a group": (
-        "int result = nccl->library->ncclGroupStart();",
-        "int result = KV_NCCL_SUCCESS;",
+    "a group is not ended": (
+        "int ended = nccl->library->ncclGroupEnd();\n    return is_fine(result) ? ended : result;\n"
+        "}\n\nstatic kv_status_t run(",
+        "return result;\n}\n\nstatic kv_status_t run(",
         SUMS,
     ),
     "a type is another one": ("kv_nccl_dtype(job->dtype)", "7", SUMS),
