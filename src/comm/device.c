@@ -63,7 +63,7 @@ static struct {
     int64_t pinned_bytes;
     kept_t *kept, *newest_kept; /* the oldest first */
     _Atomic int64_t num_kept;
-    atomic_bool used; /* there has been a lane */
+    _Atomic uint64_t user; /* 1 + kv_fork_generation of the process that has had a lane, 0: none */
 } devices = {.lock = KV_MUTEX_INIT(KV_RANK_LEAF)};
 
 /* ------------------------------------------------------------------------- the current device */
@@ -106,9 +106,9 @@ void kv_device_leave(void)
 
 kv_status_t kv_lane_own(int device, kv_lane_t *out)
 {
-    const kv_device_api_t *api;
-    KV_TRY(kv_device_load(&api));
-    int most = api->num_devices < MAX_DEVICES ? api->num_devices : MAX_DEVICES;
+    const kv_device_api_t *table;
+    KV_TRY(kv_device_load(&table));
+    int most = table->num_devices < MAX_DEVICES ? table->num_devices : MAX_DEVICES;
     if (device < 0 || device >= most)
         return kv_fail(KV_DEVICE,
                        "there is no CUDA device %d: this process sees %d, counted from 0", device,
@@ -129,7 +129,7 @@ kv_status_t kv_lane_own(int device, kv_lane_t *out)
         kv_mutex_unlock(&devices.lock);
         if (made != NULL) /* another thread was faster */
             ONE_CALL(status, api->stream_free(device, made, sentence));
-        atomic_store(&devices.used, true);
+        atomic_store(&devices.user, kv_fork_generation() + 1);
     }
     *out = (kv_lane_t){.device = device, .stream = stream};
     return KV_OK;
@@ -137,7 +137,14 @@ kv_status_t kv_lane_own(int device, kv_lane_t *out)
 
 bool kv_device_used(void)
 {
-    return atomic_load_explicit(&devices.used, memory_order_relaxed);
+    return atomic_load_explicit(&devices.user, memory_order_relaxed) != 0;
+}
+
+/* A forked child leaves to its parent what that has kept: no device works in it, and the lock may
+ * have been held at the fork. */
+static bool used_here(void)
+{
+    return atomic_load(&devices.user) == kv_fork_generation() + 1;
 }
 
 kv_status_t kv_lane_join(kv_lane_t from, kv_lane_t to)
@@ -301,7 +308,8 @@ static void put_back(kept_t *first, kept_t *last)
 
 void kv_device_reap(void)
 {
-    if (KV_LIKELY(atomic_load_explicit(&devices.num_kept, memory_order_relaxed) == 0))
+    if (KV_LIKELY(atomic_load_explicit(&devices.num_kept, memory_order_relaxed) == 0) ||
+        !used_here())
         return;
     kv_mutex_lock(&devices.lock);
     kept_t *first = devices.kept, *last = devices.newest_kept;
@@ -418,11 +426,14 @@ kv_status_t kv_place_end(kv_place_t *place, kv_lane_t lane, kv_mark_t *mark, kv_
     }
 }
 
-void kv_lane_free(kv_lane_t lane, void *pointer)
+void kv_lane_free(kv_lane_t lane, const kv_mark_t *mark, void *pointer)
 {
     kv_status_t status = KV_DEVICE;
-    for (int attempt = 0; attempt < 2 && status != KV_OK; attempt++)
-        ONE_CALL(status, api->free(lane.device, lane.stream, pointer, sentence));
+    for (int attempt = 0; attempt < 2 && status != KV_OK; attempt++) {
+        status = mark != NULL ? kv_mark_before(mark, lane) : KV_OK;
+        if (status == KV_OK)
+            ONE_CALL(status, api->free(lane.device, lane.stream, pointer, sentence));
+    }
 }
 
 static void release_on_device(kv_buffer_t *base)
@@ -430,9 +441,8 @@ static void release_on_device(kv_buffer_t *base)
     device_buffer_t *buffer = (device_buffer_t *)base;
     kv_lane_t lane;
     kv_mark_t *mark = newest(buffer->place);
-    if (base->bytes > 0 && kv_lane_own(buffer->place->device, &lane) == KV_OK &&
-        (mark == NULL || kv_mark_before(mark, lane) == KV_OK))
-        kv_lane_free(lane, base->data);
+    if (base->bytes > 0 && kv_lane_own(buffer->place->device, &lane) == KV_OK)
+        kv_lane_free(lane, mark, base->data);
     kv_mark_rele(mark);
     kv_place_rele(buffer->place);
     kv_count(KV_COUNT_BUFFERS, -1);
@@ -545,6 +555,8 @@ void kv_buffer_drop(void *buffer)
 void kv_device_settle(void)
 {
     int64_t deadline = kv_clock_ns() + SETTLE_NS;
+    if (!used_here())
+        return;
     kv_device_reap();
     while (atomic_load(&devices.num_kept) > 0 && kv_clock_ns() < deadline) {
         nanosleep(&(struct timespec){.tv_nsec = LONGEST_SLEEP_NS}, NULL);

@@ -98,9 +98,9 @@ KV_MUST_CHECK kv_status_t kv_place_end(kv_place_t *place, kv_lane_t lane, kv_mar
  * kv_place_end. Freed behind the place's newest mark. The host may not touch it. */
 KV_MUST_CHECK kv_status_t kv_device_buffer_new(kv_place_t *place, kv_lane_t lane, size_t bytes,
                                                kv_buffer_t **out);
-/* Frees memory of the lane's device in the order of the lane. What a device that is lost does not
- * free is lost with it. */
-void kv_lane_free(kv_lane_t lane, void *pointer);
+/* Frees memory of the lane's device in the order of the lane, behind a mark if that is not NULL.
+ * What a device that is lost does not free is lost with it. */
+void kv_lane_free(kv_lane_t lane, const kv_mark_t *mark, void *pointer);
 
 /* The place of a buffer in device memory; NULL: the host's. */
 kv_place_t *kv_buffer_place(const kv_buffer_t *buffer);

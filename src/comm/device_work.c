@@ -43,7 +43,7 @@ kv_status_t kv_device_work_begin(kv_device_work_t *work, kv_lane_t lane)
 kv_status_t kv_device_work_end(kv_device_work_t *work, kv_mark_t **mark)
 {
     for (int i = 0; i < work->num_temps; i++)
-        kv_lane_free(work->lane, work->temps[i]);
+        kv_lane_free(work->lane, NULL, work->temps[i]);
     kv_status_t status = kv_mark_new(work->lane, mark);
     for (int i = 0; i < work->num_pinned && status == KV_OK; i++)
         kv_mark_keep(*mark, kv_buffer_drop, work->pinned[i]);

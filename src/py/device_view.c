@@ -107,7 +107,7 @@ static PyMethodDef device_view_methods[] = {
 };
 
 static PyType_Slot device_view_slots[] = {
-    {Py_tp_doc, "Memory of a store on a device, for from_dlpack."},
+    {Py_tp_doc, (void *)"Memory of a store on a device, for from_dlpack."},
     {Py_tp_dealloc, (void *)device_view_dealloc},
     {Py_tp_methods, device_view_methods},
     {0, NULL},

@@ -194,9 +194,9 @@ static PyObject *handle_wait(PyObject *object, PyObject *const *args, Py_ssize_t
         kv_py_caller_init(&caller, timeout_ns);
         kv_status_t status = kv_handle_wait(handle, &caller.base);
         kv_handle_rele(handle);
-        kv_py_release_now();
         if (status != KV_OK)
             return kv_py_raise(self->state, status);
+        kv_py_release_now();
         if (self->handle != NULL && !finish(self))
             return NULL;
     }

@@ -75,9 +75,9 @@ static PyObject *wait_all(PyObject *module, PyObject *const *args, Py_ssize_t nu
         return NULL;
     kv_py_caller_init(&caller, timeout_ns);
     kv_status_t status = kv_engine_wait_all(runtime->engine, &caller.base);
-    kv_py_release_now();
     if (status != KV_OK)
         return kv_py_raise(state, status);
+    kv_py_release_now();
     Py_RETURN_NONE;
 }
 

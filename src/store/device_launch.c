@@ -152,9 +152,12 @@ static kv_status_t wait_for_norms(kv_batch_t *batch)
 {
     kv_mark_t *mark;
     KV_TRY(kv_mark_new(batch->on.lane, &mark));
-    if (batch->caller != NULL)
+    bool attached = batch->caller != NULL && !batch->caller->detached;
+    if (attached)
         kv_caller_detach(batch->caller);
     kv_status_t status = kv_mark_wait(mark, NULL);
+    if (attached)
+        kv_caller_attach(batch->caller);
     kv_mark_rele(mark);
     return status;
 }

@@ -107,8 +107,8 @@ def package(folder, file=None, old="", new=""):
     flags, out = build.settings("debug")
     binding = ["-I" + sysconfig.get_path("include"), "-I" + numpy.get_include()]
     binding += ['-DKV_FLAVOUR="debug"']
-    sources = {source: flags for source in build.core_sources()}
-    sources |= {source: flags + binding for source in sorted((ROOT / "src" / "py").glob("*.c"))}
+    sources = dict.fromkeys(build.core_sources(), flags)
+    sources |= dict.fromkeys(sorted((ROOT / "src" / "py").glob("*.c")), flags + binding)
     with ThreadPoolExecutor(build.JOBS) as pool:
         made = pool.map(lambda pair: build.compile_source(*pair, "gcc", out), sources.items())
         parts = dict(zip(sources, made, strict=True))

@@ -5,6 +5,7 @@ and what a device is asked for in a call.
 """
 
 import ctypes
+import itertools
 import os
 import subprocess
 import sys
@@ -27,7 +28,10 @@ def build(target):
 
 def tensor_class(library):
     new = ctypes.pythonapi.PyCapsule_New
-    new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+    new.restype, new.argtypes = (
+        ctypes.py_object,
+        (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
+    )
     table = ctypes.addressof(ctypes.c_char.in_dll(library, "cost_exchange"))
     return type(
         "Tensor", (), {"__dlpack_c_exchange_api__": new(table, b"dlpack_exchange_api", None)}
@@ -36,7 +40,8 @@ def tensor_class(library):
 
 def counts(library):
     library.cost_name.restype, library.cost_count.restype = ctypes.c_char_p, ctypes.c_int64
-    names = iter(lambda n=iter(range(100)): library.cost_name(next(n)), None)
+    names = map(library.cost_name, itertools.count())
+    names = itertools.takewhile(lambda name: name is not None, names)
     return {name.decode(): library.cost_count(i) for i, name in enumerate(names)}
 
 

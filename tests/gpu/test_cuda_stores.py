@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -12,9 +13,11 @@ import plugin
 STORES = plugin.HERE / "stores"
 FILES = sorted(path.name for path in STORES.glob("check_*.py"))
 
-# Mistakes in the core: file, text, what stands there instead, the tests of check_order.py that notice.
+# Mistakes in the core: file, text, what stands there instead, the tests of check_order.py that
+# notice.
+NONE = "no mistake, which nobody may notice"
 MISTAKES = {
-    "nothing (which nobody may notice)": (None, "", "", "streams"),
+    NONE: (None, "", "", "streams"),
     "a value's place is not waited for": (
         "comm/device.c",
         "kv_status_t status = mark != NULL ? kv_mark_before(mark, lane) : KV_OK;",
@@ -89,19 +92,21 @@ MISTAKES = {
     ),
 }
 
+# Devices without access to each other, one alone, three.
+MACHINES = {
+    "no peers": (("check_values.py", "check_order.py"), {"EMU_PEER": "0"}),
+    "one device": (("check_order.py", "check_training.py"), {"EMU_DEVICES": "1"}),
+    "three devices": (("check_order.py", "check_random.py"), {"EMU_DEVICES": "3"}),
+}
+
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="the emulation is built with g++, which is missing here"
 )
 
 
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    return plugin.link(plugin.objects().values(), tmp_path_factory.mktemp("gpu") / "emulated.so")
-
-
-def run(emulated, *arguments, path=(), **env):
+def run(library, *arguments, path=(), **env):
     """pytest's status and output."""
-    env = {**os.environ, "KVSTORE_CUDA_PLUGIN": str(emulated), **env}
+    env = {**os.environ, "KVSTORE_CUDA_PLUGIN": str(library), **env}
     env["PYTHONPATH"] = os.pathsep.join([*map(str, path), env.get("PYTHONPATH", "")])
     options = ("-c", plugin.ROOT / "pyproject.toml", "--rootdir", plugin.ROOT)
     done = subprocess.run(
@@ -117,29 +122,65 @@ def run(emulated, *arguments, path=(), **env):
     return done.returncode, done.stdout
 
 
+def run_file(library, folder, name):
+    return run(library, STORES / name)
+
+
+def run_machine(library, folder, machine):
+    files, env = MACHINES[machine]
+    return run(library, *(STORES / name for name in files), KVSTORE_CUDA_SEEDS="1", **env)
+
+
+def run_mistake(library, folder, mistake):
+    name, *change, tests = MISTAKES[mistake]
+    plugin.package(folder, name, *change)
+    arguments = ("-x", STORES / "check_order.py", "-k", tests)
+    status, output = run(library, *arguments, path=[folder], KVSTORE_CUDA_SEEDS="6")
+    assert f"{folder}/kvstore/_core" in output, output
+    return status, output
+
+
+@pytest.fixture(scope="module")
+def outcomes(request, tmp_path_factory):
+    """What has come of the run of each test that was asked for, by its name. Several run at once."""
+    library = plugin.link(plugin.objects().values(), tmp_path_factory.mktemp("gpu") / "emulated.so")
+    jobs, later = {}, []
+    with ThreadPoolExecutor(plugin.build.JOBS) as pool:
+
+        def submit(item, function):
+            folder = tmp_path_factory.mktemp("run")
+            jobs[item.name] = pool.submit(function, library, folder, **item.callspec.params)
+
+        for item in request.session.items:
+            if item.path != request.path:
+                continue
+            if item.originalname == "test_a_mistake_in_the_core_is_noticed":
+                later.append(item)
+            elif item.originalname == "test_file_passes_on_the_emulation":
+                submit(item, run_file)
+            else:
+                submit(item, run_machine)
+        if later:
+            plugin.package(tmp_path_factory.mktemp("whole"))  # compiles what all share
+        for item in later:
+            submit(item, run_mistake)
+        yield jobs
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("name", FILES)
-def test_file_passes_on_the_emulation(emulated, name):
-    status, output = run(emulated, STORES / name)
+def test_file_passes_on_the_emulation(outcomes, request, name):
+    status, output = outcomes[request.node.name].result()
     assert status == 0, output
 
 
-@pytest.mark.parametrize("env", [{"EMU_PEER": "0"}, {"EMU_DEVICES": "1"}, {"EMU_DEVICES": "3"}])
-def test_so_does_one_on_other_machines(emulated, env):
-    """Devices without access to each other, one alone, three."""
-    files = [STORES / "check_values.py", STORES / "check_order.py"]
-    status, output = run(emulated, *files, KVSTORE_CUDA_SEEDS="1", **env)
+@pytest.mark.parametrize("machine", MACHINES)
+def test_so_does_one_on_other_machines(outcomes, request, machine):
+    status, output = outcomes[request.node.name].result()
     assert status == 0, output
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_in_the_core_is_noticed(emulated, tmp_path, mistake):
-    name, *change, tests = MISTAKES[mistake]
-    folder = plugin.package(tmp_path, name, *change)
-    status, output = run(
-        emulated,
-        *("-x", STORES / "check_order.py", "-k", tests),
-        path=[folder],
-        KVSTORE_CUDA_SEEDS="6",
-    )
-    assert f"{folder}/kvstore/_core" in output, output
-    assert status == (1 if name else 0), output
+def test_a_mistake_in_the_core_is_noticed(outcomes, request, mistake):
+    status, output = outcomes[request.node.name].result()
+    assert status == (0 if mistake == NONE else 1), output

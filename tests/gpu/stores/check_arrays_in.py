@@ -2,7 +2,9 @@
 them; and what is said of those that cannot be."""
 
 import ctypes as ct
+import os
 import sys
+import time
 import types
 
 import cuda_tensor as cuda
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 import kvstore
-from kvstore import compression
+from kvstore import _core, compression
 
 ORDERED = [face for face in cuda.FACES if face is not cuda.ReadyTensor]
 BOTH = range(cuda.num_devices)
@@ -343,3 +345,32 @@ def test_dlpack_goes_before_the_interface():
         __cuda_array_interface__ = property(lambda self: 1 / 0)
 
     assert kvstore.array(late(Twice, numbers())).asnumpy().tolist() == numbers().tolist()
+
+
+# ---------------------------------------------------------------------------------------- fork
+
+
+def test_a_forked_child_leaves_devices_to_its_parent():
+    """What is under way is its parent's, also when the child ends in order."""
+    with kvstore.create("device") as kv:
+        kv.init("w", cuda.TableTensor(numbers()))
+        cuda.current_stream().busy(20)
+        tensor = cuda.TableTensor(numbers())
+        kv.push("w", tensor)
+        child = os.fork()
+        if child == 0:
+            try:
+                with kvstore.create() as own:
+                    own.init("w", numbers())
+                    assert kvstore.array(numbers()).shape == (3, 4)
+                    with pytest.raises(kvstore.DeviceError, match="forked"):
+                        own.push("w", tensor)
+                assert tensor.exports > 0
+                begun = time.monotonic()
+                _core._shut_down()
+                assert time.monotonic() - begun < 4
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert (kv.pull("w").asnumpy() == numbers()).all()

@@ -13,7 +13,7 @@ from kvstore import optimizer
 
 KINDS = ["device", "local", "dist_sync"]
 N = 4
-NO_MEMORY, REFUSED_BY_RUNTIME = 2, 1  # cudaErrorMemoryAllocation, cudaErrorInvalidValue
+REFUSED_BY_RUNTIME = 1  # cudaErrorInvalidValue
 
 
 def full(number, device=0, face=cuda.TableTensor, **options):
@@ -81,9 +81,7 @@ def test_an_out_that_is_read_only(store, face):
     value = full(2, face=face, readonly=True)
     for call in all_calls(store, value)[4:]:
         refused(store, kvstore.InvalidArgumentError, call, "read-only")
-    refused(
-        store, kvstore.InvalidArgumentError, lambda: store.pushpull("w", value), "read-only"
-    )
+    refused(store, kvstore.InvalidArgumentError, lambda: store.pushpull("w", value), "read-only")
     store.push("w", value)
     assert store.pull("w").asnumpy().tolist() == [2] * N
 
@@ -253,43 +251,88 @@ def test_without_memory_each_call_fails_by_name_and_works_the_next_time(kind):
     assert failures > 0 or kind == "local"
 
 
-CALLS = (
-    "cudaStreamWaitEvent cudaEventRecord cudaEventCreateWithFlags cudaMallocFromPoolAsync "
-    "cudaMemcpyAsync cudaMemcpyPeerAsync cudaMemsetAsync cudaLaunchKernel cudaFreeAsync "
-    "cudaHostAlloc cudaPointerGetAttributes cudaEventQuery cudaSetDevice cudaStreamCreateWithFlags"
-).split()
+# By how many calls the failure moves on each time.
+CALLS = {
+    "cudaStreamWaitEvent": 1,
+    "cudaEventRecord": 1,
+    "cudaEventCreateWithFlags": 1,
+    "cudaMallocFromPoolAsync": 1,
+    "cudaMemcpyAsync": 1,
+    "cudaMemcpyPeerAsync": 1,
+    "cudaMemsetAsync": 1,
+    "cudaLaunchKernel": 1,
+    "cudaFreeAsync": 1,
+    "cudaHostAlloc": 1,
+    "cudaPointerGetAttributes": 1,
+    "cudaEventQuery": 5,
+    "cudaSetDevice": 11,
+    "cudaGetDevice": 11,
+}
+NEVER = 1 << 60
+
+
+def calls_of(kv):
+    """Each with what the key is when it is done. The tensors are nobody else's."""
+    there = cuda.other_device
+    first, host = [full(1)], np.full(N, 2, np.float32)
+    values = [[full(1), full(2, there)], [full(2, there), host], [full(2, there) for _ in range(3)]]
+    outs = [full(0, there), full(0, there)]
+    return (
+        (lambda: kv.init("w", first.pop()), 1),
+        (lambda: kv.push("w", values.pop(0)), 3),
+        (lambda: kv.push("w", values.pop(0)), 4),
+        (lambda: kv.pull("w", out=outs.pop()), 4),
+        (lambda: kv.pull("w", out=np.zeros(N, np.float32)), 4),
+        (lambda: kv.pushpull("w", values.pop(0), out=outs.pop()), 6),
+    )
+
+
+class Failure:
+    """The n-th of these calls of the runtime, in what is done with it, fails."""
+
+    def __init__(self, name, n):
+        self.name, self.left = name, n
+
+    def during(self, call):
+        """The error's sentence, "" without one, and whether the failure was in this."""
+        before, told = cuda.emu.counter(self.name), ""
+        if self.left > 0:
+            cuda.emu.fail_call(self.name, self.left, REFUSED_BY_RUNTIME)
+        try:
+            call()
+        except (kvstore.DeviceError, kvstore.KeyNotFoundError, MemoryError) as error:
+            told = str(error)
+        cuda.emu.fail_call(self.name, NEVER, REFUSED_BY_RUNTIME)
+        armed, self.left = self.left > 0, self.left - (cuda.emu.counter(self.name) - before)
+        return told, armed and self.left <= 0
 
 
 @pytest.mark.emulated
 @pytest.mark.parametrize("name", CALLS)
 def test_each_call_of_the_runtime_may_fail_once(name):
-    """Nothing crashes or hangs, a failure is told or does not matter: no number is wrong without
-    a word."""
-    where = {"a": full(1), "b": full(2, cuda.other_device), "c": full(0, cuda.other_device)}
-    cuda.emu.run_all()
-    for n in range(1, 60):
-        before = cuda.emu.counter(name)
+    """Nothing crashes or hangs; a call that fails has changed nothing or done its work, and what
+    it was given may be freed."""
+    for n in range(1, 1000, CALLS[name]):
         kv = kvstore.create("device")
-        errors = []
-        for call in (
-            lambda: kv.init("w", where["a"]),
-            lambda: kv.push("w", where["a"]),
-            lambda: kv.push("w", [where["a"], where["b"]]),
-            lambda: kv.pull("w", out=where["c"]),
-            lambda: kv.pushpull("w", [where["b"], where["b"]], out=where["c"]),
-        ):
-            if not errors:
-                cuda.emu.fail_call(name, n - (cuda.emu.counter(name) - before), 1)
-            try:
-                call()
-            except (kvstore.DeviceError, kvstore.KeyNotFoundError, MemoryError) as error:
-                errors.append(str(error))
-        done = cuda.emu.counter(name) - before
-        cuda.emu.fail_call(name, 1_000_000, 1)
-        if not errors:
-            assert where["c"].numpy().tolist() == [4] * N
-            assert kv.pull("w").asnumpy().tolist() == [4] * N
-        kv.close()
-        if done < n:
-            break
+        failure, value = Failure(name, n), None
+        for call, due in calls_of(kv):
+            told, here = failure.during(call)
+            del call
+            rubbish = [full(1000, d) for d in range(cuda.num_devices) for _ in range(3)]
+            assert here or not told or value is None, told
+            if told and "w" in kv:
+                got = kv.pull("w").asnumpy().tolist()
+                assert got in ([value] * N, [due] * N), (n, got, told)
+                value = got[0]
+            elif not told:
+                value = due
+            assert all((tensor.numpy() == 1000).all() for tensor in rubbish), (n, told)
+            del rubbish
+        if value is not None:
+            assert kv.pull("w").asnumpy().tolist() == [value] * N
+        failure.during(kv.close)
         kvstore.wait_all()
+        if failure.left > 0:
+            break
+    else:
+        raise AssertionError(f"{name} was called a thousand times")

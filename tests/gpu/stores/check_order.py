@@ -8,7 +8,7 @@ import weakref
 import cuda_tensor as cuda
 import numpy as np
 import pytest
-from twin import draw, same, store_of
+from twin import store_of
 
 import kvstore
 from kvstore import optimizer
@@ -386,44 +386,3 @@ def test_threads_with_streams_of_their_own(kind):
             thread.join()
         assert failed == []
         assert is_full(kv.pull("sum"), 32)
-
-
-def test_random_programs_end_as_on_the_host(seed):
-    """Calls on keys in host and device memory, from any stream, with nothing in between that
-    waits."""
-    random = np.random.default_rng([11, seed])
-    lanes = [cuda.Stream(d) for d in range(cuda.num_devices) for _ in range(2)]
-    keys = ["a", "b", "c"]
-    with kvstore.create("device") as kv, kvstore.create("local") as host:
-        for key, place in zip(keys, (0, cuda.other_device, None), strict=True):
-            value = draw(random, N)
-            host.init(key, value)
-            kv.init(key, value if place is None else cuda.TableTensor(value, place))
-        outs = []
-        for _ in range(60):
-            key, lane = keys[random.integers(3)], lanes[random.integers(len(lanes))]
-            with lane:
-                value, out = draw(random, N), np.zeros(N, np.float32)
-                given = cuda.TableTensor(value, lane.device)
-                found = cuda.TableTensor(out, lane.device)
-                kind = random.integers(4)
-                if kind == 0:
-                    host.push(key, value)
-                    kv.push(key, given)
-                elif kind == 1:
-                    host.push(key, [value, value])
-                    kv.push(key, [given, value if random.integers(2) else given])
-                elif kind == 2:
-                    host.pushpull(key, value, out=out)
-                    kv.pushpull(key, given, out=found)
-                    outs.append((lane, found, out))
-                else:
-                    host.pull(key, out=out)
-                    kv.pull(key, out=found)
-                    outs.append((lane, found, out))
-                given.fill_(1000)
-        for lane, found, out in outs:
-            with lane:
-                assert same(found.numpy(), out)
-        for key in keys:
-            assert same(kv.pull(key).asnumpy(), host.pull(key).asnumpy())

@@ -14,9 +14,7 @@ BOTH = (0, 1)
 
 def every(random, dtypes=DTYPES):
     """A key for each type and shape."""
-    return {
-        f"{dtype} {shape}": draw(random, shape, dtype) for dtype in dtypes for shape in SHAPES
-    }
+    return {f"{dtype} {shape}": draw(random, shape, dtype) for dtype in dtypes for shape in SHAPES}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import cuda_tensor as cuda  # noqa: E402
+import cuda_tensor as cuda
 
-import kvstore  # noqa: E402
+import kvstore
 
 SEEDS = int(os.environ.get("KVSTORE_CUDA_SEEDS", "2")) if cuda.emu is not None else 1
 QUIET_S = 10.0
