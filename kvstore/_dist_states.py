@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from . import _declared, _saved, _states, state_file
+import numpy as np
+
+from . import _declared, _packed, _saved, _states, state_file
 from ._core import KVStore
-from ._optimizer import BuiltIn, built_in
-from .errors import ClosedError, InvalidArgumentError, KVStoreError, NotBuiltError
+from ._optimizer import BuiltIn, built_in, kind_of
+from ._python_optimizer import check_importable, check_slots, imported_class
+from .errors import ClosedError, InvalidArgumentError, KVStoreError, PeerLostError
 from .optimizer import Optimizer
 
 if TYPE_CHECKING:
@@ -32,19 +35,15 @@ Told = dict[str, Any]
 
 
 def _pack(optimizer: Optimizer) -> Told:
-    return {"kind": optimizer._KIND, **optimizer._pack()}
+    return {"kind": kind_of(type(optimizer)), **optimizer._pack()}
+
+
+def _class_of(kind: str) -> type[Optimizer]:
+    return imported_class(kind) if ":" in kind else built_in[kind]
 
 
 def _unpack(packed: Told) -> Optimizer:
-    return built_in[packed["kind"]]._unpack(packed)
-
-
-def _check_built_in(optimizer: object) -> None:
-    if isinstance(optimizer, Optimizer) and not isinstance(optimizer, BuiltIn):
-        raise NotBuiltError(
-            f"{type(optimizer).__name__} is an optimizer in Python, whose states in a dist store "
-            "are not saved or loaded yet: those of kvstore.optimizer are, and a local store's are"
-        )
+    return _class_of(packed["kind"])._unpack(packed)
 
 
 def _give(kv: KVStore, optimizer: Optimizer, training: int) -> None:
@@ -103,7 +102,6 @@ def _told_by(kv: KVStore, member: "Member") -> Told:
     optimizer = kv._optimizer_owner()
     if optimizer is None:
         raise InvalidArgumentError("the store has no optimizer, so it has no states to save")
-    _check_built_in(optimizer)
     states = kv._states_export(_states.COUNTS)
     told: Told = {name: states[name] for name in ("counted", "total")}
     whole = [states[name] for name in _states.NUMBERS]
@@ -112,9 +110,22 @@ def _told_by(kv: KVStore, member: "Member") -> Told:
     return {"optimizer": _pack(optimizer), "training": training, "whole": whole, **told}
 
 
-def _ask(member: "Member", timeout_s: float, ranks: list[int]) -> dict[int, Told]:
-    """The same of other workers that have an optimizer, by rank."""
-    answers = [json.loads(text) for text in member.command(ASK, "", timeout_s, workers=ranks)]
+def _command(
+    member: "Member", head: int, body: str, timeout_s: float, ranks: list[int]
+) -> list[str]:
+    """What these workers answer. Of a loss that one of them has heard of before this one, the error
+    is the same."""
+    try:
+        return member.command(head, body, timeout_s, workers=ranks)
+    except KVStoreError as error:
+        if type(error) is KVStoreError and f"{PeerLostError.__name__}: " in str(error):
+            raise PeerLostError(str(error)) from error
+        raise
+
+
+def _ask(member: "Member", timeout_s: float, ranks: list[int], kind: str = "") -> dict[int, Told]:
+    """The same of other workers that have an optimizer, by rank; and whether they know a class."""
+    answers = [json.loads(text) for text in _command(member, ASK, kind, timeout_s, ranks)]
     return {told["rank"]: told for told in answers if told}
 
 
@@ -140,6 +151,8 @@ def _answer_ask(member: "Member", body: str | bytes) -> str:
     kv = _store_of(member)
     if kv is None or kv._optimizer_owner() is None:
         return "null"
+    if body:
+        _class_of(str(body))
     return json.dumps(_told_by(kv, member), allow_nan=False)
 
 
@@ -152,25 +165,61 @@ def save(kv: KVStore, member: "Member", timeout_s: float, fname: Any, dump_optim
     optimizer = _unpack(told["optimizer"])
     with _having(kv, member, optimizer, told["training"]):
         states = kv._states_export()
-    counts = [count for _, count, _, _ in states["keys"]]
+    counts = {key: count for key, count, _, _ in states["keys"]}
     if not first:
         told = _worker_0(_ask(member, timeout_s, [0]))  # now that all pushes of here are through
-        if not (member.asynchronous or told["total"] == sum(counts)):
+        on_servers = sum(count for key, count in counts.items() if key in kv)
+        if not (member.asynchronous or told["total"] == on_servers):
             # What is worker 0's would be further on than what is the servers'.
             raise InvalidArgumentError(
                 f"worker 0 has pushed what worker {member.rank}, which saves, has not: save on "
                 "worker 0, or between two barriers"
             )
+    if not isinstance(optimizer, BuiltIn):
+        states["keys"] = [(*entry, _slots_of(slots)[0]) for *entry, slots in states["keys"]]
     states.update(zip(_states.NUMBERS, told["whole"], strict=True))
-    states["num_update"] = max(states["num_update"], *counts, 0)
+    states["num_update"] = max(states["num_update"], *counts.values(), 0)
     state_file.write(fname, states, _saved.describe(optimizer, dump_optimizer))
+
+
+# ---------------------------------------------------------------------- optimizers in Python
+
+
+def _slots_of(slots: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The slots that a file has of one packed, and whether they are more than a file's."""
+    return _packed.unpack(slots[_packed.SLOT]) if slots else ({}, False)
+
+
+def _packed_keys(keys: list[Any]) -> list[Any]:
+    return [
+        (*entry, {_packed.SLOT: np.frombuffer(_packed.pack(slots, False), np.uint8)})
+        for *entry, slots in keys
+    ]
+
+
+def _check_kept(
+    kv: KVStore, member: "Member", told: dict[int, Told], klass: type[Optimizer], keys: list[Any]
+) -> None:
+    """Whether the slots of keys are such as the servers keep for the class, where they do."""
+    own, training = kv._optimizer_owner(), member.declared.training
+    if member.rank != 0 and 0 in told:
+        if told[0]["optimizer"]["kind"] != kind_of(klass):
+            return
+        own, training = _unpack(told[0]["optimizer"]), told[0]["training"]
+    if type(own) is not klass:
+        return
+    with _having(kv, member, own, training):
+        kept = {key: _slots_of(slots) for key, _, _, slots in kv._states_export()["keys"]}
+    for key, _, _, slots in keys:
+        like, begun = kept.get(key, ({}, False))
+        if begun:
+            check_slots(key, slots, like)
 
 
 # ---------------------------------------------------------------------------------------- load
 
 
 def load(kv: KVStore, member: "Member", timeout_s: float, fname: Any) -> None:
-    _check_built_in(kv._optimizer_owner())
     states, about = state_file.read(fname)
     # Residuals belong to the workers: those of another store's values mean nothing to these.
     states |= {"residuals": [], "compression": None}
@@ -183,13 +232,20 @@ def load(kv: KVStore, member: "Member", timeout_s: float, fname: Any) -> None:
         if not dump and member.rank != 0:
             before, training = _unpack(_worker_0(told)["optimizer"]), told[0]["training"]
         new = _saved.optimizer_of(about, before)
-        _check_built_in(new)
         position = _saved.position(about.get("schedule"), new)
-        states = _states.with_unpushed(kv, states)
+        if isinstance(new, BuiltIn):
+            states = _states.with_unpushed(kv, states)
+        else:
+            check_importable(type(new))
+            if told:
+                _ask(member, timeout_s, list(told), kind_of(type(new)))
+            _check_kept(kv, member, told, type(new), states["keys"])
+            states = {**states, "keys": _packed_keys(states["keys"])}
+            states = _states.with_unpushed(kv, states, shaped=False)
         with _having(kv, member, new, training):
             _states.check_states(kv, states)
     loaded: Told = {
-        "kind": new._KIND,
+        "kind": kind_of(type(new)),
         "optimizer": _pack(new) if dump else None,
         "schedule": about.get("schedule"),
         "whole": [states[name] for name in _states.NUMBERS],
@@ -282,7 +338,7 @@ def _set_by_worker_0(
 ) -> int:
     """As if worker 0 had called set_optimizer; returns its `counted` then."""
     body = json.dumps({"optimizer": _pack(new), "counted": counted})
-    answers = member.command(SET, body, timeout_s, workers=[0])
+    answers = _command(member, SET, body, timeout_s, [0])
     if not answers:
         raise KVStoreError("worker 0, which sets the optimizer, has left the cluster")
     return int(answers[0])
@@ -309,7 +365,7 @@ def _tell(
         pieces[-1].append(entry)
     for i, piece in enumerate(pieces):
         part = {"counts": piece, "first": i == 0, "last": i == len(pieces) - 1}
-        member.command(TAKE, json.dumps({**told, **part}), timeout_s, workers=list(counted))
+        _command(member, TAKE, json.dumps({**told, **part}), timeout_s, list(counted))
 
 
 # ----------------------------------------------------------------------------- the other workers
@@ -352,7 +408,7 @@ def _take(member: "Member", body: str | bytes) -> str:
         member.declared.training = told["training"]
         _give(kv, new, told["training"])
         own, counted = new, _counted(kv)
-    if told["kind"] == own._KIND:
+    if told["kind"] == kind_of(type(own)):
         try:
             _states.import_counts(kv, tuple(told["whole"]), counts, counted)
         except InvalidArgumentError as error:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import _packed
 from ._core import RowSparse
 from ._optimizer import Optimizer, Push, kind_of, push_under_way
 from .errors import ArrayTypeError, InvalidArgumentError
@@ -44,21 +45,22 @@ class Progress:
         """The state as the arrays that it is made of."""
         if key in self.loaded:
             return self.loaded[key]
-        slots = dict(_arrays(key, self.states.get(key), "state"))
+        slots: dict[str, Any] = {}
+        for name, array in _arrays(key, self.states.get(key), "state"):
+            if name in slots:
+                raise ArrayTypeError(f"the state of key {key!r} has two parts {name!r}")
+            slots[name] = array
         if key in self.masters:
             slots["master"] = self.masters[key]
         return slots
 
 
-_SAVED = "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64".split()
-
-
 def _arrays(key: Any, state: Any, name: str) -> Iterator[tuple[str, Any]]:
     if isinstance(state, np.ndarray):
-        if state.dtype.name not in _SAVED:
+        if state.dtype.name not in _packed.TYPES:
             raise ArrayTypeError(
-                f"the state of key {key!r} is of {state.dtype}, which a file cannot hold; "
-                "float32 can be saved"
+                f"{name!r} of the state of key {key!r} is of {state.dtype}, which a file cannot "
+                "hold; float32 can be saved"
             )
         yield name, state
     elif isinstance(state, (list, tuple)):
@@ -67,12 +69,14 @@ def _arrays(key: Any, state: Any, name: str) -> Iterator[tuple[str, Any]]:
     elif isinstance(state, dict):
         for label, part in state.items():
             if not isinstance(label, str) or "/" in label:
-                raise ArrayTypeError(f"the state of key {key!r} has a part {label!r}: not a name")
+                raise ArrayTypeError(
+                    f"{name!r} of the state of key {key!r} has a part {label!r}: not a name"
+                )
             yield from _arrays(key, part, f"{name}.{label}")
     elif state is not None:
         raise ArrayTypeError(
-            f"the state of key {key!r} holds a {type(state).__name__}; what can be saved is None, "
-            "NumPy arrays, and lists, tuples and dicts of them"
+            f"the state of key {key!r} holds a {type(state).__name__} as {name!r}; what can be "
+            "saved is None, NumPy arrays, and lists, tuples and dicts of them"
         )
 
 
@@ -223,6 +227,23 @@ def import_class(path: str, allowed: tuple[str, ...]) -> type[Optimizer]:
         raise InvalidArgumentError(
             f"this server cannot import the optimizer {path}: {type(error).__name__}: {error}"
         ) from error
+    return _checked(path, found)
+
+
+def imported_class(path: str) -> type[Optimizer]:
+    """The class of an import path that another worker has told, if this process has it already."""
+    module, _, name = path.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        raise InvalidArgumentError(
+            f"the optimizer {path} is not known in this process: import {module} first"
+        )
+    return _checked(path, found)
+
+
+def _checked(path: str, found: Any) -> type[Optimizer]:
     own = isinstance(found, type) and issubclass(found, Optimizer) and hasattr(found, "update")
     if not own or kind_of(found) != path:
         raise InvalidArgumentError(
@@ -243,6 +264,9 @@ class _Round(Run):
         return self.rate
 
 
+_Kept = tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]  # states, masters, loaded
+
+
 class Served:
     """The optimizers in Python that a server has been told of, and their rounds."""
 
@@ -261,7 +285,11 @@ class Served:
 
     def run(self, core: "Core", update: "Update") -> None:
         """Run a round and end it, well or not; what is no Exception is raised."""
-        number, key, recv, stored, rate, count, num_update, kept = update
+        number, key, recv, stored, rate, count, num_update, kept, packed = update
+        kept = kept or ({}, {}, {} if packed is None else {key: packed})
+        if recv is None:
+            _give(core, key, kept)
+            return
         optimizer = self._optimizers.get(number)
         if optimizer is None:
             core.end_update(
@@ -270,16 +298,48 @@ class Served:
             return
         failure = None
         try:
-            progress = Progress(optimizer.begin_num_update)
-            if kept is not None:
-                progress.states, progress.masters = kept
+            progress = _progress(key, kept)
             self._counts[key] = count - 1
             progress.counts, progress.num_update = self._counts, num_update
-            kept = progress.states, progress.masters
             _Round(optimizer, progress, rate)(key, recv, stored)
         except BaseException as error:
-            failure = f"the optimizer {type(optimizer).__name__}: {type(error).__name__}: {error}"
+            failure = "the optimizer has failed"  # whatever becomes of the next line
+            failure = f"the optimizer {type(optimizer).__name__}: {_words(error)}"
             if not isinstance(error, Exception):
                 raise
         finally:
             core.end_update(failure, kept, stored)
+
+
+def _progress(key: Any, kept: _Kept) -> Progress:
+    """That of one key, which changes what is kept with it."""
+    progress = Progress(0)
+    progress.states, progress.masters, progress.loaded = kept
+    if isinstance(progress.loaded.get(key), np.ndarray):  # as it came
+        progress.loaded[key] = _packed.unpack(progress.loaded[key])[0]
+    return progress
+
+
+def _words(error: BaseException) -> str:
+    """What is told of it, in characters that can travel."""
+    try:
+        text = f"{type(error).__name__}: {error}"
+    except Exception as worse:
+        text = f"{type(error).__name__}, which tells nothing: {type(worse).__name__}"
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _give(core: "Core", key: Any, kept: _Kept) -> None:
+    """Pack what is kept with a key; what is no Exception is raised."""
+    failure: str | None = None
+    packed: object = None
+    try:
+        progress = _progress(key, kept)
+        begun = key in progress.states and key not in progress.loaded
+        packed = _packed.pack(progress.slots(key), begun)
+    except BaseException as error:
+        failure, packed = _words(error), error
+        if not isinstance(error, Exception):
+            raise
+    finally:
+        core.end_update(failure, kept, packed)

@@ -15,9 +15,9 @@ _Entry = tuple[int, dict[str, Any] | None]
 _Pending = dict[Any, tuple[type, _Entry]]  # with the class of the optimizer that they are of
 
 
-def with_unpushed(kv: KVStore, states: dict[str, Any]) -> dict[str, Any]:
+def with_unpushed(kv: KVStore, states: dict[str, Any], shaped: bool = True) -> dict[str, Any]:
     """The states, checked for the store's keys, with those that the file has not: they had not been
-    pushed."""
+    pushed. `shaped`: a state has its key's shape."""
     listed = {entry[0] for entry in states["keys"]}
     keys = kv.keys()
     unpushed: list[Any] = [(key, -1, "default", {}) for key in keys if key not in listed]
@@ -28,7 +28,7 @@ def with_unpushed(kv: KVStore, states: dict[str, Any]) -> dict[str, Any]:
             f"{type(keys[0]).__name__}"
         )
     for key, _, _, slots in states["keys"]:
-        shape = kv.shape(key) if slots and key in kv else None
+        shape = kv.shape(key) if shaped and slots and key in kv else None
         for slot, array in slots.items():
             if shape is not None and array.shape not in (shape, shape[:1]):
                 raise InvalidArgumentError(

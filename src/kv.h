@@ -253,8 +253,13 @@ typedef struct kv_state_part {
     kv_dtype_t dtype;
     int ndim; /* 1: one number a row or the like; else that of the value */
     const int64_t *shape;
+    int64_t bytes;     /* what KV_STATE_PACKED has for a shape */
     kv_buffer_t *data; /* one share */
 } kv_state_part_t;
+
+/* The slot of all that an optimizer in Python keeps with a key of a dist store: uint8, one
+ * dimension, opaque here. */
+#define KV_STATE_PACKED "packed"
 
 /* What a store has learned of one key besides its value. */
 typedef struct kv_key_state {
@@ -285,11 +290,12 @@ typedef enum kv_states_share {
 /* Gives a copy of everything that training has left, each key between two of its operations. The
  * state of a row-sparse key has its full shape. Waits as a pull does. In a dist store the keys'
  * counts and states are those of the servers, after all pushes that this worker has made before,
- * and there are no residuals; KV_STATES_COUNTS gives no keys. */
+ * and there are no residuals; KV_STATES_COUNTS gives no keys. What an optimizer in Python keeps
+ * there is one part, KV_STATE_PACKED. */
 KV_MUST_CHECK kv_status_t kv_store_export_states(kv_store_t *store, kv_states_share_t share,
                                                  kv_states_t *out, kv_caller_t *caller);
 /* Replaces it for the keys that are in `states`; all keys are known. Checks everything first:
- * KV_INVALID names key and slot. Counts and slots need a built-in optimizer, residuals do not.
+ * KV_INVALID names key and slot. Counts and slots need an optimizer, residuals do not.
  * `keep_whole`: states->whole is not looked at. In a dist store the states go to the servers and
  * residuals stay as they are; after an error of a server or of the wait the sentence says that a
  * part may have arrived. KV_STATES_COUNTS: KV_INVALID if the store has counted since

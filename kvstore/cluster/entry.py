@@ -201,8 +201,9 @@ def check_ucx() -> None:
 
 
 # A round that an optimizer in Python is to end: the optimizer's number, the key, what was pushed,
-# the value, rate, count of the key, count of the store, and what is kept with the key.
-Update = tuple[int, int | str, Any, Any, float, int, int, Any]
+# the value, rate, count of the key, count of the store, what is kept with the key, and what a file
+# had in place of that. Without a push: what is kept is to be packed.
+Update = tuple[int, int | str, Any, Any, float, int, int, Any, Any]
 
 
 class Core(Protocol):

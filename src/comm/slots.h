@@ -32,7 +32,8 @@ void kv_slots_rele(kv_slots_t *slots); /* NULL is allowed */
  * the class describes, or one of these. */
 enum {
     KV_SLOT_MASTER = KV_MAX_SLOTS,
-    KV_SLOT_NONE /* no buffer: the step alone */
+    KV_SLOT_NONE,  /* no buffer: the step alone */
+    KV_SLOT_OBJECT /* of an optimizer in Python: all that it keeps, packed into one */
 };
 
 /* Where the buffer of this name is or comes. */

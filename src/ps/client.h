@@ -96,7 +96,8 @@ typedef struct kv_client_step {
 /* Which buffer of a state a part is about, in the wide type of its key. A key may stand in many
  * parts of such a call, whose order among themselves is open. */
 typedef struct kv_client_state {
-    int slot;     /* see comm/slots.h */
+    int slot;     /* see comm/slots.h; of KV_SLOT_OBJECT the part has `found`, or … */
+    size_t bytes; /* … so many of `value` */
     bool per_row; /* one number for each row */
     /* Out, of KV_CLIENT_GET_STATE: the newest step of any slice, 0: none has taken one; and how
      * many slices had such a buffer and how many had not, slices without elements left out. */
@@ -117,7 +118,8 @@ typedef struct kv_client_part {
     const int64_t *ids;
     int64_t num_ids;
     /* For all rows of a row-sparse key, in place of `out`: [kv_remote_num_slices] NULLs. Gets what
-     * kv_remote_gather takes; one share of each is the caller's, also after an error. */
+     * kv_remote_gather takes; one share of each is the caller's, also after an error. Or for what
+     * an optimizer in Python keeps; a NULL remains where it keeps nothing. */
     kv_buffer_t **found;
     /* Not KV_CODEC_NONE: `value` has instead what kv_remote_encode has made. */
     kv_codec_type_t codec;

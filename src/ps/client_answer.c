@@ -79,7 +79,8 @@ static kv_status_t check_value(const kv_slice_op_t *op, const kv_wire_record_t *
 {
     const kv_remote_t *remote = op->work->remotes[op->part];
     uint64_t bytes = out_of(op) != NULL ? op->bytes : 0;
-    bool finds = kv_op_finds(op) && (record->flags & KV_WIRE_ROWS);
+    uint16_t flag = op->action == KV_WIRE_GET_STATE ? KV_WIRE_WHOLE : KV_WIRE_ROWS;
+    bool finds = kv_op_finds(op) && (record->flags & flag);
     if (finds)
         bytes = record->bytes; /* looked at when they are there */
     if (op->action == KV_WIRE_GET_STATE && record->bytes == 0)
@@ -147,19 +148,21 @@ static kv_status_t take_value_locked(kv_client_t *client, kv_net_arrival_t *arri
     return KV_OK;
 }
 
-/* All rows of a slice have come, in a buffer with nothing else in it, or among other answers. */
-static kv_status_t keep_rows(kv_slice_op_t *op, kv_buffer_t *whole, const void *data, size_t bytes)
+/* All rows of a slice, or an object, have come, in a buffer with nothing else in it, or among other
+ * answers. */
+static kv_status_t keep_found(kv_slice_op_t *op, kv_buffer_t *whole, const void *data, size_t bytes)
 {
     kv_buffer_t *rows = whole;
-    KV_TRY(kv_op_check_rows(op, data, bytes));
-    if (op->work->given_up)
+    if (op->action != KV_WIRE_GET_STATE)
+        KV_TRY(kv_op_check_rows(op, data, bytes));
+    if (op->work->given_up || bytes == 0)
         return KV_OK;
     if (whole != NULL) {
         kv_buffer_hold(whole);
     } else if (kv_pool_get(op->work->client->pool, bytes, &rows) == KV_OK) {
         memcpy(rows->data, data, bytes);
     } else {
-        static const char words[] = "no memory for the rows from";
+        static const char words[] = "no memory for the answer of";
         set_error(op, op->work->remotes[op->part], KV_NO_MEMORY, words, sizeof words - 1);
         return KV_OK;
     }
@@ -178,7 +181,8 @@ static kv_status_t take_rows_locked(kv_client_t *client, const gathered_t *gathe
     KV_TRY(check_value(op, record));
     if (!kv_op_finds(op) || record->status != KV_OK)
         return kv_fail(KV_INVALID, "it sends rows where none are due");
-    KV_TRY(keep_rows(op, gathered->buffer, gathered->buffer->data, gathered->bytes));
+    note_state(op, record);
+    KV_TRY(keep_found(op, gathered->buffer, gathered->buffer->data, gathered->bytes));
     answered_locked(op);
     return KV_OK;
 }
@@ -219,7 +223,7 @@ static kv_status_t take_reply_locked(kv_client_t *client, int32_t peer,
     char *out = out_of(op);
     note_state(op, record);
     if (kv_op_finds(op))
-        KV_TRY(keep_rows(op, NULL, data, (size_t)record->bytes));
+        KV_TRY(keep_found(op, NULL, data, (size_t)record->bytes));
     else if (out != NULL && record->bytes > 0 && !op->work->given_up)
         memcpy(out, data, (size_t)record->bytes);
     answered_locked(op);
@@ -376,7 +380,8 @@ kv_status_t kv_client_arrive(void *context, kv_net_arrival_t *arrival)
     KV_TRY(kv_wire_get_header(arrival->header, arrival->header_bytes, &header));
     arrival->target = NULL;
     arrival->done = NULL;
-    bool rows = header.kind == KV_WIRE_VALUE && (header.record.flags & KV_WIRE_ROWS);
+    bool rows =
+        header.kind == KV_WIRE_VALUE && (header.record.flags & (KV_WIRE_ROWS | KV_WIRE_WHOLE));
     if (rows && arrival->payload_bytes > KV_WIRE_ROWS_BYTES)
         return kv_fail(KV_INVALID, "it sends %zu bytes of rows", arrival->payload_bytes);
     if (rows || header.kind == KV_WIRE_REPLIES || header.kind == KV_WIRE_DECLARED)

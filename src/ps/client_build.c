@@ -57,7 +57,9 @@ static kv_status_t lay_out_state(const kv_client_work_t *work, kv_slice_op_t *op
         bytes = (size_t)rows * remote->row_bytes;
     }
     op->offset = op->sent_offset = op->offset / unit * wide;
-    bytes = state->slot == KV_SLOT_NONE ? 0 : bytes / unit * wide;
+    bytes = state->slot == KV_SLOT_NONE     ? 0
+            : state->slot == KV_SLOT_OBJECT ? state->bytes
+                                            : bytes / unit * wide;
     if (bytes > KV_WIRE_ROWS_BYTES)
         return kv_fail(KV_INVALID, "a state of %zu bytes does not fit into a message of %d", bytes,
                        (int)KV_WIRE_ROWS_BYTES);

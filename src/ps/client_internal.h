@@ -157,11 +157,12 @@ int64_t kv_remote_slice_rows(const kv_remote_t *remote, uint32_t slice, int64_t 
 void kv_op_put_rows(const kv_slice_op_t *op, void *out);
 /* Checks what is said to be all rows of the operation's slice. */
 KV_MUST_CHECK kv_status_t kv_op_check_rows(const kv_slice_op_t *op, const void *data, size_t bytes);
-/* Whether all rows of the slice are the answer. */
+/* Whether the answer has a length that is not known: all rows of the slice, or an object. */
 static inline bool kv_op_finds(const kv_slice_op_t *op)
 {
     const kv_client_call_t *call = op->work->call;
-    return call->verb == KV_CLIENT_MOVE && op->action != 0 && call->parts[op->part].found != NULL;
+    bool may = call->verb == KV_CLIENT_MOVE || call->verb == KV_CLIENT_GET_STATE;
+    return may && op->action != 0 && call->parts[op->part].found != NULL;
 }
 
 /* client_codes.c: from one slice's codes to the next one's. */

@@ -55,9 +55,11 @@ struct kv_server_kept {
     void (*drop)(kv_server_kept_t *kept);
 };
 
-/* A round that an optimizer in Python is to end. All shares are the caller's until
- * kv_server_end_update; buffers may be kept by holding them. */
+/* A round that an optimizer in Python is to end; or `reads`: what is kept with a key is to be
+ * packed, for a file. All shares are the caller's until kv_server_end_update; buffers may be kept
+ * by holding them. */
 typedef struct kv_server_update {
+    bool reads;         /* then only name, key, t and `kept` are there */
     uint64_t optimizer; /* its number */
     kv_name_t name;     /* its text lies in `key` */
     kv_buffer_t *key;
@@ -69,7 +71,10 @@ typedef struct kv_server_update {
     kv_rowset_t recv_rows, stored_rows; /* … these, of which the second may be replaced */
     double rate;                        /* before multipliers */
     int64_t t, num_update;  /* pushes of the key, this one counted, and the most of any key */
-    kv_server_kept_t *kept; /* NULL: the key begins */
+    kv_server_kept_t *kept; /* NULL: the key begins, … */
+    kv_buffer_t *loaded;    /* … with what a file had, packed, unless this is NULL. It is offered
+                               until it is gone from here when a round ends */
+    kv_buffer_t *packed;    /* out, of one that reads; NULL: it has failed */
 } kv_server_update_t;
 
 /* Waits for the next such round and gives it: *found. Not found: the caller's time is over, the
@@ -77,9 +82,9 @@ typedef struct kv_server_update {
  * one is under way, and as any wait. Returns attached. */
 KV_MUST_CHECK kv_status_t kv_server_next_update(kv_server_t *server, kv_caller_t *caller,
                                                 kv_server_update_t *out, bool *found);
-/* The round has ended, or has failed for this reason (NULL: it has not). Takes the update, with
- * what is to be kept and, of a row-sparse value, stored. */
-void kv_server_end_update(kv_server_t *server, kv_server_update_t *update, const char *failure);
+/* The round has ended, or has failed for this reason (taken; NULL: it has not). Takes the update,
+ * with what is to be kept and, of a row-sparse value, stored. */
+void kv_server_end_update(kv_server_t *server, kv_server_update_t *update, kv_error_t *error);
 void kv_server_wake(kv_server_t *server); /* any thread */
 
 /* A node of the cluster is gone: every request under way and to come is answered with KV_PEER_LOST

@@ -114,7 +114,10 @@ struct kv_slice {
     kv_step_t step;         /* the newest one that was taken, if there are slots */
     int64_t training;       /* what the slots are of */
     uint64_t optimizer;     /* the number of the one whose step was taken last */
-    kv_server_kept_t *kept; /* of an optimizer in Python, with the slots */
+    kv_server_kept_t *kept; /* of an optimizer in Python, with the slots; or, until a round … */
+    kv_buffer_t *loaded;    /* … has taken it, what came from a file */
+    bool reading;           /* `kept` is with the thread that serves: no round begins */
+    kv_buffer_t *packed;    /* what that has made of it, for those who wait */
     kv_buffer_t *encoded;   /* kv_wire_put_key, of a value in one slice; NULL: not told */
     /* A round that is being completed: */
     bool busy;
@@ -252,6 +255,11 @@ void kv_slices_go_on_locked(kv_server_t *server) KV_REQUIRES(server->mutex);
 /* The round with which an optimizer in Python was busy has ended; the error is taken. */
 void kv_slice_updated_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
     KV_REQUIRES(server->mutex);
+/* Answers the pulls that can be answered. */
+void kv_slice_answer_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex);
+/* Begins the rounds that can begin. The slice may be gone afterwards, and the lock may have been
+ * dropped meanwhile. */
+void kv_slice_advance_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex);
 /* Answers whatever waits for it with the error. Nobody works on it. */
 void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *error)
     KV_REQUIRES(server->mutex);
@@ -312,8 +320,9 @@ KV_MUST_CHECK kv_status_t kv_round_run_rows(kv_slice_t *slice, const kv_host_t *
 size_t kv_round_bytes(const kv_slice_t *slice);
 /* --------------------------------------------------------------------------- server_state.c */
 
-/* Carries out and answers a request on the state of a slice that is not busy. */
-void kv_slice_state_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *request)
+/* Carries out and answers a request on the state of a slice that is not busy. False: it has to wait
+ * for what the thread that serves was asked for now. */
+bool kv_slice_state_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *request)
     KV_REQUIRES(server->mutex);
 
 /* --------------------------------------------------------------------------- server_update.c */
@@ -325,9 +334,9 @@ KV_MUST_CHECK kv_status_t kv_update_check(const kv_slice_t *slice);
 /* Memory for the sum; and what is stored, copied to where it may be changed. No lock held. */
 KV_MUST_CHECK kv_status_t kv_update_room(kv_slice_t *slice);
 void kv_update_forget(kv_slice_t *slice); /* the sum */
-/* Takes what an optimizer in Python keeps; what was kept goes. */
-void kv_slice_keep(kv_slice_t *slice, kv_server_kept_t *kept);
-/* The slice has its sum. */
+/* Takes what an optimizer in Python keeps, or what a file had of it; what was kept goes. */
+void kv_slice_keep(kv_slice_t *slice, kv_server_kept_t *kept, kv_buffer_t *loaded);
+/* The slice has its sum, or what is kept with it is to be packed. */
 void kv_update_enlist_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex);
 
 /* ---------------------------------------------------------------------------- server_norms.c */

@@ -42,6 +42,8 @@ kv_status_t kv_slice_missing_locked(kv_server_t *server, const kv_slice_t *slice
         return kv_fail(KV_TIMEOUT, "worker 0 has not initialised the key");
     if (slice->phase == KV_PHASE_MEASURES || waits_for_turn(slice))
         return kv_norms_missing_locked(server, slice);
+    if (slice->reading)
+        return kv_fail(KV_TIMEOUT, "what an optimizer in Python keeps with it is not packed yet");
     if (slice->phase == KV_PHASE_SUMS)
         return kv_fail(KV_TIMEOUT, "the optimizer in Python has not ended round %" PRIu64,
                        slice->version);

@@ -127,7 +127,7 @@ kv_status_t kv_slice_take_slots(kv_slice_t *slice, const kv_known_optimizer_t *k
     kv_slots_t *slots = kv_slots_new(known->optim);
     KV_TRY_ALLOC(slots, "the state of an optimizer");
     kv_slots_rele(slice->slots);
-    kv_slice_keep(slice, NULL);
+    kv_slice_keep(slice, NULL, NULL);
     slice->slots = slots;
     slice->training = known->training;
     return KV_OK;

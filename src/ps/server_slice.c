@@ -82,7 +82,7 @@ void kv_slice_free_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *er
     kv_row_round_free(slice->row_round);
     kv_error_rele(slice->failure);
     kv_slots_rele(slice->slots);
-    kv_slice_keep(slice, NULL);
+    kv_slice_keep(slice, NULL, NULL);
     kv_buffer_rele(slice->encoded);
     kv_index_remove(&server->slices, &slice->node);
     kv_free(slice);
@@ -116,7 +116,7 @@ static bool reached(const kv_slice_t *slice, const kv_request_t *pull)
     bool readable =
         slice->sparse ? !in_place : slice->stored != NULL && slice->stored != slice->made;
     if (kv_request_is_state(pull))
-        readable = kv_slice_has_value(slice) && !slice->busy;
+        readable = kv_slice_has_value(slice) && !slice->busy && !slice->reading;
     return readable && version >= pull->header.record.round;
 }
 
@@ -133,25 +133,25 @@ static void answer_value_locked(kv_server_t *server, kv_slice_t *slice, kv_reque
     kv_answer_locked(server, request, slice->stored, slice->bytes);
 }
 
-static void answer_pull_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *pull)
+/* False: it waits on. */
+static bool answer_pull_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *pull)
     KV_REQUIRES(server->mutex)
 {
     if (kv_request_is_state(pull))
-        kv_slice_state_locked(server, slice, pull);
-    else
-        answer_value_locked(server, slice, pull);
+        return kv_slice_state_locked(server, slice, pull);
+    answer_value_locked(server, slice, pull);
+    return true;
 }
 
-static void answer_pulls_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
+void kv_slice_answer_locked(kv_server_t *server, kv_slice_t *slice)
 {
     kv_request_t **link = &slice->pulls, *pull;
     while ((pull = *link) != NULL) {
-        if (reached(slice, pull)) {
-            *link = pull->next;
-            answer_pull_locked(server, slice, pull);
-        } else {
+        kv_request_t *next = pull->next;
+        if (reached(slice, pull) && answer_pull_locked(server, slice, pull))
+            *link = next;
+        else
             link = &pull->next;
-        }
     }
 }
 
@@ -235,7 +235,7 @@ static void take_push(kv_slice_worker_t *worker)
 static bool begin_round_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
 {
     int32_t num_workers = server->num_workers, ready = 0;
-    if (slice->busy || !kv_slice_has_value(slice))
+    if (slice->busy || slice->reading || !kv_slice_has_value(slice))
         return false;
     if (server->async) {
         while (ready < num_workers && !is_next(slice, (slice->turn + ready) % num_workers))
@@ -309,7 +309,7 @@ static void publish_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t *e
         kv_request_rele_locked(server, push);
     }
     kv_error_rele(error);
-    answer_pulls_locked(server, slice);
+    kv_slice_answer_locked(server, slice);
 }
 
 static void begin_rounds_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex);
@@ -434,7 +434,7 @@ void kv_slice_updated_locked(kv_server_t *server, kv_slice_t *slice, kv_error_t 
     kv_slices_go_on_locked(server);
 }
 
-static void advance_locked(kv_server_t *server, kv_slice_t *slice) KV_REQUIRES(server->mutex)
+void kv_slice_advance_locked(kv_server_t *server, kv_slice_t *slice)
 {
     begin_rounds_locked(server, slice);
     kv_slices_go_on_locked(server);
@@ -484,7 +484,7 @@ kv_status_t kv_slice_push_locked(kv_server_t *server, kv_request_t *push)
         kv_answer_error_locked(server, push, push->failure);
     else if (status != KV_OK)
         kv_slice_spoil_locked(server, push, kv_error_capture(status));
-    advance_locked(server, slice);
+    kv_slice_advance_locked(server, slice);
     return KV_OK;
 }
 
@@ -562,8 +562,8 @@ void kv_slice_init_locked(kv_server_t *server, kv_request_t *request)
                 kv_slice_spoil_locked(server, push, kv_error_capture(status));
         }
     }
-    answer_pulls_locked(server, slice);
-    advance_locked(server, slice);
+    kv_slice_answer_locked(server, slice);
+    kv_slice_advance_locked(server, slice);
 }
 
 void kv_slice_pull_locked(kv_server_t *server, kv_request_t *pull)
@@ -574,8 +574,8 @@ void kv_slice_pull_locked(kv_server_t *server, kv_request_t *pull)
         kv_answer_status_locked(server, pull, no_memory(&pull->header.record));
     } else if (pull->failure != NULL) {
         kv_answer_error_locked(server, pull, pull->failure);
-    } else if (reached(slice, pull)) {
-        answer_pull_locked(server, slice, pull);
+    } else if (reached(slice, pull) && answer_pull_locked(server, slice, pull)) {
+        return;
     } else if ((status = kv_slice_check_left_locked(server, slice, pull)) != KV_OK) {
         kv_answer_status_locked(server, pull, status);
     } else {

@@ -1,7 +1,8 @@
 /* What an optimizer keeps with a slice, read and replaced for files of training states.
  *
  * Both happen between two rounds, so nobody else uses the state. It is changed where it lies by the
- * next round; what is sent out is therefore a copy.
+ * next round; what is sent out is therefore a copy. What an optimizer in Python keeps is packed for
+ * that by the thread that serves (server_update.c).
  */
 #include "ps/server_internal.h"
 #include <inttypes.h>
@@ -99,6 +100,15 @@ static kv_status_t find_optimizer_locked(const kv_server_t *server, const kv_req
                                   request->worker, server->index);
 }
 
+/* An optimizer in Python keeps nothing but an object, and the others keep none. */
+static kv_status_t check_object(const kv_known_optimizer_t *known, bool object)
+{
+    if (object == (known->optim == kv_optim_python()))
+        return KV_OK;
+    return kv_fail(KV_INVALID, "the state of the optimizer %s is %s", known->optim->title,
+                   object ? "no object" : "an object");
+}
+
 /* A copy of the buffer, NULL if there is none. */
 static kv_status_t read_locked(kv_server_t *server, const kv_slice_t *slice, kv_request_t *request,
                                kv_buffer_t **copy, size_t *bytes) KV_REQUIRES(server->mutex)
@@ -124,6 +134,31 @@ static kv_status_t read_locked(kv_server_t *server, const kv_slice_t *slice, kv_
         }
     }
     record->t = (uint64_t)slice->step.t;
+    return KV_OK;
+}
+
+/* What an optimizer in Python keeps, or none. *later: it has to be packed first. */
+static kv_status_t read_object_locked(kv_server_t *server, const kv_slice_t *slice,
+                                      kv_request_t *request, kv_buffer_t **copy, size_t *bytes,
+                                      bool *later) KV_REQUIRES(server->mutex)
+{
+    kv_wire_record_t *record = &request->header.record;
+    const kv_known_optimizer_t *known;
+    KV_TRY(find_optimizer_locked(server, request, &known));
+    KV_TRY(check_object(known, true));
+    record->t = 0;
+    record->flags = KV_WIRE_WHOLE;
+    if (!kv_slice_goes_on(slice, known))
+        return KV_OK;
+    if (slice->failure != NULL)
+        return kv_fail(slice->failure->status, "%s", slice->failure->message);
+    kv_buffer_t *packed = slice->loaded != NULL ? slice->loaded : slice->packed;
+    record->t = (uint64_t)slice->step.t;
+    *later = packed == NULL && slice->kept != NULL;
+    if (packed != NULL) {
+        *copy = kv_buffer_hold(packed);
+        *bytes = packed->bytes;
+    }
     return KV_OK;
 }
 
@@ -154,7 +189,7 @@ static kv_status_t replace_locked(kv_server_t *server, kv_slice_t *slice,
     kv_slot_t what = {.name = NULL};
     int64_t count = 0;
     kv_buffer_t *fresh = NULL;
-    bool alone = record->slot == KV_SLOT_NONE;
+    bool alone = record->slot == KV_SLOT_NONE, object = record->slot == KV_SLOT_OBJECT;
     if (record->t > INT64_MAX)
         return kv_fail(KV_INVALID, "worker %" PRId32 " sets the state of push %" PRIu64,
                        request->worker, record->t);
@@ -165,28 +200,33 @@ static kv_status_t replace_locked(kv_server_t *server, kv_slice_t *slice,
     if (record->optimizer == 0 && alone && record->bytes == 0) {
         kv_slots_rele(slice->slots);
         slice->slots = NULL;
+        kv_slice_keep(slice, NULL, NULL);
         return KV_OK;
     }
     KV_TRY(find_optimizer_locked(server, request, &known));
     if (!kv_dtype_is_floating(slice->dtype))
         return kv_fail(KV_BAD_TYPE, "the value is %s: the optimizer %s updates floating types only",
                        kv_dtype_name(slice->dtype), known->optim->title);
-    if (!alone)
+    KV_TRY(check_object(known, object));
+    if (object)
+        KV_TRY(kv_update_check(slice));
+    else if (!alone)
         KV_TRY(measure(slice, known, record->slot, &what, &count));
-    size_t bytes = (size_t)count * kv_dtype_bytes(kv_dtype_wide(slice->dtype));
+    size_t bytes = object ? (size_t)record->bytes
+                          : (size_t)count * kv_dtype_bytes(kv_dtype_wide(slice->dtype));
     if (record->bytes != 0 && record->bytes != bytes)
         return kv_fail(KV_INVALID,
                        "a state of slice %" PRIu32 " has %zu bytes, worker %" PRId32
                        " sets %" PRIu64,
                        record->slice, bytes, request->worker, record->bytes);
-    if (record->bytes != 0 && slice->sparse) {
+    if (record->bytes != 0 && slice->sparse && !object) {
         KV_TRY(gather(slice, &what, request->data, &fresh));
     } else if (record->bytes != 0) {
         KV_TRY(kv_buffer_new(bytes, &fresh));
         memcpy(fresh->data, request->data, bytes);
     }
     kv_status_t status = adopt(slice, known);
-    if (status == KV_OK && slice->sparse)
+    if (status == KV_OK && slice->sparse && !object)
         status =
             kv_slots_fit(&server->host, slice->slots, slice->dtype, slice->row_count, &slice->rows);
     if (status != KV_OK) {
@@ -194,7 +234,9 @@ static kv_status_t replace_locked(kv_server_t *server, kv_slice_t *slice,
         return status;
     }
     kv_wire_get_step(record, known->optim, &known->numbers, &slice->step);
-    if (alone)
+    if (object)
+        kv_slice_keep(slice, NULL, fresh);
+    if (alone || object)
         return KV_OK;
     kv_buffer_t **place = place_of(slice->slots, &what);
     kv_buffer_rele(*place);
@@ -204,16 +246,27 @@ static kv_status_t replace_locked(kv_server_t *server, kv_slice_t *slice,
     return KV_OK;
 }
 
-void kv_slice_state_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *request)
+bool kv_slice_state_locked(kv_server_t *server, kv_slice_t *slice, kv_request_t *request)
 {
+    const kv_wire_record_t *record = &request->header.record;
     kv_buffer_t *copy = NULL;
     size_t bytes = 0;
-    kv_status_t status = request->header.record.action == KV_WIRE_SET_STATE
+    bool later = false;
+    kv_status_t status = record->action == KV_WIRE_SET_STATE
                              ? replace_locked(server, slice, request)
+                         : record->slot == KV_SLOT_OBJECT
+                             ? read_object_locked(server, slice, request, &copy, &bytes, &later)
                              : read_locked(server, slice, request, &copy, &bytes);
+    if (later) {
+        slice->reading = true;
+        slice->key->num_busy++;
+        kv_update_enlist_locked(server, slice);
+        return false;
+    }
     if (status == KV_OK)
         kv_answer_locked(server, request, copy, copy != NULL ? bytes : 0);
     else
         kv_answer_status_locked(server, request, status);
     kv_buffer_rele(copy);
+    return true;
 }

@@ -7,6 +7,9 @@
  * version before are answered all the time.
  *
  * What the class gets may be kept by it for ever, so none of it is the pool's.
+ *
+ * The same thread packs what is kept with a slice, for files, between two rounds. What a file had
+ * is given to the next round as it came.
  */
 #include "ps/server_internal.h"
 #include <inttypes.h>
@@ -91,11 +94,13 @@ void kv_update_forget(kv_slice_t *slice)
     kv_rowset_fini(&slice->recv_rows);
 }
 
-void kv_slice_keep(kv_slice_t *slice, kv_server_kept_t *kept)
+void kv_slice_keep(kv_slice_t *slice, kv_server_kept_t *kept, kv_buffer_t *loaded)
 {
     if (slice->kept != NULL)
         slice->kept->drop(slice->kept);
+    kv_buffer_rele(slice->loaded);
     slice->kept = kept;
+    slice->loaded = loaded;
 }
 
 void kv_update_enlist_locked(kv_server_t *server, kv_slice_t *slice)
@@ -123,7 +128,8 @@ static void describe(kv_slice_t *slice, kv_server_update_t *out)
     size_t end = 0;
     kv_status_t status = kv_wire_get_key(slice->encoded->data, slice->encoded->bytes, &end, &key);
     (void)status; /* it was read before */
-    *out = (kv_server_update_t){.optimizer = slice->optimizer,
+    *out = (kv_server_update_t){.reads = slice->reading,
+                                .optimizer = slice->optimizer,
                                 .name = key.name,
                                 .key = kv_buffer_hold(slice->encoded),
                                 .dtype = slice->dtype,
@@ -133,9 +139,13 @@ static void describe(kv_slice_t *slice, kv_server_update_t *out)
                                 .rate = slice->step.lr,
                                 .t = slice->step.t,
                                 .num_update = (int64_t)slice->step.draw,
-                                .kept = slice->kept};
+                                .kept = slice->kept,
+                                .loaded = slice->loaded};
     slice->kept = NULL;
+    slice->loaded = NULL;
     memcpy(out->shape, key.shape, sizeof key.shape);
+    if (out->reads)
+        return;
     if (slice->by_rows)
         hold_rows(&slice->recv_rows, &out->recv_rows);
     else
@@ -179,10 +189,50 @@ kv_status_t kv_server_next_update(kv_server_t *server, kv_caller_t *caller, kv_s
     return status;
 }
 
-void kv_server_end_update(kv_server_t *server, kv_server_update_t *update, const char *failure)
+/* What is kept was packed, or could not be: whoever waits for that gets it. */
+static void give_locked(kv_server_t *server, kv_slice_t *slice, kv_server_update_t *update,
+                        kv_error_t *error) KV_REQUIRES(server->mutex)
 {
-    kv_error_t *error =
-        failure != NULL ? kv_error_capture(kv_fail(KV_INVALID, "%s", failure)) : NULL;
+    slice->reading = false;
+    slice->key->num_busy--;
+    slice->packed = update->packed;
+    slice->failure = error;
+    kv_slice_answer_locked(server, slice);
+    slice->packed = NULL;
+    slice->failure = NULL;
+    kv_buffer_rele(update->packed);
+    kv_error_rele(error);
+    kv_slice_advance_locked(server, slice);
+}
+
+static void end_locked(kv_server_t *server, kv_slice_t *slice, kv_server_update_t *update,
+                       kv_error_t *error) KV_REQUIRES(server->mutex)
+{
+    kv_slice_keep(slice, update->kept, update->loaded);
+    if (update->reads) {
+        give_locked(server, slice, update, error);
+        return;
+    }
+    if (slice->sparse) {
+        kv_rowset_fini(&slice->made_rows);
+        slice->made_rows = update->stored_rows;
+    }
+    kv_slice_updated_locked(server, slice, error);
+}
+
+/* The server has stopped meanwhile. */
+static void forget(kv_server_update_t *update, kv_error_t *error)
+{
+    kv_error_rele(error);
+    kv_rowset_fini(&update->stored_rows);
+    if (update->kept != NULL)
+        update->kept->drop(update->kept);
+    kv_buffer_rele(update->loaded);
+    kv_buffer_rele(update->packed);
+}
+
+void kv_server_end_update(kv_server_t *server, kv_server_update_t *update, kv_error_t *error)
+{
     kv_buffer_rele(update->key);
     kv_buffer_rele(update->recv);
     kv_buffer_rele(update->stored);
@@ -191,18 +241,10 @@ void kv_server_end_update(kv_server_t *server, kv_server_update_t *update, const
     kv_slice_t *slice = server->updating;
     server->updating = NULL;
     if (slice != NULL) {
-        kv_slice_keep(slice, update->kept);
-        if (slice->sparse) {
-            kv_rowset_fini(&slice->made_rows);
-            slice->made_rows = update->stored_rows;
-        }
-        kv_slice_updated_locked(server, slice, error);
+        end_locked(server, slice, update, error);
         kv_flush_locked(server);
-    } else { /* the server has stopped meanwhile */
-        kv_error_rele(error);
-        kv_rowset_fini(&update->stored_rows);
-        if (update->kept != NULL)
-            update->kept->drop(update->kept);
+    } else {
+        forget(update, error);
     }
     kv_mutex_unlock(&server->mutex);
 }

@@ -46,7 +46,9 @@
  * in the wide type of `dtype`. An answer to _GET_STATE has no data where there is no such buffer,
  * and in `t` the newest step of the slice, 0: none. _SET_STATE carries the step that becomes the
  * newest; of a row-sparse slice both have all rows, stored or not, and _SET_STATE has KV_WIRE_ROWS;
- * without data the buffer goes, without an optimizer (KV_SLOT_NONE) the whole state.
+ * without data the buffer goes, without an optimizer (KV_SLOT_NONE) the whole state. What an
+ * optimizer in Python keeps travels whole, as KV_SLOT_OBJECT, in a form that the core does not know
+ * and of a length that the worker does not: such an answer has KV_WIRE_WHOLE.
  *
  * An answer repeats `request` and `tag` of what it answers: the worker's own, opaque to the server.
  * `timeout_ms` is how long the worker will wait, 0: for ever; a server answers shortly before, with

@@ -448,10 +448,12 @@ static PyMethodDef METHODS[] = {
      "next_update($self, timeout, /)\n--\n\n"
      "On a server: the next round that an optimizer in Python is to end, or None: the time is\n"
      "over, `wake` was called, or the node closes.\n\n"
-     "(optimizer's number, key, recv, stored, rate, t, num_update, what was kept or None)"},
+     "(optimizer's number, key, recv, stored, rate, t, num_update, what was kept or None,\n"
+     "what a file had or None). With None for recv and stored: what was kept is to be packed."},
     {"end_update", node_end_update, METH_VARARGS,
      "end_update($self, failure, kept, stored, /)\n--\n\n"
-     "End that round: with the sentence why it has failed, or None; with what is to be kept."},
+     "End that round: with the sentence why it has failed, or None; with what is to be kept, also\n"
+     "of what a file had. `stored`: the value, the bytes of what was packed, or the exception."},
     {"wake", node_wake, METH_NOARGS,
      "wake($self, /)\n--\n\nLet next_update return, or the next one if none waits."},
     {"counters", node_counters, METH_NOARGS,

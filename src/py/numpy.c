@@ -308,6 +308,21 @@ PyObject *kv_numpy_view(kv_state_t *state, kv_dtype_t dtype, int ndim, const int
     return array;
 }
 
+static void rele_capsule(PyObject *capsule)
+{
+    kv_buffer_rele(PyCapsule_GetPointer(capsule, NULL));
+}
+
+PyObject *kv_numpy_buffer(kv_state_t *state, kv_dtype_t dtype, int ndim, const int64_t *shape,
+                          kv_buffer_t *buffer)
+{
+    PyObject *base = PyCapsule_New(buffer, NULL, rele_capsule);
+    if (base == NULL)
+        return NULL;
+    kv_buffer_hold(buffer);
+    return kv_numpy_view(state, dtype, ndim, shape, buffer->data, base);
+}
+
 PyObject *kv_numpy_empty(kv_state_t *state, kv_dtype_t dtype, int ndim, const int64_t *shape,
                          void **data)
 {

@@ -129,6 +129,9 @@ bool kv_numpy_borrow(kv_state_t *state, PyObject *object, bool for_out, kv_view_
  * the array is of ml_dtypes' type, NotBuiltError without that package. */
 PyObject *kv_numpy_view(kv_state_t *state, kv_dtype_t dtype, int ndim, const int64_t *shape,
                         void *data, PyObject *base);
+/* The same over a buffer, of which the array has a share. */
+PyObject *kv_numpy_buffer(kv_state_t *state, kv_dtype_t dtype, int ndim, const int64_t *shape,
+                          kv_buffer_t *buffer);
 /* A new NumPy array, contents unspecified, and its memory. */
 PyObject *kv_numpy_empty(kv_state_t *state, kv_dtype_t dtype, int ndim, const int64_t *shape,
                          void **data);

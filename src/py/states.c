@@ -8,21 +8,6 @@
 
 /* --------------------------------------------------------------------------------- export */
 
-static void rele_capsule(PyObject *capsule)
-{
-    kv_buffer_rele(PyCapsule_GetPointer(capsule, NULL));
-}
-
-/* A NumPy array over the part's own memory. */
-static PyObject *part_array(kv_state_t *state, const kv_state_part_t *part)
-{
-    PyObject *base = PyCapsule_New(part->data, NULL, rele_capsule);
-    if (base == NULL)
-        return NULL;
-    kv_buffer_hold(part->data);
-    return kv_numpy_view(state, part->dtype, part->ndim, part->shape, part->data->data, base);
-}
-
 /* Adds what one key has to `keys` and `residuals`. */
 static bool export_key(kv_state_t *state, const kv_key_state_t *key, bool sparse, PyObject *keys,
                        PyObject *residuals)
@@ -31,7 +16,8 @@ static bool export_key(kv_state_t *state, const kv_key_state_t *key, bool sparse
     bool good = name != NULL && slots != NULL;
     for (int i = 0; good && i < key->num_parts; i++) {
         const kv_state_part_t *part = &key->parts[i];
-        PyObject *array = part_array(state, part), *item = NULL;
+        PyObject *array = kv_numpy_buffer(state, part->dtype, part->ndim, part->shape, part->data);
+        PyObject *item = NULL;
         good = array != NULL;
         if (good && strncmp(part->slot, "residual.", 9) == 0) {
             item = Py_BuildValue("(OlO)", name, strtol(part->slot + 9, NULL, 10), array);

@@ -63,18 +63,9 @@ static arguments_t *arguments_of(const kv_update_t *update)
 
 /* --------------------------------------------------------------------------------- views */
 
-static void rele_capsule(PyObject *capsule)
-{
-    kv_buffer_rele(PyCapsule_GetPointer(capsule, NULL));
-}
-
 PyObject *kv_py_update_view(kv_state_t *state, const kv_update_t *update, kv_buffer_t *buffer)
 {
-    PyObject *base = PyCapsule_New(buffer, NULL, rele_capsule);
-    if (base == NULL)
-        return NULL;
-    kv_buffer_hold(buffer);
-    return kv_numpy_view(state, update->dtype, update->ndim, update->shape, buffer->data, base);
+    return kv_numpy_buffer(state, update->dtype, update->ndim, update->shape, buffer);
 }
 
 static kv_lane_t lane_of(const kv_update_t *update)

@@ -79,7 +79,8 @@ static void add_part(transfer_t *transfer, kv_entry_t *entry, const kv_client_st
     int64_t i = call->num_parts++;
     bool gets = call->verb == KV_CLIENT_GET_STATE;
     transfer->buffers[i] = buffer;
-    transfer->states[i] = (kv_client_state_t){.slot = slot, .per_row = per_row};
+    size_t bytes = buffer != NULL && slot == KV_SLOT_OBJECT ? buffer->bytes : 0;
+    transfer->states[i] = (kv_client_state_t){.slot = slot, .bytes = bytes, .per_row = per_row};
     transfer->parts[i] = (kv_client_part_t){.remote = entry->remote,
                                             .value = buffer != NULL && !gets ? buffer->data : NULL,
                                             .out = buffer != NULL && gets ? buffer->data : NULL,
@@ -117,6 +118,37 @@ static kv_status_t take_part(const transfer_t *transfer, int64_t i, const char *
     part->ndim = kv_state_layout(entry, got->per_row).ndim;
     part->shape = entry->shape;
     part->data = kv_buffer_hold(transfer->buffers[i]);
+    return KV_OK;
+}
+
+/* What an optimizer in Python keeps, if anything. */
+static void take_object(const transfer_t *transfer, kv_key_state_t *state)
+{
+    kv_buffer_t *buffer = transfer->buffers[0];
+    if (buffer == NULL)
+        return;
+    kv_state_part_t *part = &state->parts[state->num_parts++];
+    snprintf(part->slot, sizeof part->slot, KV_STATE_PACKED);
+    part->dtype = KV_UINT8;
+    part->ndim = 1;
+    part->bytes = (int64_t)buffer->bytes;
+    part->shape = &part->bytes;
+    part->data = kv_buffer_hold(buffer);
+}
+
+static kv_status_t get_object(transfer_t *transfer, kv_entry_t *entry,
+                              const kv_optimizer_t *optimizer, kv_key_state_t *state,
+                              kv_caller_t *caller)
+{
+    kv_client_step_t *step = add_key(transfer, entry);
+    step->optimizer = optimizer->declared;
+    add_part(transfer, entry, step, KV_SLOT_OBJECT, false, NULL);
+    transfer->parts[0].found = transfer->buffers;
+    KV_TRY(kv_exchange_run(&transfer->exchange, caller));
+    if (transfer->states[0].t <= 0)
+        return KV_OK;
+    state->count = transfer->states[0].t;
+    take_object(transfer, state);
     return KV_OK;
 }
 
@@ -159,8 +191,13 @@ kv_status_t kv_dist_get_state(kv_store_t *store, kv_entry_t *entry, const kv_opt
     KV_TRY(kv_dist_check_key(entry));
     if (!kv_dtype_is_floating(entry->dtype))
         return KV_OK; /* it cannot have been pushed with an optimizer */
+    bool object = optimizer->optim == kv_optim_python();
+    if (object && kv_remote_num_slices(entry->remote) > 1)
+        return KV_OK; /* nor can this one */
     KV_TRY(transfer_new(store, KV_CLIENT_GET_STATE, 1, &transfer));
-    kv_status_t status = get_state(transfer, entry, optimizer, share, state, caller);
+    kv_status_t status = object && share == KV_STATES_ALL
+                             ? get_object(transfer, entry, optimizer, state, caller)
+                             : get_state(transfer, entry, optimizer, share, state, caller);
     kv_exchange_rele(&transfer->exchange);
     return status;
 }
@@ -183,6 +220,11 @@ static void add_arrival(transfer_t *transfer, const kv_arrival_t *arrival,
     }
     step->optimizer = optimizer->declared;
     kv_optimizer_resume(optimizer, entry, whole, arrival->count, &step->step);
+    if (optimizer->optim == kv_optim_python()) {
+        kv_buffer_t *packed = arrival->slots->slot[kv_slots_place(arrival->slots, KV_STATE_PACKED)];
+        add_part(transfer, entry, step, KV_SLOT_OBJECT, false, share_of(packed));
+        return;
+    }
     add_part(transfer, entry, step, KV_SLOT_NONE, false, NULL);
     /* Those that the file has not are sent as missing, so that none from before remains. */
     kv_slot_t described[KV_MAX_SLOTS];

@@ -7,6 +7,7 @@
  */
 #include "base/memory.h"
 #include "comm/device_work.h"
+#include "ps/wire.h"
 #include "store/internal.h"
 
 #include <inttypes.h>
@@ -176,7 +177,8 @@ static void own_names(kv_entry_t **entries, kv_states_t *states)
         if (entries[k]->ndim > 0)
             memcpy(shape, entries[k]->shape, (size_t)entries[k]->ndim * sizeof *shape);
         for (int i = 0; i < key->num_parts; i++)
-            key->parts[i].shape = shape;
+            if (key->parts[i].shape != &key->parts[i].bytes)
+                key->parts[i].shape = shape;
         shape += entries[k]->ndim;
     }
     char *text = (char *)shape;
@@ -249,6 +251,31 @@ static kv_status_t check_part(const kv_entry_t *entry, const kv_state_part_t *pa
     return same ? KV_OK : refuse(entry, part, "has another shape than the key");
 }
 
+static bool keeps_object(const kv_entry_t *entry, const kv_optimizer_t *optimizer)
+{
+    return entry->remote != NULL && optimizer != NULL && optimizer->optim == kv_optim_python();
+}
+
+/* What an optimizer in Python keeps with a key on a server. */
+static kv_status_t check_packed(const kv_entry_t *entry, const kv_state_part_t *part)
+{
+    const char *why = NULL;
+    char name[NAME_BYTES];
+    if (part->dtype != KV_UINT8 || part->ndim != 1)
+        return refuse(entry, part, "is not packed");
+    if (!kv_dtype_is_floating(entry->dtype))
+        why = "which updates floating types only";
+    else if (kv_remote_num_slices(entry->remote) > 1)
+        why = "which needs the key whole on one server: set it, or load its file, before init "
+              "(above 1 GiB a key is always cut)";
+    else if (part->shape[0] > KV_WIRE_ROWS_BYTES)
+        why = "and has more than the 1 GiB that goes to a server at once";
+    if (why == NULL)
+        return KV_OK;
+    return kv_fail(KV_INVALID, "the state of key %s is of an optimizer in Python, %s",
+                   kv_name_format(&entry->name, name, sizeof name), why);
+}
+
 /* The place of a part: a slot of the optimizer, KV_MAX_SLOTS for the master, or
  * KV_MAX_SLOTS + 1 + position for a residual; -1 if there is none. *what tells of a slot. */
 static int64_t place_of(const kv_entry_t *entry, const kv_optimizer_t *optimizer,
@@ -256,6 +283,10 @@ static int64_t place_of(const kv_entry_t *entry, const kv_optimizer_t *optimizer
 {
     kv_slot_t described[KV_MAX_SLOTS];
     int num_slots = optimizer != NULL ? optimizer->optim->slots(&optimizer->numbers, described) : 0;
+    if (keeps_object(entry, optimizer)) {
+        *what = (kv_slot_t){.name = KV_STATE_PACKED};
+        return strcmp(part->slot, KV_STATE_PACKED) == 0 ? kv_slots_place(slots, what->name) : -1;
+    }
     for (int i = 0; i < num_slots; i++) {
         if (strcmp(part->slot, described[i].name) == 0) {
             *what = described[i];
@@ -311,7 +342,8 @@ static kv_status_t prepare_part(const kv_optimizer_t *optimizer, const kv_state_
     int64_t place = place_of(entry, optimizer, arrival->slots, part, &what);
     if (place < 0)
         return refuse(entry, part, "is none that the optimizer keeps for such a key");
-    KV_TRY(check_part(entry, part, what.per_row));
+    KV_TRY(keeps_object(entry, optimizer) ? check_packed(entry, part)
+                                          : check_part(entry, part, what.per_row));
     kv_buffer_t **target, *buffer = NULL;
     if (place <= KV_MAX_SLOTS) {
         target = place < KV_MAX_SLOTS ? &arrival->slots->slot[place] : &arrival->slots->master;
