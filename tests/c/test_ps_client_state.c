@@ -152,6 +152,91 @@ static void a_state_goes_to_all_slices(void)
     bench_free(bench);
 }
 
+/* What an optimizer in Python keeps has the length that it has, and comes alone or among others. */
+static void an_object_has_any_length(void)
+{
+    enum { LONGEST = 3 << 20 };
+    static const size_t lengths[] = {0, 5, LONGEST, 5, LONGEST};
+    unsigned char *data = calloc(1, LONGEST);
+    memset(data, 6, LONGEST);
+    for (int i = 0; i < 5; i++) {
+        bench_t *bench = bench_new(1, NULL);
+        kv_remote_t *remote;
+        kv_buffer_t *found = NULL;
+        call_t call;
+        bool marked = i < 3; /* or it is refused */
+        bench_declare(bench, 1, 4, SLICE, &remote);
+        begin(&call, KV_CLIENT_GET_STATE);
+        add(&call, remote, KV_SLOT_OBJECT, NULL, NULL);
+        call.base.parts[0].found = &found;
+        call_start(bench->client, &call.base);
+        letter_t *letter = get_letter(bench->fakes[0], 1);
+        const void *none;
+        kv_wire_record_t record = get_record(letter, 0, &none);
+        CHECK_EQ(record.slot, KV_SLOT_OBJECT);
+        record.bytes = lengths[i];
+        record.t = 4;
+        record.flags = marked ? KV_WIRE_WHOLE : 0;
+        kv_wire_header_t header = {.version = KV_WIRE_VERSION, .kind = KV_WIRE_VALUE, .count = 1};
+        letter->answered = true;
+        if (lengths[i] == LONGEST) {
+            header.record = record;
+            fake_send(letter->fake, &header, data, LONGEST);
+        } else {
+            unsigned char payload[512] = {0};
+            header.kind = KV_WIRE_REPLIES;
+            kv_wire_put_record(&record, payload);
+            memset(payload + kv_wire_table_bytes(1), 6, lengths[i]);
+            fake_send(letter->fake, &header, payload,
+                      kv_wire_table_bytes(1) + kv_wire_value_bytes(lengths[i]));
+        }
+        CHECK_STATUS(call_wait(&call.base), marked ? KV_OK : KV_PEER_LOST);
+        CHECK_EQ(call.states[0].t, marked ? 4 : 0);
+        CHECK_EQ(found != NULL, marked && lengths[i] > 0);
+        if (found != NULL) {
+            CHECK_EQ(found->bytes, lengths[i]);
+            CHECK(memcmp(found->data, data, lengths[i]) == 0);
+        }
+        kv_buffer_rele(found);
+        kv_remote_free(remote);
+        bench_free(bench);
+    }
+    free(data);
+}
+
+static void an_object_goes_as_it_is(void)
+{
+    enum { LONGER = 2 << 20 };
+    bench_t *bench = bench_new(1, NULL);
+    kv_remote_t *remote;
+    unsigned char *data = calloc(1, LONGER);
+    call_t call;
+    bench_declare(bench, 1, 4, SLICE, &remote);
+    for (int i = 0; i < 2; i++) {
+        size_t bytes = i == 0 ? 7 : LONGER;
+        begin(&call, KV_CLIENT_SET_STATE);
+        add(&call, remote, KV_SLOT_OBJECT, data, NULL);
+        call.states[0].bytes = bytes;
+        call_start(bench->client, &call.base);
+        letter_t *letter = get_letter(bench->fakes[0], i + 1);
+        const void *value;
+        kv_wire_record_t record = get_record(letter, 0, &value);
+        CHECK_EQ(record.slot, KV_SLOT_OBJECT);
+        CHECK_EQ(record.t, 9);
+        CHECK_EQ(record.bytes, bytes);
+        CHECK_EQ((record.flags & KV_WIRE_WHOLE) != 0, i == 1);
+        answer(letter, 0);
+        CHECK_STATUS(call_wait(&call.base), KV_OK);
+    }
+    begin(&call, KV_CLIENT_SET_STATE);
+    add(&call, remote, KV_SLOT_OBJECT, data, NULL);
+    call.states[0].bytes = (size_t)KV_WIRE_ROWS_BYTES + 1;
+    CHECK_STATUS(kv_client_start(bench->client, &call.base.base), KV_INVALID);
+    free(data);
+    kv_remote_free(remote);
+    bench_free(bench);
+}
+
 /* A push waits until the state before it is through; what the servers say is the call's error. */
 static void pushes_come_behind(void)
 {
@@ -181,6 +266,8 @@ static const test_t tests[] = {
     TEST(slices_without_it_are_counted),
     TEST(an_answer_of_another_length_ends_the_session),
     TEST(a_state_goes_to_all_slices),
+    TEST(an_object_has_any_length),
+    TEST(an_object_goes_as_it_is),
     TEST(pushes_come_behind),
 };
 

@@ -2,6 +2,8 @@
 
 import threading
 
+import numpy as np
+
 from kvstore import RowSparse
 from kvstore.optimizer import Optimizer
 
@@ -16,6 +18,33 @@ class Summing(Optimizer):
             weight[:] = RowSparse.from_dense(dense)
         else:
             weight -= self.get_lr(key) * grad
+
+
+class Averaging(Optimizer):
+    """Descends by the mean of all gradients."""
+
+    def create_state(self, key, weight):
+        return {"mean": np.zeros_like(weight), "count": np.zeros((), "int64")}
+
+    def update(self, key, weight, grad, state):
+        state["count"] += 1
+        state["mean"] += (grad - state["mean"]) / np.float32(state["count"])
+        weight -= self.get_lr(key) * state["mean"]
+
+
+class Packing(Optimizer):
+    """Keeps what cannot be looked through."""
+
+    class State(dict):
+        def items(self):
+            print("it packs", flush=True)
+            threading.Event().wait()
+
+    def create_state(self, key, weight):
+        return self.State()
+
+    def update(self, key, weight, grad, state):
+        weight -= grad
 
 
 class Endless(Optimizer):

@@ -119,6 +119,33 @@ def test_a_kill_is_told_to_who_waits_for_it(victim, endless):
     assert told["at"] - at < SOON_S
 
 
+def test_a_kill_while_states_are_packed_leaves_the_file(tmp_path):
+    path = tmp_path / "states"
+    path.write_bytes(b"old")
+    cluster = Processes([("steps", "")] * 2, 1)
+    try:
+        for line in (
+            "kv.set_optimizer(__import__('summing').Packing())",
+            "kv.init('w', np.zeros(4, 'float32'))",
+            "kv.push('w', np.ones(4, 'float32'))",
+            PULL,
+        ):
+            for name in cluster.workers():
+                cluster.tell(name, line)
+            for name in cluster.workers():
+                assert "error" not in cluster.hear(name)
+        cluster.tell("worker 0", f"kv.save_optimizer_states({str(path)!r})")
+        assert cluster.all["server 0"].stdout.readline() == "it packs\n"
+        at = cluster.kill("server 0")
+        told = cluster.hear("worker 0")
+        assert told["error"] == "PeerLostError" and named("server 0") in told["text"], told
+        assert told["at"] - at < SOON_S
+        assert [one.name for one in tmp_path.iterdir()] == ["states"]
+        assert path.read_bytes() == b"old"
+    finally:
+        cluster.close()
+
+
 def test_ctrl_c_ends_a_server_whose_class_does_not(real):
     code = CODE.replace("mine.Doubling(lr=0.5)", "mine.Endless()").replace("mine", "summing")
     options = ("--allow-import", "summing")

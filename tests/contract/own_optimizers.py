@@ -5,7 +5,7 @@ import threading
 import numpy as np
 
 import kvstore
-from kvstore.optimizer import Optimizer
+from kvstore.optimizer import Optimizer, register
 
 go_on = threading.Event()  # what Waiting waits for
 inside = threading.Event()  # set by Waiting
@@ -24,6 +24,26 @@ class Momentum(Optimizer):
         state *= self.momentum
         state -= self.get_lr(key) * (grad + self.get_wd(key) * weight)
         weight += state
+
+
+@register
+class OwnNested(Momentum):
+    """Keeps arrays of many types and shapes, all of which decide what comes next."""
+
+    def create_state(self, key, weight):
+        shape = (3, *weight.shape)
+        more = None, [np.zeros(3), np.zeros((), "int64"), np.zeros(2, "bool")], np.zeros((0, 2))
+        return {"m": np.zeros(shape, weight.dtype), "more": more}
+
+    def update(self, key, weight, grad, state):
+        _, (sums, count, flags), _ = state["more"]
+        sums += self.update_count(key) * self.lr
+        count += 1
+        np.logical_not(flags, out=flags)
+        m = state["m"][int(count) % 3]
+        m *= self.momentum
+        m -= self.get_lr(key) * (grad + self.get_wd(key) * weight)
+        weight += m * (1 + flags[0]) + sums[2].astype(weight.dtype) / 64
 
 
 class Rows(Optimizer):
@@ -47,6 +67,11 @@ class Curious(Optimizer):
         weight -= grad
 
 
+class Silent(Exception):
+    def __str__(self):
+        raise ValueError
+
+
 class Failing(Optimizer):
     """Does what an update must not where the gradient says so."""
 
@@ -58,6 +83,10 @@ class Failing(Optimizer):
             return weight
         if grad.flat[0] == 3:
             weight.shape = (-1, 1)
+        if grad.flat[0] == 4:
+            raise RuntimeError("\ud800")
+        if grad.flat[0] == 5:
+            raise Silent
         return None
 
 
@@ -66,6 +95,49 @@ class Waiting(Optimizer):
         inside.set()
         assert go_on.wait(60)
         weight -= grad
+
+
+class RowMomentum(Optimizer):
+    """Of a row-sparse value."""
+
+    def create_state(self, key, weight):
+        return [np.zeros(weight.shape, weight.dtype)]
+
+    def update(self, key, weight, grad, state):
+        state[0][grad.indices] += grad.data
+        dense = weight.todense()
+        dense[grad.indices] -= self.get_lr(key) * state[0][grad.indices]
+        weight[:] = kvstore.RowSparse.from_dense(dense)
+
+
+class Odd(Momentum):
+    """Keeps what a file cannot hold, of a key called so."""
+
+    def create_state(self, key, weight):
+        odd = {
+            "set": {1},
+            "complex": np.ones(2, complex),
+            "slash": {"a/b": weight.copy()},
+            "number": {3: weight.copy()},
+            "twice": {"a.b": weight.copy(), "a": {"b": weight.copy()}},
+        }
+        return {"m": np.zeros_like(weight), "odd": [odd.get(key)]}
+
+    def update(self, key, weight, grad, state):
+        super().update(key, weight, grad, state["m"])
+
+
+class Shaped(Momentum):
+    """Its state has a shape of its own."""
+
+    extent = 3
+
+    def create_state(self, key, weight):
+        return np.zeros(self.extent)
+
+    def update(self, key, weight, grad, state):
+        state += 1
+        weight += state[0]
 
 
 class NoUpdate(Optimizer):
