@@ -72,9 +72,10 @@
     "Parameters\n"                                                                                 \
     "----------\n"                                                                                 \
     "optimizer : kvstore.optimizer.Optimizer\n"                                                    \
-    "    One of the classes of `kvstore.optimizer`, or of your own. In a dist store one of those " \
-    "of\n"                                                                                         \
-    "    `kvstore.optimizer`, and its schedule, if any, one of those of `kvstore.lr_scheduler`.\n" \
+    "    One of the classes of `kvstore.optimizer`, or of your own. In a dist store one of your "  \
+    "own must\n"                                                                                   \
+    "    be in a module that servers may import, and the schedule, if any, one of those of\n"      \
+    "    `kvstore.lr_scheduler`.\n"                                                                \
     "\n"                                                                                           \
     "Raises\n"                                                                                     \
     "------\n"                                                                                     \
@@ -84,14 +85,14 @@
     "InvalidArgumentError\n"                                                                       \
     "    In a dist store for a schedule of your own, or on a worker whose optimizer is not "       \
     "worker 0's.\n"                                                                                \
-    "NotBuiltError\n"                                                                              \
-    "    In a dist store for an optimizer of your own.\n"                                          \
     "TimeoutError\n"                                                                               \
     "    On another worker, when worker 0 has set none within the store's timeout; on worker 0, "  \
     "when\n"                                                                                       \
     "    a server has not answered.\n"                                                             \
     "KVStoreError\n"                                                                               \
-    "    A server could not take it; the store keeps the optimizer that it had.\n"                 \
+    "    A server could not take it, or may not import its class; the store keeps the optimizer "  \
+    "that it\n"                                                                                    \
+    "    had.\n"                                                                                   \
     "\n"                                                                                           \
     "Examples\n"                                                                                   \
     "--------\n"                                                                                   \
@@ -164,6 +165,10 @@
     "\n"                                                                                           \
     "Raises\n"                                                                                     \
     "------\n"                                                                                     \
+    "ArrayTypeError\n"                                                                             \
+    "    For an optimizer of your own that keeps anything but NumPy arrays of numbers, and "       \
+    "lists,\n"                                                                                     \
+    "    tuples and dicts of them.\n"                                                              \
     "InvalidArgumentError\n"                                                                       \
     "    Without an optimizer, or for one that cannot be dumped; on another worker than worker 0 " \
     "while\n"                                                                                      \
