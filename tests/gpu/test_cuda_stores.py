@@ -50,14 +50,14 @@ MISTAKES = {
     ),
     "arrays are never let go": (
         "comm/device.c",
-        "    for (kept_t *kept = ready; kept != NULL; kept = next) {",
-        "    for (kept_t *kept = ready; false; kept = next) {",
+        "    for (kept_t *next; ready != NULL; ready = next) {",
+        "    for (kept_t *next; false; ready = next) {",
         "held_until",
     ),
     "memory is freed before its last use": (
         "comm/device.c",
-        "(mark == NULL || kv_mark_before(mark, lane) == KV_OK))",
-        "(mark == NULL || mark != NULL))",
+        "kv_lane_free(lane, mark, base->data);",
+        "kv_lane_free(lane, NULL, base->data);",
         "closes_and_keys_go",
     ),
     "a mark passes early": (
@@ -74,7 +74,7 @@ MISTAKES = {
     ),
     "the thread's device is another one afterwards": (
         "comm/device.c",
-        "(void)scope->api->make_current(scope->before, sentence);",
+        "(void)api->make_current(current.before, sentence);",
         "(void)sentence;",
         "current_device_stays",
     ),
@@ -142,7 +142,7 @@ def run_mistake(library, folder, mistake):
 
 @pytest.fixture(scope="module")
 def outcomes(request, tmp_path_factory):
-    """What has come of the run of each test that was asked for, by its name. Several run at once."""
+    """What has come of the run of each test that was asked for, by its name: some run at once."""
     library = plugin.link(plugin.objects().values(), tmp_path_factory.mktemp("gpu") / "emulated.so")
     jobs, later = {}, []
     with ThreadPoolExecutor(plugin.build.JOBS) as pool:

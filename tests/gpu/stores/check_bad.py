@@ -6,6 +6,7 @@ import cuda_tensor as cuda
 import ml_dtypes
 import numpy as np
 import pytest
+from samples import Plain
 from twin import same, store_of
 
 import kvstore
@@ -179,6 +180,30 @@ def test_an_unknown_key_and_a_closed_store():
     for call in (lambda: kv.push("w", full(1)), lambda: kv.pull("w", out=full(1))):
         with pytest.raises(kvstore.ClosedError):
             call()
+
+
+def test_an_optimizer_in_python_is_for_host_memory(store):
+    if store.type == "device":
+        store.set_optimizer(Plain(learning_rate=0.1))
+        with pytest.raises(kvstore.ArrayTypeError, match="optimizer in Python"):
+            store.push("w", full(1))
+        store.set_updater(None)
+        assert store.pull("w").asnumpy().tolist() == [1] * N
+
+
+@pytest.mark.emulated
+def test_a_pull_that_has_run_out_of_time_writes_nothing_afterwards():
+    with kvstore.create("device", timeout=1e-6) as kv:
+        kv.init("w", full(5))
+        cuda.current_stream().busy(5000)
+        kv.push("w", full(6))
+        out = np.zeros(N, np.float32)
+        with pytest.raises(kvstore.TimeoutError, match=r"'w'.*device 0"):
+            kv.pull("w", out=out)
+        cuda.emu.run_all()
+        assert not out.any()
+        kv.pull("w", out=out)
+        assert out.tolist() == [6] * N
 
 
 # ----------------------------------------------------------------------------------- out of memory

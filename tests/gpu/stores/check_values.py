@@ -185,3 +185,14 @@ def test_the_store_tells_of_a_key_on_a_device(kind):
         assert (kv.shape("w"), str(kv.dtype("w")), kv.stype("w")) == ((2, 3), "float16", "default")
         with pytest.raises(kvstore.InvalidArgumentError, match="w"):
             kv.init("w", cuda.TableTensor(np.zeros((2, 3), np.float16)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strided_arrays_of_the_host_with_a_key_on_a_device(kind):
+    wide = np.arange(18, dtype=np.float32)
+    with store_of(kind) as kv:
+        kv.init("w", cuda.TableTensor(np.zeros(9, np.float32)))
+        kv.push("w", [cuda.TableTensor(np.ones(9, np.float32)), wide[::2]])
+        out = np.zeros(18, np.float32)
+        kv.pull("w", out=out[1::2])
+        assert same(out[1::2].copy(), wide[::2] + 1) and not out[::2].any()
