@@ -414,7 +414,8 @@ def versions(options):
     if not found:
         raise Failed("no CPython from 3.10 on was found")
     if options.quick:
-        found = {version: found[version] for version in (list(found)[0], list(found)[-1])}
+        names = list(found)
+        found = {name: found[name] for name in (names[0], names[-1])}
     for version, interpreter in found.items():
         venv = BUILD / "versions" / version
         shutil.rmtree(venv, ignore_errors=True)

@@ -31,7 +31,6 @@ typedef enum kv_lock_rank {
     KV_RANK_NET = 3,    /* one endpoint: its queues and peers */
     KV_RANK_ENGINE = 4, /* queues of all variables of one engine */
     KV_RANK_TEAM = 5,   /* the helpers of the kernels */
-
     KV_RANK_LEAF = 6,   /* counters, log, start of a process-wide object */
 } kv_lock_rank_t;
 

@@ -1,5 +1,5 @@
-/* Lanes, marks and buffers of devices. What a process keeps of them (own streams, events, pinned
- * blocks, what waits for a mark) is in one table under one lock, which is held for moments only.
+/* Lanes, marks and buffers of devices. What a process keeps of them (own streams, events, what
+ * waits for a mark) is in one table under one lock, which is held for moments only.
  */
 #include "comm/device.h"
 
@@ -15,12 +15,8 @@ enum {
     SLEEP_NS = 50 * 1000,          /* at first, then longer each time … */
     LONGEST_SLEEP_NS = 500 * 1000, /* … up to this */
     KEPT_LOOKS = 4,                /* marks that a look at what is kept finds not passed, at most */
-    FIRST_ORDER = 12,              /* pinned blocks of 4 KiB … */
-    NUM_ORDERS = 64 - FIRST_ORDER,
 };
 
-/* Pinned memory that is kept although nobody uses it. */
-#define MOST_PINNED (INT64_C(256) << 20)
 #define SETTLE_NS (5 * INT64_C(1000000000))
 
 struct kv_mark {
@@ -38,12 +34,6 @@ struct kept {
     kept_t *next;
 };
 
-typedef struct pinned {
-    kv_buffer_t base;
-    int device, order;
-    struct pinned *next; /* among those that are free */
-} pinned_t;
-
 typedef struct device_buffer {
     kv_buffer_t base;
     kv_place_t *place;
@@ -59,8 +49,6 @@ static struct {
     kv_mutex_t lock;
     void *streams[MAX_DEVICES]; /* own ones, NULL until needed */
     kv_mark_t *marks[MAX_DEVICES];
-    pinned_t *pinned[NUM_ORDERS];
-    int64_t pinned_bytes;
     kept_t *kept, *newest_kept; /* the oldest first */
     _Atomic int64_t num_kept;
     _Atomic uint64_t user; /* 1 + kv_fork_generation of the process that has had a lane, 0: none */
@@ -479,74 +467,6 @@ kv_place_t *kv_buffer_place(const kv_buffer_t *buffer)
     return buffer->release == release_on_device ? ((const device_buffer_t *)buffer)->place : NULL;
 }
 
-/* ---------------------------------------------------------------------------------- pinned */
-
-static size_t pinned_bytes(int order)
-{
-    return (size_t)1 << (order + FIRST_ORDER);
-}
-
-static void free_pinned(pinned_t *pinned)
-{
-    kv_status_t status;
-    ONE_CALL(status, api->host_free(pinned->device, pinned->base.data, sentence));
-    (void)status; /* it is lost with its device */
-    kv_free(pinned);
-}
-
-static void release_pinned(kv_buffer_t *base)
-{
-    pinned_t *pinned = (pinned_t *)base;
-    kv_count(KV_COUNT_BUFFERS, -1);
-    kv_count(KV_COUNT_VALUE_BYTES, -(int64_t)base->bytes);
-    int64_t bytes = (int64_t)pinned_bytes(pinned->order);
-    kv_mutex_lock(&devices.lock);
-    bool keeps = devices.pinned_bytes + bytes <= MOST_PINNED;
-    if (keeps) {
-        devices.pinned_bytes += bytes;
-        pinned->next = devices.pinned[pinned->order];
-        devices.pinned[pinned->order] = pinned;
-    }
-    kv_mutex_unlock(&devices.lock);
-    if (!keeps)
-        free_pinned(pinned);
-}
-
-kv_status_t kv_pinned_new(int device, size_t bytes, kv_buffer_t **out)
-{
-    int order = 0;
-    while (order < NUM_ORDERS - 2 && pinned_bytes(order) < bytes)
-        order++;
-    kv_mutex_lock(&devices.lock);
-    pinned_t *pinned = devices.pinned[order];
-    if (pinned != NULL) {
-        devices.pinned[order] = pinned->next;
-        devices.pinned_bytes -= (int64_t)pinned_bytes(order);
-    }
-    kv_mutex_unlock(&devices.lock);
-    if (pinned == NULL) {
-        kv_status_t status;
-        void *data;
-        pinned = kv_alloc(sizeof *pinned);
-        KV_TRY_ALLOC(pinned, "pinned memory");
-        ONE_CALL(status, api->host_alloc(device, (int64_t)pinned_bytes(order), &data, sentence));
-        if (status != KV_OK) {
-            kv_free(pinned);
-            return status;
-        }
-        pinned->base.data = data;
-        pinned->base.release = release_pinned;
-        pinned->device = device;
-        pinned->order = order;
-    }
-    atomic_init(&pinned->base.refs, 1);
-    pinned->base.bytes = bytes;
-    kv_count(KV_COUNT_BUFFERS, 1);
-    kv_count(KV_COUNT_VALUE_BYTES, (int64_t)bytes);
-    *out = &pinned->base;
-    return KV_OK;
-}
-
 void kv_buffer_drop(void *buffer)
 {
     kv_buffer_rele(buffer);
@@ -562,18 +482,7 @@ void kv_device_settle(void)
         nanosleep(&(struct timespec){.tv_nsec = LONGEST_SLEEP_NS}, NULL);
         kv_device_reap();
     }
-    for (int order = 0; order < NUM_ORDERS; order++) {
-        kv_mutex_lock(&devices.lock);
-        pinned_t *pinned = devices.pinned[order], *next;
-        devices.pinned[order] = NULL;
-        for (pinned_t *each = pinned; each != NULL; each = each->next)
-            devices.pinned_bytes -= (int64_t)pinned_bytes(order);
-        kv_mutex_unlock(&devices.lock);
-        for (; pinned != NULL; pinned = next) {
-            next = pinned->next;
-            free_pinned(pinned);
-        }
-    }
+    kv_pinned_trim();
 }
 
 kv_status_t kv_device_fetch(const kv_view_t *view, void *to, kv_caller_t *caller)

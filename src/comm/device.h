@@ -108,6 +108,8 @@ kv_place_t *kv_buffer_place(const kv_buffer_t *buffer);
 /* Gives pinned memory of the host, for copies that do not wait. Blocks, in sizes of powers of two,
  * are used again. */
 KV_MUST_CHECK kv_status_t kv_pinned_new(int device, size_t bytes, kv_buffer_t **out);
+/* Frees the blocks that nobody uses. */
+void kv_pinned_trim(void);
 /* A drop for kv_mark_keep. */
 void kv_buffer_drop(void *buffer);
 
