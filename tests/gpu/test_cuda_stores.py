@@ -104,6 +104,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nccl(tmp_path_factory):
+    """The stand-in for NCCL, for all stores here."""
+    library = plugin.nccl(tmp_path_factory.mktemp("nccl") / "libnccl.so.2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVSTORE_NCCL", str(library))
+        yield library
+
+
 def run(library, *arguments, path=(), **env):
     """pytest's status and output."""
     env = {**os.environ, "KVSTORE_CUDA_PLUGIN": str(library), **env}

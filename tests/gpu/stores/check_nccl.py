@@ -76,7 +76,9 @@ def test_a_list_of_keys_is_one_group():
             with groups(1, keys=4):
                 both.push([*shapes], [lists(random, s, dtypes[k]) for k, s in shapes.items()], ALL)
             both.agree()
-        outs = [[both.tensor(exact(random, s, dtypes[k]), d) for d in ALL] for k, s in shapes.items()]
+        outs = [
+            [both.tensor(exact(random, s, dtypes[k]), d) for d in ALL] for k, s in shapes.items()
+        ]
         both.kv.pull([*shapes], out=outs)
         for key, of_key in zip(shapes, outs, strict=True):
             assert all(same(out.numpy(), both.host.pull(key).asnumpy()) for out in of_key)
@@ -375,11 +377,11 @@ def test_the_host_does_not_wait(rule):
             kv.set_optimizer(optimizer.create(rule, learning_rate=1.0))
         given, outs = [full(1, d) for d in ALL], [full(9, d) for d in ALL]
         kv.push(["w", "v"], [given, given])  # connects the devices
-        with Watch():
+        with Watch(400, 300):
             kv.push("w", given)
-        with Watch():
+        with Watch(400, 300):
             kv.pull("w", out=outs)
-        with Watch():
+        with Watch(400, 300):
             kv.pushpull(["w", "v"], [given, given], out=[outs, [full(9, d) for d in ALL]])
         wanted = outs[0].numpy()
         assert all(same(out.numpy(), wanted) for out in outs)
@@ -439,7 +441,7 @@ def test_the_steps_of_a_training_loop():
             for gradient in gradients:
                 gradient.fill_(number)
         assert all(is_full(weight, 15 * len(ALL)) for weight in weights)
-        assert is_full(kv.pull("v"), -len(ALL) ** 2 * sum(range(1, 16)))
+        assert is_full(kv.pull("v"), -(len(ALL) ** 2) * sum(range(1, 16)))
 
 
 def test_random_programs_end_as_on_the_host(seed):
@@ -602,9 +604,7 @@ def test_masters_stay_the_same_on_all_devices(dtype):
     random = np.random.default_rng(18)
     with nccl_twin() as both:
         for kv in both_of(both):
-            kv.set_optimizer(
-                optimizer.SGD(learning_rate=1e-3, momentum=0.9, multi_precision=True)
-            )
+            kv.set_optimizer(optimizer.SGD(learning_rate=1e-3, momentum=0.9, multi_precision=True))
         both.init("w", draw(random, (40,), dtype))
         for step in range(20):
             both.push("w", lists(random, (40,), dtype), (0,) if step == 10 else ALL)
