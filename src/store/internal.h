@@ -296,20 +296,22 @@ KV_MUST_CHECK kv_status_t kv_work_take_back(const kv_work_t *work, kv_lane_t lan
 
 /* -------------------------------------------------------------------------------- nccl.c */
 
-/* Gives the devices of a store, which are not known yet. KV_NOT_BUILT, KV_DEVICE if there is no NCCL
- * or no device. */
+/* Gives the devices of a store, which are not known yet. KV_NOT_BUILT, KV_DEVICE if there is no
+ * NCCL or no device. */
 KV_MUST_CHECK kv_status_t kv_nccl_team_new(kv_nccl_team_t **out);
 kv_nccl_team_t *kv_nccl_team_hold(kv_nccl_team_t *team); /* NULL is allowed, here and below */
 /* The last one waits for what NCCL still does, ten seconds at most. */
 void kv_nccl_team_rele(kv_nccl_team_t *team);
-/* The status of a call that has ended with this one: KV_DEVICE if a device or NCCL has failed
- * meanwhile, since no value can be relied on then. After KV_TIMEOUT what devices still do for NCCL
- * is ended. */
-KV_MUST_CHECK kv_status_t kv_nccl_team_vouch(kv_nccl_team_t *team, kv_status_t status);
+/* KV_DEVICE if NCCL or one of its devices has failed: no value can be relied on then, be it on
+ * another device. */
+KV_MUST_CHECK kv_status_t kv_nccl_team_check(kv_nccl_team_t *team);
+/* A call has ended with KV_TIMEOUT: if devices still work for NCCL, that is ended. Gives the call's
+ * status: KV_DEVICE if one is lost, so that it was waited for in vain, else KV_TIMEOUT again. */
+KV_MUST_CHECK kv_status_t kv_nccl_team_gave_up(kv_nccl_team_t *team);
 /* Whether the values of a push are such as NCCL adds up: dense, one on each of several devices. */
 bool kv_plan_takes_nccl(const kv_plan_t *plan);
-/* The push, with keys, arrays and the runtime's `nccl` held; `works` as for kv_works_run. Not *fits:
- * other devices than those of the pushes before, and nothing was done. */
+/* The push, with keys, arrays and the runtime's `nccl` held; `works` as for kv_works_run. Not
+ * *fits: other devices than those of the pushes before, and nothing was done. */
 KV_MUST_CHECK kv_status_t kv_nccl_push(const kv_plan_t *plan, const kv_work_t *works,
                                        kv_caller_t *caller, bool *fits, bool *launched);
 /* A pull of a key with twins, held: each out from its own device. */

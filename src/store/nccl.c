@@ -196,22 +196,30 @@ static kv_status_t look_at_devices(const kv_nccl_team_t *team, bool *idle)
     return status;
 }
 
-kv_status_t kv_nccl_team_vouch(kv_nccl_team_t *team, kv_status_t status)
+kv_status_t kv_nccl_team_check(kv_nccl_team_t *team)
 {
     bool idle;
     kv_nccl_t *group = team != NULL ? atomic_load(&team->group) : NULL;
-    if (group == NULL || (status != KV_OK && status != KV_TIMEOUT))
-        return status;
-    char why[KV_MESSAGE_BYTES];
-    snprintf(why, sizeof why, "%s", kv_status_message(status));
-    kv_status_t looked = look_at_devices(team, &idle);
-    if (looked != KV_OK)
-        kv_nccl_abort(group, kv_status_message(looked));
-    else if (status == KV_TIMEOUT && !idle)
-        kv_nccl_abort(group, why);
+    if (KV_LIKELY(group == NULL))
+        return KV_OK;
+    kv_status_t status = look_at_devices(team, &idle);
     if (status != KV_OK)
-        return kv_fail(status, "%s", why);
+        kv_nccl_abort(group, kv_status_message(status));
     return kv_nccl_check(group);
+}
+
+kv_status_t kv_nccl_team_gave_up(kv_nccl_team_t *team)
+{
+    bool idle = true;
+    kv_nccl_t *group = team != NULL ? atomic_load(&team->group) : NULL;
+    if (group == NULL)
+        return KV_TIMEOUT;
+    char why[KV_MESSAGE_BYTES];
+    snprintf(why, sizeof why, "%s", kv_status_message(KV_TIMEOUT));
+    KV_TRY(look_at_devices(team, &idle));
+    if (!idle)
+        kv_nccl_abort(group, why);
+    return kv_fail(KV_TIMEOUT, "%s", why);
 }
 
 /* One value on each of several devices, and no device twice: fills `devices`. */
@@ -266,7 +274,7 @@ static kv_status_t gather(kv_nccl_team_t *team, const kv_plan_t *plan, kv_caller
             *fits = plan->groups[g].num_values == team->count &&
                     value_on(team, &plan->groups[g], k) != NULL;
     if (!*fits || team->group != NULL)
-        return *fits ? kv_nccl_check(team->group) : KV_OK;
+        return KV_OK;
     kv_nccl_t *made;
     KV_TRY(kv_nccl_new(team->count, team->devices, caller, &made));
     team->group = made;

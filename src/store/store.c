@@ -211,13 +211,17 @@ static kv_status_t run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, bool
                        kv_caller_t *caller)
 {
     bool async = call->async;
+    KV_TRY(kv_nccl_team_check(plan->team));
     call->async = async && plan->stage == NULL;
     kv_status_t status = store->client != NULL ? kv_dist_run(store, plan, call, push, caller)
                                                : kv_plan_run(store, plan, call, push, caller);
     call->async = async;
     if (status == KV_OK && plan->stage != NULL)
         status = kv_plan_unstage(plan, call->hold, caller);
-    return kv_nccl_team_vouch(plan->team, status);
+    if (status == KV_TIMEOUT)
+        return kv_nccl_team_gave_up(plan->team);
+    /* Values that were waited for are told only if nothing has failed meanwhile. */
+    return status == KV_OK && call->num_outs > 0 ? kv_nccl_team_check(plan->team) : status;
 }
 
 kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *caller)
