@@ -407,7 +407,8 @@ static kv_status_t settle(push_t *push, const kv_work_t *model)
     }
     if (entry->twins == NULL)
         KV_TRY(make_twins(entry, team, push->caller));
-    return mirror_slots(&model->group);
+    KV_TRY(mirror_slots(&model->group));
+    return KV_OK;
 }
 
 /* The twins first: they take their state from the key's, which the last batch changes. */

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +19,6 @@ import kvstore
 from kvstore import optimizer
 
 pytestmark = [pytest.mark.emulated, pytest.mark.devices]
-LOST = "NCCL on devices 0.* is lost to this store, make a new one"
 SHORT = 0.3
 
 
@@ -66,7 +66,7 @@ def works(kv, before=7):
     assert is_full(kv.pull("v"), 3 * len(ALL))
 
 
-# ------------------------------------------------------------------------------------- the beginning
+# ---------------------------------------------------------------------------------- the beginning
 
 
 def test_devices_that_do_not_begin_are_told_of_and_the_next_push_begins_again():
@@ -144,8 +144,6 @@ def test_an_error_that_comes_later_is_no_number(n):
 
 def test_a_wait_for_something_else_loses_nothing():
     """A pull that waits in vain for an updater; the devices are idle."""
-    import threading
-
     inside, go_on = threading.Event(), threading.Event()
 
     def wait(key, recv, stored):
@@ -260,7 +258,7 @@ def test_without_memory_a_push_is_told_of_and_all_devices_stay_the_same(rule):
     assert failures > 5
 
 
-# ----------------------------------------------------------------------------- a device that is lost
+# --------------------------------------------------------------------------- a device that is lost
 
 PRELUDE = """
 import sys, gc

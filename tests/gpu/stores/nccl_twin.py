@@ -44,6 +44,10 @@ def lists(random, shape, dtype="float32", count=cuda.num_devices, make=exact):
     return [make(random, shape, dtype) for _ in range(count)]
 
 
+def both_of(both):
+    return both.kv, both.host
+
+
 class NcclTwin(Twin):
     def agree(self, *keys, bound=None):
         """All devices have the same bits, and those of the host: or, with a bound, nearly."""
