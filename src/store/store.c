@@ -25,8 +25,8 @@ kv_status_t kv_store_new(kv_runtime_t *runtime, const char *name, const kv_store
         kv_status_t status = kv_nccl_team_new(&team);
         if (status != KV_OK)
             return kv_fail(status,
-                           "a store of kind 'nccl' cannot be had here: %s; without it, 'device' "
-                           "takes CUDA arrays too, and 'local' all others",
+                           "a store of kind 'nccl' cannot be had here: %s; one of kind 'device' "
+                           "needs no NCCL, and for arrays in host memory no CUDA",
                            kv_status_message(status));
     }
     kv_store_t *store = kv_calloc(1, sizeof *store);

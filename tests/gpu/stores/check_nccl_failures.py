@@ -1,6 +1,7 @@
 """What goes wrong in a store of kind `nccl` is told, by every later call too where values may be
 wrong, and the process goes on."""
 
+import ctypes.util
 import os
 import subprocess
 import sys
@@ -67,6 +68,30 @@ def works(kv, before=7):
 
 
 # ---------------------------------------------------------------------------------- the beginning
+
+
+@pytest.mark.skipif(
+    ctypes.util.find_library("nccl") is not None, reason="the system of this machine has NCCL"
+)
+def test_without_nccl_a_store_says_what_to_install():
+    script = """if True:
+        import kvstore
+        import kvstore._about
+        kvstore._about.nccl_folder = lambda: None
+        try:
+            kvstore.create("nccl")
+        except kvstore.NotBuiltError as error:
+            print(error)
+        with kvstore.create("device"):
+            pass
+    """
+    env = {name: text for name, text in os.environ.items() if name != "KVSTORE_NCCL"}
+    told = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert told.stderr == ""
+    assert told.stdout.startswith("a store of kind 'nccl' cannot be had here: NCCL is not on this")
+    assert "pip install nvidia-nccl-cu12" in told.stdout and "'device'" in told.stdout
 
 
 def test_devices_that_do_not_begin_are_told_of_and_the_next_push_begins_again():
