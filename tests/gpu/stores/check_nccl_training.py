@@ -1,4 +1,4 @@
-"""Optimizers of stores of kind `nccl`: all devices make the same steps, those of a `local` store."""
+"""Optimizers of stores of kind `nccl`: all devices make the steps of a `local` store."""
 
 import itertools
 
