@@ -34,6 +34,7 @@ enum { KV_MAX_THREADS = 1024 };
 typedef struct kv_runtime {
     kv_engine_t *engine;
     kv_team_t *team;
+    kv_var_t nccl; /* written by each push that uses NCCL: one at a time in a process */
     const kv_kernels_t *kernels;
     int num_threads;     /* KVSTORE_NUM_THREADS, or the processors of this process */
     uint64_t generation; /* kv_fork_generation of its birth */

@@ -429,6 +429,7 @@ kv_status_t kv_plan_init(kv_store_t *store, const kv_call_t *call, const char *v
     plan->groups = &plan->one;
     plan->updater = NULL;
     plan->optimizer = NULL;
+    plan->team = NULL;
     plan->codec.type = KV_CODEC_NONE;
     plan->regrouped = NULL;
     plan->same_ids = NULL;
@@ -455,6 +456,7 @@ kv_status_t kv_plan_init(kv_store_t *store, const kv_call_t *call, const char *v
         if (plan->optimizer != NULL)
             atomic_fetch_add(&plan->optimizer->refs, 1);
     }
+    plan->team = kv_nccl_team_hold(store->team);
     kv_mutex_unlock(&store->lock);
     if (status != KV_OK)
         plan->num_groups = 0;
@@ -484,6 +486,7 @@ void kv_plan_fini(kv_plan_t *plan)
     kv_free(plan->regrouped);
     kv_free(plan->same_ids);
     kv_optimizer_rele(plan->optimizer);
+    kv_nccl_team_rele(plan->team);
     if (plan->updater != NULL && atomic_fetch_sub(&plan->updater->refs, 1) == 1)
         plan->updater->free(plan->updater);
 }

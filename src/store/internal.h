@@ -76,7 +76,6 @@ struct kv_store {
     kv_kind_t kind;
     kv_client_t *client; /* of a dist store; NULL in a server's process */
     kv_host_t host;
-    kv_nccl_team_t *team; /* of kind nccl, else NULL */
     char name[32];
     kv_mutex_t lock;
     /* Guarded by the lock: */
@@ -86,6 +85,7 @@ struct kv_store {
     kv_agreement_t *adrift; /* of a dist store: calls on keys that nobody waits for any more */
     kv_updater_t *updater;
     kv_optimizer_t *optimizer;
+    kv_nccl_team_t *team;   /* of kind nccl, else NULL; NULL when closed */
     kv_optim_state_t state; /* of the optimizer … */
     uint64_t counted;       /* … and how often it has moved */
     kv_codec_t codec;
@@ -139,6 +139,7 @@ typedef struct kv_plan {
     int64_t num_groups;
     kv_updater_t *updater;     /* one share, or NULL */
     kv_optimizer_t *optimizer; /* one share, or NULL */
+    kv_nccl_team_t *team;      /* one share, or NULL: not of kind nccl */
     kv_codec_t codec;          /* for the dense floating values of a push */
     uint64_t codec_epoch;
     kv_group_t one;         /* the groups of a call with one item */
@@ -295,20 +296,24 @@ KV_MUST_CHECK kv_status_t kv_work_take_back(const kv_work_t *work, kv_lane_t lan
 
 /* -------------------------------------------------------------------------------- nccl.c */
 
-/* KV_NOT_BUILT, KV_DEVICE if there is no NCCL or no device. */
+/* Gives the devices of a store, which are not known yet. KV_NOT_BUILT, KV_DEVICE if there is no
+ * NCCL or no device. */
 KV_MUST_CHECK kv_status_t kv_nccl_team_new(kv_nccl_team_t **out);
-void kv_nccl_team_retire(kv_nccl_team_t *team); /* NULL is allowed */
-/* The variable that every push by NCCL writes. */
-kv_var_t *kv_nccl_team_var(kv_nccl_team_t *team);
-/* Ends what a device does for NCCL when somebody has waited for it in vain. */
-void kv_nccl_team_abort(kv_nccl_team_t *team);
-/* Whether the values of a push are such as NCCL adds up: dense, one on each of some devices. */
-bool kv_plan_takes_nccl(const kv_store_t *store, const kv_plan_t *plan);
-/* The push, with keys, arrays and team held; `works` as for kv_works_run. Not *fits: other devices
- * than those of the pushes before, and nothing was done. */
-KV_MUST_CHECK kv_status_t kv_nccl_push(kv_nccl_team_t *team, const kv_plan_t *plan,
-                                       const kv_work_t *works, kv_caller_t *caller, bool *fits,
-                                       bool *launched);
+kv_nccl_team_t *kv_nccl_team_hold(kv_nccl_team_t *team); /* NULL is allowed, here and below */
+/* The last one waits for what NCCL still does, ten seconds at most. */
+void kv_nccl_team_rele(kv_nccl_team_t *team);
+/* KV_DEVICE if NCCL or one of its devices has failed: no value can be relied on then, be it on
+ * another device. */
+KV_MUST_CHECK kv_status_t kv_nccl_team_check(kv_nccl_team_t *team);
+/* A call has ended with KV_TIMEOUT: if devices still work for NCCL, that is ended. Gives the call's
+ * status: KV_DEVICE if one is lost, so that it was waited for in vain, else KV_TIMEOUT again. */
+KV_MUST_CHECK kv_status_t kv_nccl_team_gave_up(kv_nccl_team_t *team);
+/* Whether the values of a push are such as NCCL adds up: dense, one on each of several devices. */
+bool kv_plan_takes_nccl(const kv_plan_t *plan);
+/* The push, with keys, arrays and the runtime's `nccl` held; `works` as for kv_works_run. Not
+ * *fits: other devices than those of the pushes before, and nothing was done. */
+KV_MUST_CHECK kv_status_t kv_nccl_push(const kv_plan_t *plan, const kv_work_t *works,
+                                       kv_caller_t *caller, bool *fits, bool *launched);
 /* A pull of a key with twins, held: each out from its own device. */
 KV_MUST_CHECK kv_status_t kv_work_pull_twins(const kv_work_t *work, bool *delivering);
 /* The key is changed alone. */

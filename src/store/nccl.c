@@ -9,8 +9,10 @@
  */
 #include "base/memory.h"
 #include "comm/nccl.h"
+#include "base/thread.h"
 #include "store/device.h"
 
+#include <stdio.h>
 #include <string.h>
 
 enum { MAX_DEVICES = 64 };
@@ -21,13 +23,20 @@ struct kv_twins {
     kv_entry_t *entries[];
 };
 
-/* The devices of a store, once a push has told them. Its variable is held by every push. */
+/* The devices of a store, once a push has told them. What is not atomic belongs to the push that
+ * holds the runtime's variable. */
 struct kv_nccl_team {
-    kv_var_t var;
+    _Atomic int64_t refs;
     kv_nccl_t *_Atomic group; /* NULL: not yet */
     int count;
     int devices[MAX_DEVICES];
 };
+
+/* The ends of the newest work that uses NCCL, by device, whichever store's it is. */
+static struct {
+    kv_mutex_t lock;
+    kv_mark_t *newest[MAX_DEVICES];
+} order = {.lock = KV_MUTEX_INIT(KV_RANK_LEAF)};
 
 /* ------------------------------------------------------------------------------------ twins */
 
@@ -122,9 +131,10 @@ static kv_status_t mirror_slots(const kv_group_t *group)
 
 /* ------------------------------------------------------------------------------------- teams */
 
-static void free_team(void *context)
+void kv_nccl_team_rele(kv_nccl_team_t *team)
 {
-    kv_nccl_team_t *team = context;
+    if (team == NULL || atomic_fetch_sub(&team->refs, 1) != 1)
+        return;
     kv_status_t status = kv_nccl_free(team->group, NULL);
     (void)status; /* what was not done in time is aborted */
     kv_free(team);
@@ -139,32 +149,83 @@ kv_status_t kv_nccl_team_new(kv_nccl_team_t **out)
     KV_TRY(kv_nccl_load(NULL, &file, &version));
     kv_nccl_team_t *team = kv_calloc(1, sizeof *team);
     KV_TRY_ALLOC(team, "a store");
-    kv_var_init(&team->var, false, free_team, team);
+    atomic_init(&team->refs, 1);
     *out = team;
     return KV_OK;
 }
 
-void kv_nccl_team_retire(kv_nccl_team_t *team)
+kv_nccl_team_t *kv_nccl_team_hold(kv_nccl_team_t *team)
 {
     if (team != NULL)
-        kv_var_retire(&team->var);
+        atomic_fetch_add(&team->refs, 1);
+    return team;
 }
 
-kv_var_t *kv_nccl_team_var(kv_nccl_team_t *team)
+/* Gives the end of the newest work that uses NCCL on a device, a share; or NULL. */
+static kv_mark_t *newest_on(int device)
 {
-    return &team->var;
+    kv_mutex_lock(&order.lock);
+    kv_mark_t *mark = order.newest[device];
+    mark = mark != NULL ? kv_mark_hold(mark) : NULL;
+    kv_mutex_unlock(&order.lock);
+    return mark;
 }
 
-void kv_nccl_team_abort(kv_nccl_team_t *team)
+static void set_newest(int device, kv_mark_t *mark)
 {
-    if (team->group != NULL)
-        kv_nccl_abort(team->group, "a wait for its devices took longer than the store's timeout");
+    kv_mutex_lock(&order.lock);
+    kv_mark_t *before = order.newest[device];
+    order.newest[device] = kv_mark_hold(mark);
+    kv_mutex_unlock(&order.lock);
+    kv_mark_rele(before);
 }
 
-/* One value on each device, and no device twice: fills `devices`. */
+/* KV_DEVICE: one is lost. *idle: none has work that uses NCCL. */
+static kv_status_t look_at_devices(const kv_nccl_team_t *team, bool *idle)
+{
+    kv_status_t status = KV_OK;
+    *idle = true;
+    for (int k = 0; k < team->count && status == KV_OK; k++) {
+        bool passed = true;
+        kv_mark_t *mark = newest_on(team->devices[k]);
+        if (mark != NULL)
+            status = kv_mark_passed(mark, &passed);
+        kv_mark_rele(mark);
+        *idle = *idle && passed;
+    }
+    return status;
+}
+
+kv_status_t kv_nccl_team_check(kv_nccl_team_t *team)
+{
+    bool idle;
+    kv_nccl_t *group = team != NULL ? atomic_load(&team->group) : NULL;
+    if (KV_LIKELY(group == NULL))
+        return KV_OK;
+    kv_status_t status = look_at_devices(team, &idle);
+    if (status != KV_OK)
+        kv_nccl_abort(group, kv_status_message(status));
+    return kv_nccl_check(group);
+}
+
+kv_status_t kv_nccl_team_gave_up(kv_nccl_team_t *team)
+{
+    bool idle = true;
+    kv_nccl_t *group = team != NULL ? atomic_load(&team->group) : NULL;
+    if (group == NULL)
+        return KV_TIMEOUT;
+    char why[KV_MESSAGE_BYTES];
+    snprintf(why, sizeof why, "%s", kv_status_message(KV_TIMEOUT));
+    KV_TRY(look_at_devices(team, &idle));
+    if (!idle)
+        kv_nccl_abort(group, why);
+    return kv_fail(KV_TIMEOUT, "%s", why);
+}
+
+/* One value on each of several devices, and no device twice: fills `devices`. */
 static bool spreads(const kv_group_t *group, int *devices)
 {
-    if (group->num_values > MAX_DEVICES || group->entry->sparse)
+    if (group->num_values < 2 || group->num_values > MAX_DEVICES || group->entry->sparse)
         return false;
     for (int32_t i = 0; i < group->num_values; i++) {
         if (!kv_view_is_cuda(&group->values[i]))
@@ -186,10 +247,10 @@ static const kv_view_t *value_on(const kv_nccl_team_t *team, const kv_group_t *g
     return NULL;
 }
 
-bool kv_plan_takes_nccl(const kv_store_t *store, const kv_plan_t *plan)
+bool kv_plan_takes_nccl(const kv_plan_t *plan)
 {
     int devices[MAX_DEVICES];
-    if (store->team == NULL || plan->updater != NULL || plan->codec.type != KV_CODEC_NONE ||
+    if (plan->team == NULL || plan->updater != NULL || plan->codec.type != KV_CODEC_NONE ||
         plan->num_groups > INT32_MAX)
         return false;
     for (int64_t g = 0; g < plan->num_groups; g++)
@@ -203,17 +264,17 @@ bool kv_plan_takes_nccl(const kv_store_t *store, const kv_plan_t *plan)
 static kv_status_t gather(kv_nccl_team_t *team, const kv_plan_t *plan, kv_caller_t *caller,
                           bool *fits)
 {
+    *fits = true;
     if (team->group == NULL) {
         team->count = plan->groups[0].num_values;
         *fits = spreads(&plan->groups[0], team->devices);
     }
-    *fits = true;
     for (int64_t g = 0; g < plan->num_groups; g++)
         for (int k = 0; k < team->count && *fits; k++)
             *fits = plan->groups[g].num_values == team->count &&
                     value_on(team, &plan->groups[g], k) != NULL;
     if (!*fits || team->group != NULL)
-        return *fits ? kv_nccl_check(team->group) : KV_OK;
+        return KV_OK;
     kv_nccl_t *made;
     KV_TRY(kv_nccl_new(team->count, team->devices, caller, &made));
     team->group = made;
@@ -261,6 +322,16 @@ static kv_status_t make_room(push_t *push, void **block)
     return KV_OK;
 }
 
+/* Work of several groups on one device comes in the same order everywhere, or devices would wait
+ * for each other: each begins when the one before has ended, be it another store's. */
+static kv_status_t come_after(kv_lane_t lane)
+{
+    kv_mark_t *mark = newest_on(lane.device);
+    kv_status_t status = mark != NULL ? kv_mark_before(mark, lane) : KV_OK;
+    kv_mark_rele(mark);
+    return status;
+}
+
 /* Lanes, and memory for the sums; whatever else may fail for want of memory. */
 static kv_status_t prepare(push_t *push)
 {
@@ -270,6 +341,7 @@ static kv_status_t prepare(push_t *push)
         push->lanes[k] = kv_view_lane(value_on(push->team, &plan->groups[0], k));
         KV_TRY(kv_device_work_begin(&push->on[k], push->lanes[k]));
         push->num_on = k + 1;
+        KV_TRY(come_after(push->lanes[k]));
         for (int64_t g = 0; g < plan->num_groups; g++) {
             const kv_entry_t *entry = plan->groups[g].entry;
             const kv_view_t *value = value_on(push->team, &plan->groups[g], k);
@@ -333,9 +405,10 @@ static kv_status_t settle(push_t *push, const kv_work_t *model)
         KV_TRY(kv_work_bring_home(model));
         KV_TRY(kv_batch_run(&one, 1, team->devices[0], NULL, &launched));
     }
-    if (entry->twins == NULL && team->count > 1)
+    if (entry->twins == NULL)
         KV_TRY(make_twins(entry, team, push->caller));
-    return entry->twins != NULL ? mirror_slots(&model->group) : KV_OK;
+    KV_TRY(mirror_slots(&model->group));
+    return KV_OK;
 }
 
 /* The twins first: they take their state from the key's, which the last batch changes. */
@@ -381,8 +454,10 @@ static kv_status_t close_all(push_t *push, kv_hold_t *hold)
     for (int k = 0; k < push->num_on; k++) {
         kv_mark_t *mark = NULL;
         kv_status_t ended = kv_device_work_end(&push->on[k], &mark);
-        if (ended == KV_OK)
+        if (ended == KV_OK) {
             kv_hold_until(hold, mark);
+            set_newest(push->lanes[k].device, mark);
+        }
         for (int64_t g = 0; g < push->plan->num_groups && ended == KV_OK; g++)
             ended = close_value(push, value_on(push->team, &push->plan->groups[g], k), k, mark);
         kv_mark_rele(mark);
@@ -391,13 +466,13 @@ static kv_status_t close_all(push_t *push, kv_hold_t *hold)
     return status;
 }
 
-kv_status_t kv_nccl_push(kv_nccl_team_t *team, const kv_plan_t *plan, const kv_work_t *works,
-                         kv_caller_t *caller, bool *fits, bool *launched)
+kv_status_t kv_nccl_push(const kv_plan_t *plan, const kv_work_t *works, kv_caller_t *caller,
+                         bool *fits, bool *launched)
 {
-    push_t push = {.team = team, .plan = plan, .caller = caller};
+    push_t push = {.team = plan->team, .plan = plan, .caller = caller};
     void *block = NULL;
     *launched = false;
-    KV_TRY(gather(team, plan, caller, fits));
+    KV_TRY(gather(plan->team, plan, caller, fits));
     if (!*fits)
         return KV_OK;
     kv_status_t status = make_room(&push, &block);

@@ -17,6 +17,7 @@ kv_status_t kv_runtime_new(kv_runtime_t **out)
 
     kv_runtime_t *runtime = kv_calloc(1, sizeof *runtime);
     KV_TRY_ALLOC(runtime, "the runtime");
+    kv_var_init(&runtime->nccl, false, NULL, NULL);
     runtime->kernels = kernels;
     runtime->num_threads = num_threads > 0 ? (int)num_threads : kv_processor_count();
     runtime->generation = kv_fork_generation();

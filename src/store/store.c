@@ -25,13 +25,13 @@ kv_status_t kv_store_new(kv_runtime_t *runtime, const char *name, const kv_store
         kv_status_t status = kv_nccl_team_new(&team);
         if (status != KV_OK)
             return kv_fail(status,
-                           "a store of kind 'nccl' cannot be had here: %s; without it, 'device' "
-                           "takes CUDA arrays too, and 'local' all others",
+                           "a store of kind 'nccl' cannot be had here: %s; one of kind 'device' "
+                           "needs no NCCL, and for arrays in host memory no CUDA",
                            kv_status_message(status));
     }
     kv_store_t *store = kv_calloc(1, sizeof *store);
     if (store == NULL)
-        kv_nccl_team_retire(team);
+        kv_nccl_team_rele(team);
     KV_TRY_ALLOC(store, "a store");
     store->team = team;
     store->runtime = runtime;
@@ -57,8 +57,10 @@ void kv_store_close(kv_store_t *store)
     store->table = (kv_table_t){0};
     kv_updater_t *updater = store->updater;
     kv_optimizer_t *optimizer = store->optimizer;
+    kv_nccl_team_t *team = store->team;
     store->updater = NULL;
     store->optimizer = NULL;
+    store->team = NULL;
     kv_mutex_unlock(&store->lock);
 
     for (kv_entry_t *entry = table.first, *next; entry != NULL; entry = next) {
@@ -67,6 +69,7 @@ void kv_store_close(kv_store_t *store)
     }
     kv_table_fini(&table);
     kv_optimizer_rele(optimizer);
+    kv_nccl_team_rele(team);
     if (updater != NULL && atomic_fetch_sub(&updater->refs, 1) == 1)
         updater->free(updater);
 }
@@ -74,7 +77,6 @@ void kv_store_close(kv_store_t *store)
 void kv_store_free(kv_store_t *store)
 {
     kv_store_close(store);
-    kv_nccl_team_retire(store->team);
     kv_agreements_rele(store->adrift);
     kv_mutex_fini(&store->lock);
     kv_free(store);
@@ -209,15 +211,17 @@ static kv_status_t run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, bool
                        kv_caller_t *caller)
 {
     bool async = call->async;
+    KV_TRY(kv_nccl_team_check(plan->team));
     call->async = async && plan->stage == NULL;
     kv_status_t status = store->client != NULL ? kv_dist_run(store, plan, call, push, caller)
                                                : kv_plan_run(store, plan, call, push, caller);
     call->async = async;
-    if (status == KV_TIMEOUT && store->team != NULL)
-        kv_nccl_team_abort(store->team);
     if (status == KV_OK && plan->stage != NULL)
         status = kv_plan_unstage(plan, call->hold, caller);
-    return status;
+    if (status == KV_TIMEOUT)
+        return kv_nccl_team_gave_up(plan->team);
+    /* Values that were waited for are told only if nothing has failed meanwhile. */
+    return status == KV_OK && call->num_outs > 0 ? kv_nccl_team_check(plan->team) : status;
 }
 
 kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *caller)

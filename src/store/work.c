@@ -161,7 +161,7 @@ static kv_status_t run_together(kv_store_t *store, const kv_plan_t *plan, kv_cal
                                 bool push, const scratch_t *scratch, bool *delivering,
                                 kv_caller_t *caller)
 {
-    bool by_nccl = push && kv_plan_takes_nccl(store, plan), done = false;
+    bool by_nccl = push && kv_plan_takes_nccl(plan), done = false;
     int32_t num_deps = by_nccl;
     for (int64_t g = 0; g < plan->num_groups; g++)
         num_deps += kv_group_num_deps(&plan->groups[g]);
@@ -171,7 +171,7 @@ static kv_status_t run_together(kv_store_t *store, const kv_plan_t *plan, kv_cal
     kv_dep_t *deps = (kv_dep_t *)(works + count);
     num_deps = by_nccl;
     if (by_nccl)
-        deps[0] = (kv_dep_t){.var = kv_nccl_team_var(store->team), .access = KV_WRITE};
+        deps[0] = (kv_dep_t){.var = &store->runtime->nccl, .access = KV_WRITE};
     for (int64_t g = 0; g < plan->num_groups; g++)
         num_deps += kv_group_deps(&plan->groups[g], push, true, deps + num_deps);
     kv_op_t op;
@@ -185,7 +185,7 @@ static kv_status_t run_together(kv_store_t *store, const kv_plan_t *plan, kv_cal
             works[g].hold = call->hold;
         }
         if (by_nccl)
-            status = kv_nccl_push(store->team, plan, works, caller, &done, delivering);
+            status = kv_nccl_push(plan, works, caller, &done, delivering);
         if (status == KV_OK && done)
             call->num_done = plan->num_groups;
         else if (status == KV_OK)
@@ -403,7 +403,7 @@ kv_status_t kv_plan_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, boo
         kv_caller_detach(caller);
     const kv_group_t *group = plan->groups;
     bool together = plan->cuda && plan->updater == NULL &&
-                    (plan->num_groups > 1 || (push && kv_plan_takes_nccl(store, plan)));
+                    (plan->num_groups > 1 || (push && kv_plan_takes_nccl(plan)));
     if (together)
         status = run_together(store, plan, call, push, &scratch, &delivering, caller);
     for (int64_t g = 0; g < plan->num_groups && status == KV_OK && !together; g++) {

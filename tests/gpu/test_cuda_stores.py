@@ -13,8 +13,8 @@ import plugin
 STORES = plugin.HERE / "stores"
 FILES = sorted(path.name for path in STORES.glob("check_*.py"))
 
-# Mistakes in the core: file, text, what stands there instead, the tests of check_order.py that
-# notice.
+# Mistakes in the core: file, text, what stands there instead, the tests that notice, of
+# check_order.py or the file that is named.
 NONE = "no mistake, which nobody may notice"
 MISTAKES = {
     NONE: (None, "", "", "streams"),
@@ -90,18 +90,91 @@ MISTAKES = {
         "batch->waits = true;",
         "does_not_wait",
     ),
+    "a key changes alone, and its twins stay": (
+        "store/device.c",
+        "        kv_entry_drop_twins(work->group.entry);",
+        "        (void)0;",
+        "check_nccl.py: goes_another_way and value",
+    ),
+    "an updater changes a key alone, and its twins stay": (
+        "store/apply.c",
+        "        kv_entry_drop_twins(entry);",
+        "        (void)0;",
+        "check_nccl.py: goes_another_way and updater",
+    ),
+    "twins begin without the key's state": (
+        "store/nccl.c",
+        "    KV_TRY(mirror_slots(&model->group));",
+        "    (void)mirror_slots;",
+        "check_nccl_training.py: states or middle",
+    ),
+    "twins keep an older state": (
+        "store/nccl.c",
+        "if (slots == NULL || twins->mirrored == slots)",
+        "if (slots == NULL || twins->mirrored != NULL)",
+        "check_nccl_training.py: states or middle",
+    ),
+    "the key steps before its twins": (
+        "store/nccl.c",
+        "for (int k = push->team->count - 1; k >= 0; k--) {",
+        "for (int k = 0; k < push->team->count; k++) {",
+        "check_nccl_training.py: states or middle",
+    ),
+    "a push by NCCL comes before the work on its values": (
+        "store/nccl.c",
+        "KV_TRY(kv_lane_join(kv_view_lane(value), push->lanes[k]));",
+        "",
+        "check_nccl_order.py: several_streams",
+    ),
+    "an owner does not come after a push by NCCL": (
+        "store/nccl.c",
+        "KV_TRY(kv_mark_before(mark, kv_view_lane(value)));",
+        "return KV_OK;",
+        "check_nccl_order.py: several_streams",
+    ),
+    "the values of a push by NCCL are let go at once": (
+        "store/nccl.c",
+        "            kv_hold_until(hold, mark);",
+        "",
+        "check_nccl_order.py: held_until",
+    ),
+    "what an error of NCCL leaves is taken for a number": (
+        "store/store.c",
+        "? kv_nccl_team_check(plan->team) : status;",
+        "? KV_OK : status;",
+        "check_nccl_failures.py: comes_later",
+    ),
+    "a store that is lost goes on": (
+        "store/store.c",
+        "    KV_TRY(kv_nccl_team_check(plan->team));",
+        "",
+        "check_nccl_failures.py: loses_the_devices or device_that_dies",
+    ),
 }
 
+NCCL = ("check_nccl.py", "check_nccl_order.py", "check_nccl_failures.py")
 # Devices without access to each other, one alone, three.
 MACHINES = {
     "no peers": (("check_values.py", "check_order.py"), {"EMU_PEER": "0"}),
     "one device": (("check_order.py", "check_training.py"), {"EMU_DEVICES": "1"}),
     "three devices": (("check_order.py", "check_random.py"), {"EMU_DEVICES": "3"}),
+    "NCCL for one device": (("check_nccl.py", "check_nccl_order.py"), {"EMU_DEVICES": "1"}),
+    "NCCL for three": (NCCL, {"EMU_DEVICES": "3"}),
+    "NCCL without peers": (NCCL, {"EMU_PEER": "0"}),
 }
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="the emulation is built with g++, which is missing here"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nccl(tmp_path_factory):
+    """The stand-in for NCCL, for all stores here."""
+    library = plugin.nccl(tmp_path_factory.mktemp("nccl") / "libnccl.so.2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVSTORE_NCCL", str(library))
+        yield library
 
 
 def run(library, *arguments, path=(), **env):
@@ -134,7 +207,8 @@ def run_machine(library, folder, machine):
 def run_mistake(library, folder, mistake):
     name, *change, tests = MISTAKES[mistake]
     plugin.package(folder, name, *change)
-    arguments = ("-x", STORES / "check_order.py", "-k", tests)
+    file, _, names = tests.rpartition(": ")
+    arguments = ("-x", STORES / (file or "check_order.py"), "-k", names)
     status, output = run(library, *arguments, path=[folder], KVSTORE_CUDA_SEEDS="6")
     assert f"{folder}/kvstore/_core" in output, output
     return status, output

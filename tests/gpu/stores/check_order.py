@@ -42,14 +42,17 @@ def store():
 class Watch:
     """That work was put on streams and the host did not wait for it."""
 
+    def __init__(self, busy=BUSY, most_run=MOST_RUN):
+        self.busy, self.most_run = busy, most_run
+
     def __enter__(self):
         for device in range(cuda.num_devices):
-            cuda.current_stream(device).busy(BUSY)
+            cuda.current_stream(device).busy(self.busy)
         self.before = cuda.emu.counter("queued")
 
     def __exit__(self, kind, *_):
         if kind is None:
-            assert cuda.emu.counter("queued") > self.before - MOST_RUN, "the host has waited"
+            assert cuda.emu.counter("queued") > self.before - self.most_run, "the host has waited"
 
 
 # ------------------------------------------------------------------------------- the host goes on

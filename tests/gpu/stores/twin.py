@@ -101,8 +101,8 @@ class Twin:
         self.host.pushpull(key, value, out=outs)
         self.kv.pushpull(key, given, out=device_outs)
         assert all(map(same, flat(device_outs), flat(outs)))
-        given, own = self.give(value, places), [each.copy() for each in flat(value)]
-        self.host.pushpull(key, own if isinstance(value, list) else own[0])
+        given, own = self.give(value, places), copied(value)
+        self.host.pushpull(key, own)
         self.kv.pushpull(key, given)
         assert all(map(same, flat(given), flat(own)))
         self.spoil()
@@ -132,6 +132,10 @@ def values(array):
     return array.asnumpy() if isinstance(array, kvstore.NDArray) else np.asarray(array)
 
 
+def copied(value):
+    return [copied(each) for each in value] if isinstance(value, list) else value.copy()
+
+
 def flat(value):
     if isinstance(value, list):
         return [one for each in value for one in flat(each)]
@@ -140,6 +144,6 @@ def flat(value):
 
 @contextlib.contextmanager
 def twin(kind="device", face=cuda.TableTensor, **options):
-    host_kind = "local" if kind.startswith("dist") else kind
+    host_kind = "local" if kind.startswith(("dist", "nccl")) else kind
     with store_of(kind, **options) as kv, kvstore.create(host_kind, **options) as host:
         yield Twin(kv, host, face)
