@@ -14,9 +14,21 @@ enum { MOST = 8 };
 
 #define CALLS(ROW)                                                                                 \
     ROW(current)                                                                                   \
-    ROW(make_current) ROW(stream_wait) ROW(event_new) ROW(event_record) ROW(event_done) ROW(alloc) \
-        ROW(host_alloc) ROW(copy) ROW(copy_peer) ROW(zero) ROW(sum) ROW(step) ROW(squares)         \
-            ROW(encode) ROW(decode)
+    ROW(make_current)                                                                              \
+    ROW(stream_wait)                                                                               \
+    ROW(event_new)                                                                                 \
+    ROW(event_record)                                                                              \
+    ROW(event_done)                                                                                \
+    ROW(alloc)                                                                                     \
+    ROW(host_alloc)                                                                                \
+    ROW(copy)                                                                                      \
+    ROW(copy_peer)                                                                                 \
+    ROW(zero)                                                                                      \
+    ROW(sum)                                                                                       \
+    ROW(step)                                                                                      \
+    ROW(squares)                                                                                   \
+    ROW(encode)                                                                                    \
+    ROW(decode)
 enum {
 #define ROW(name) COUNT_##name,
     CALLS(ROW)
