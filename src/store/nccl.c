@@ -407,8 +407,7 @@ static kv_status_t settle(push_t *push, const kv_work_t *model)
     }
     if (entry->twins == NULL)
         KV_TRY(make_twins(entry, team, push->caller));
-    KV_TRY(mirror_slots(&model->group));
-    return KV_OK;
+    return mirror_slots(&model->group);
 }
 
 /* The twins first: they take their state from the key's, which the last batch changes. */

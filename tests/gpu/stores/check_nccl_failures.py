@@ -45,6 +45,8 @@ def refuses_all(kv, *patterns):
     began = time.monotonic()
     for call in (
         lambda: kv.push("w", given()),
+        lambda: kv.push("w", full(1)),
+        lambda: kv.push("v", np.ones(50, np.float32)),
         lambda: kv.push(["v", "w"], [given(), given()]),
         lambda: kv.pull("w", out=np.zeros(50, np.float32)),
         lambda: kv.pull("w", out=given()),
@@ -154,16 +156,15 @@ def test_devices_that_never_end_are_stopped_by_the_timeout(waits):
         works(kv)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("n", [1, len(ALL), len(ALL) + 1, 2 * len(ALL)])
 def test_an_error_that_comes_later_is_no_number(n):
-    """Asked for the state, a communicator finds that its peer is gone."""
+    """Asked for the state, before the pull and after it, a communicator finds its peer gone."""
     with store_of() as kv:
         kv.push("w", given())
         out = np.zeros(50, np.float32)
         emu.fault("async", n)
         with pytest.raises(kvstore.DeviceError, match="the peer is gone"):
-            for _ in range(n + 1):
-                kv.pull("w", out=out)
+            kv.pull("w", out=out)
         refuses_all(kv, "lost to this store", "the peer is gone")
 
 
@@ -338,7 +339,7 @@ print("survived")
 
 
 @pytest.mark.parametrize("dead", [0, 1])
-@pytest.mark.parametrize("n", [0, 1, 2, 3])
+@pytest.mark.parametrize("n", [0, 1, 3])
 @pytest.mark.parametrize("way", ["push", "host", "other"])
 def test_a_device_that_dies_is_named_by_every_call(seed, dead, n, way):
     """Also by pulls from the other device: its copy may have got half a sum."""
