@@ -28,9 +28,10 @@ static PyObject *close_store(PyObject *object, PyObject *together)
         Py_RETURN_NONE; /* the parent's; nothing of it can be closed here */
     self->updater = NULL;
     self->schedule = NULL;
-    Py_BEGIN_ALLOW_THREADS /* it may wait for devices */
+    /* It may wait for devices. */
+    Py_BEGIN_ALLOW_THREADS;
     kv_store_close(self->store);
-    Py_END_ALLOW_THREADS
+    Py_END_ALLOW_THREADS;
     kv_py_release_now();
     if (self->member == NULL)
         Py_RETURN_NONE;
