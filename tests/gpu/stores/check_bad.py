@@ -12,7 +12,7 @@ from twin import same, store_of
 import kvstore
 from kvstore import optimizer
 
-KINDS = ["device", "local", "dist_sync"]
+KINDS = ["device", "local", "dist_sync", "dist_device_sync"]
 N = 4
 REFUSED_BY_RUNTIME = 1  # cudaErrorInvalidValue
 

@@ -7,7 +7,7 @@ from twin import DTYPES, draw, same, store_of, twin
 
 import kvstore
 
-KINDS = ["device", "local", "dist_sync"]
+KINDS = ["device", "local", "dist_sync", "dist_device_sync"]
 SHAPES = [(3, 4), (), (0,), (1,), (257,)]
 BOTH = (0, 1)
 
