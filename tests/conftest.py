@@ -16,6 +16,10 @@ from kvstore.cluster import entry
 if os.environ.get("KVSTORE_TESTS_WITHOUT_TORCH"):
     sys.modules["torch"] = None
 
+# These run in processes of their own, which open a plug-in for devices (gpu/test_cuda_stores.py).
+if "KVSTORE_CUDA_PLUGIN" not in os.environ:
+    collect_ignore = ["gpu/stores"]
+
 KINDS = ("local", "device", "dist_sync")
 # Where a store of a dist kind joins, but for tests marked `one_process`. The other files are about
 # what servers do not do: updaters, and as yet optimizers and compression.
