@@ -72,6 +72,7 @@ struct Clique {
     std::vector<Comm *> ranks; /* NULL: not there yet, or not any more */
     int joined, ending;
     uint64_t patience; /* questions until something goes on */
+    bool begun;        /* all ranks are there, and it has gone on once */
     bool fails, never;
     std::atomic<int> aborted, under_way;
     int size() const
@@ -293,6 +294,7 @@ void go_on(const std::shared_ptr<Clique> &clique)
     }
     if (clique->joined < clique->size() || clique->never)
         return;
+    clique->begun = true;
     if (clique->fails)
         set_error(*clique, SYSTEM_ERROR);
     int error = SUCCESS;
@@ -309,8 +311,7 @@ int state_of(const Comm *comm)
     const Clique &clique = *comm->clique;
     if (comm->error != SUCCESS)
         return comm->error;
-    bool is_busy = clique.joined < clique.size() || clique.never || clique.patience > 0 ||
-                   !comm->calls.empty();
+    bool is_busy = !clique.begun || clique.never || !comm->calls.empty();
     bool is_ending =
         comm->ends && (comm->never_ends || clique.ending < clique.size() || clique.under_way > 0);
     return is_busy || is_ending ? IN_PROGRESS : SUCCESS;
