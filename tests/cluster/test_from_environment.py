@@ -303,8 +303,10 @@ kvstore.create("dist_sync", timeout=1e6)
     processes = started.place(slurm, 2, 1, code)
     assert processes[0].wait(LONG) == 1
     err = processes[0].stderr.read()
-    assert "PeerLostError: the server 0, which this worker had started, ended with exit" in err
-    assert "no_such_function" in err
+    # Wherever the worker was when it was told.
+    assert "PeerLostError: " in err, err
+    assert "the server 0, which this worker had started, ended with exit" in err, err
+    assert "no_such_function" in err, err
     processes[1].kill()
     started.outcomes(processes)
 
