@@ -373,7 +373,8 @@ static void settle(endpoint_t *e)
 
 /* Looking on for a moment saves the sleep and the waking, two thirds of a short round trip. Other
  * threads that could run come first: the answer may be theirs. It is done while it pays: after a
- * sleep that it would have saved, until it has failed a few times. */
+ * sleep that it would have saved, until it has failed a few times, and not for the end of a large
+ * transfer, whose other side needs the processor for longer. */
 static bool look_on(endpoint_t *e, bool active)
 {
     int64_t now = kv_clock_ns();
@@ -384,7 +385,7 @@ static bool look_on(endpoint_t *e, bool active)
         e->idle_wakes = 0;
         return true;
     }
-    if (now - e->active_ns < e->spin_ns) {
+    if (e->under_way == 0 && now - e->active_ns < e->spin_ns) {
         (void)sched_yield();
         return true;
     }

@@ -198,7 +198,8 @@ static kv_status_t set_all(const kv_ucx_t *ucx, ucp_config_t *ucx_config,
         {"", "TLS", config->same_host_copies ? "tcp,cma" : "tcp"},
         {"", "NET_DEVICES", config->interface},
         {"", "PROTO_ENABLE", config->same_host_copies && chooses_copies(ucx) ? "y" : "n"},
-        {"", "RNDV_THRESH", "256k"},
+        /* What a process reads out of the sender's memory pays sooner than what it asks for. */
+        {"", "RNDV_THRESH", config->same_host_copies ? "64k" : "256k"},
         {"", "KEEPALIVE_INTERVAL", "1s"},
         /* Without it cma is left out where errors of peers are to be told. */
         {"CMA_", "MEMORY_INVALIDATE", config->same_host_copies ? "y" : NULL},

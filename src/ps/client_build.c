@@ -37,7 +37,7 @@ static int way_of(const kv_slice_op_t *op)
 {
     if (op->action == KV_WIRE_GET || op->action == KV_WIRE_DROP || op->action == KV_WIRE_GET_STATE)
         return TRAVELS_BARE;
-    return op->sent_bytes <= KV_CLIENT_SMALL_BYTES ? TRAVELS_TOGETHER : TRAVELS_ALONE;
+    return op->sent_bytes <= KV_WIRE_SMALL_BYTES ? TRAVELS_TOGETHER : TRAVELS_ALONE;
 }
 
 /* A slice of a state: in the wide type, of each element or of each row, also of those that a

@@ -26,8 +26,6 @@
 typedef struct kv_client_work kv_client_work_t;
 
 enum {
-    /* Slices up to this go together, through one copy; larger ones as they lie. */
-    KV_CLIENT_SMALL_BYTES = 16 << 10,
     KV_CLIENT_BUCKETS = 1024,
     /* Rounds of a key that this worker has begun and not seen the end of, at most. */
     KV_CLIENT_ROUNDS = 2,

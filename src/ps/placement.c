@@ -5,10 +5,9 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
-/* A value of SHARED_FROM bytes is shared by all servers, but into slices below SMALLEST it is not
- * cut: those cost more than they even out. Below SHARED_FROM a value is one slice, and what it can
- * upset is small beside what a server holds. */
-enum { SHARED_FROM = 256 << 10, SMALLEST = 16 << 10 };
+/* Into slices below SMALLEST a value is not cut: many values are even when each goes whole to the
+ * server that has least, and a message costs as much as to copy 100 KiB. */
+enum { SMALLEST = 384 << 10, SHARED_ROWS_BYTES = 256 << 10 };
 
 /* The slice that is cut at multiples of `unit` and gives about `pieces`: not fewer than `servers`.
  * Rounded up, since a remainder would be one slice more on one server. */
@@ -23,14 +22,12 @@ static size_t fit(size_t bytes, size_t pieces, size_t unit, size_t servers)
 size_t kv_slice_bytes(size_t bytes, size_t row_bytes, size_t item_bytes, int32_t num_servers)
 {
     size_t pieces = (bytes + KV_WIRE_SLICE_BYTES - 1) / KV_WIRE_SLICE_BYTES;
-    size_t servers = 1;
-    if (bytes >= SHARED_FROM) {
-        size_t most = bytes / SMALLEST;
-        servers = (size_t)num_servers < most ? (size_t)num_servers : most;
-        pieces = (pieces + servers - 1) / servers * servers;
-    }
-    if (pieces <= 1)
+    size_t servers = bytes / SMALLEST;
+    if (servers <= 1)
         return bytes > 0 ? bytes : item_bytes;
+    if (servers > (size_t)num_servers)
+        servers = (size_t)num_servers;
+    pieces = (pieces + servers - 1) / servers * servers;
     size_t slice = row_bytes > 0 ? fit(bytes, pieces, row_bytes, servers) : 0;
     return slice > 0 ? slice : fit(bytes, pieces, item_bytes, servers);
 }
@@ -48,7 +45,7 @@ int64_t kv_slice_rows(int64_t num_rows, size_t row_bytes, int32_t num_servers)
 {
     int64_t servers = num_servers, fit = (int64_t)(ROWS_BYTES / (row_bytes + sizeof(int64_t)));
     int64_t pieces = num_rows / (fit > 0 ? fit : 1) + 1;
-    if (row_bytes > 0 && (size_t)num_rows >= SHARED_FROM / row_bytes)
+    if (row_bytes > 0 && (size_t)num_rows >= SHARED_ROWS_BYTES / row_bytes)
         pieces = (pieces + servers - 1) / servers * servers;
     if (pieces > MOST)
         pieces = servers < MOST ? MOST / servers * servers : servers;

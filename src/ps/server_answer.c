@@ -9,9 +9,6 @@
 #include <stdio.h>
 #include <string.h>
 
-/* Above this a message of its own costs less than a copy. */
-enum { GATHER_BYTES = 32 << 10 };
-
 /* --------------------------------------------------------------------------------- requests */
 
 kv_request_t *kv_request_new_locked(kv_server_t *server)
@@ -174,7 +171,7 @@ static kv_wire_header_t header_of(const kv_request_t *request, kv_wire_kind_t ki
 static bool goes_alone(const kv_request_t *request)
 {
     return request->error == NULL &&
-           (request->header.kind == KV_WIRE_DECLARE || request->value_bytes > GATHER_BYTES);
+           (request->header.kind == KV_WIRE_DECLARE || request->value_bytes > KV_WIRE_SMALL_BYTES);
 }
 
 static void send_alone_locked(kv_server_t *server, kv_request_t *request) KV_REQUIRES(server->mutex)

@@ -70,7 +70,9 @@
 enum {
     KV_WIRE_VERSION = 1,
     KV_WIRE_ALIGN = 64,
-    KV_WIRE_SLICE_BYTES = 1 << 20, /* of a slice, and of a batch with its records, at most */
+    KV_WIRE_SMALL_BYTES = 64 << 10, /* up to this values go together, larger ones as they lie: a
+                                       message of its own costs more than the copy */
+    KV_WIRE_SLICE_BYTES = 1 << 20,  /* of a slice, and of a batch with its records, at most */
     KV_WIRE_STATE_BYTES = 2 * KV_WIRE_SLICE_BYTES, /* of a slice in its wide type, at most */
     KV_WIRE_ROWS_BYTES = 1 << 30, /* of the rows in one record, or of a whole value, at most */
     KV_WIRE_KEY_BYTES = 64 << 10, /* of a key behind a first value: a larger one is left out */

@@ -162,7 +162,7 @@ static void slices_cover_any_value_within_the_limit(void)
         good = good && CHECK(count * slice >= bytes);
         if (good && count > 1 && row <= bytes / count) /* a row fits */
             good = CHECK_EQ(slice % row, 0);
-        if (good && bytes >= ((size_t)num_servers << 18))
+        if (good && bytes >= (size_t)num_servers * (384 << 10))
             good = CHECK(count >= (uint32_t)num_servers);
         if (!good) {
             printf("    %zu bytes in rows of %zu, items of %zu, %d servers: slices of %zu\n", bytes,

@@ -34,7 +34,7 @@ static void a_small_pushpull_is_one_message_each_way(void)
 
 static void small_values_go_together_and_large_ones_alone(void)
 {
-    enum { SMALL = 300, LARGE = 40000 };
+    enum { SMALL = 300, LARGE = 2 * KV_WIRE_SMALL_BYTES + 8 };
     bench_t *bench = bench_new(2, NULL);
     kv_remote_t *small[3], *large;
     static unsigned char values[4][LARGE];

@@ -10,7 +10,7 @@ from inside import Cluster, each
 import kvstore
 
 TYPES = ["float64", "float32", "float16", "bfloat16", "int8", "uint8", "int32", "int64"]
-SHAPES = [(), (0,), (3, 0, 2), (1,), (7,), (16384,), (5, 3000), (300_001,), (1310, 1000)]
+SHAPES = [(), (0,), (3, 0, 2), (1,), (7,), (16384,), (16385,), (5, 3000), (300_001,), (1310, 1000)]
 
 
 @pytest.fixture
