@@ -66,6 +66,7 @@ typedef struct endpoint {
     int64_t active_ns; /* when something has moved last */
     int64_t spin_ns;   /* how long to look on before sleeping */
     int64_t max_spin_ns;
+    bool same_host; /* the peers use the same processors */
     int idle_wakes; /* since something has moved */
     int32_t num_sessions;
     session_t sessions[];
@@ -374,7 +375,7 @@ static void settle(endpoint_t *e)
 /* Looking on for a moment saves the sleep and the waking, two thirds of a short round trip. Other
  * threads that could run come first: the answer may be theirs. It is done while it pays: after a
  * sleep that it would have saved, until it has failed a few times, and not for the end of a large
- * transfer, whose other side needs the processor for longer. */
+ * transfer, where the other side needs the same processors for longer. */
 static bool look_on(endpoint_t *e, bool active)
 {
     int64_t now = kv_clock_ns();
@@ -385,7 +386,8 @@ static bool look_on(endpoint_t *e, bool active)
         e->idle_wakes = 0;
         return true;
     }
-    if (e->under_way == 0 && now - e->active_ns < e->spin_ns) {
+    bool transfers = e->under_way > 0 && e->same_host;
+    if (!transfers && now - e->active_ns < e->spin_ns) {
         (void)sched_yield();
         return true;
     }
@@ -474,6 +476,7 @@ static kv_status_t transport_open(kv_net_t *net, const kv_net_config_t *config)
     /* Who would answer needs the only processor. */
     e->max_spin_ns = kv_processor_count() > 1 ? SPIN_NS : 0;
     e->spin_ns = e->max_spin_ns;
+    e->same_host = config->same_host_copies;
     for (int32_t peer = 0; peer < config->num_peers; peer++)
         e->sessions[peer].endpoint = e;
 
