@@ -21,7 +21,7 @@ enum {
 static bool has_ended(const kv_client_work_t *work)
 {
     return work->messages_left == 0 && work->receiving == 0 && work->cancelling == 0 &&
-           (work->failed || work->ops_left == 0);
+           work->come == NULL && (work->failed || work->ops_left == 0);
 }
 
 void kv_work_touch_locked(kv_client_work_t *work)
@@ -57,6 +57,7 @@ static void take_back_locked(kv_client_t *client, kv_outgoing_t *message)
 void kv_work_fail_locked(kv_client_work_t *work)
 {
     work->failed = true;
+    kv_work_forget_come_locked(work);
     for (uint32_t i = 0; i < work->num_messages; i++)
         take_back_locked(work->client, &work->messages[i]);
     kv_work_touch_locked(work);
@@ -333,6 +334,7 @@ void kv_client_cancel(kv_client_t *client, kv_client_call_t *call, char *missing
     if (work != NULL) {
         list_missing(work, missing, missing_bytes);
         work->given_up = true;
+        kv_work_forget_come_locked(work);
         work->cancelling++;
         for (uint32_t i = 0; i < work->num_messages; i++)
             detach_value_locked(client, &work->messages[i]);
@@ -415,6 +417,15 @@ void kv_client_lose(kv_client_t *client, const char *why)
     kv_client_unlock(client);
 }
 
+void kv_client_abandon(kv_client_t *client, const char *why)
+{
+    kv_mutex_lock(&client->lock);
+    kv_client_lose_locked(client, KV_PEER_LOST, why);
+    for (int32_t server = 0; server < client->config.num_servers && client->net != NULL; server++)
+        kv_net_drop(client->net, kv_node_of_server(client->config.num_workers, server), why);
+    kv_client_unlock(client);
+}
+
 void kv_client_close(kv_client_t *client)
 {
     kv_mutex_lock(&client->lock);
@@ -436,35 +447,53 @@ void kv_client_expect(kv_client_t *client, int32_t sign)
     kv_mutex_unlock(&client->lock);
 }
 
-static bool is_drained_locked(const kv_client_t *client) KV_REQUIRES(client->lock)
+kv_status_t kv_client_wait_locked(kv_client_t *client, bool (*over_locked)(const void *context),
+                                  const void *context, kv_caller_t *caller)
 {
+    int64_t deadline = kv_caller_deadline(caller), poll_at = kv_clock_ns() + KV_POLL_NS;
+    if (over_locked(context))
+        return KV_OK;
+    kv_mutex_unlock(&client->lock);
+    kv_caller_detach(caller);
+    kv_mutex_lock(&client->lock);
+    while (!over_locked(context)) {
+        kv_cond_wait_until(&client->changed, &client->lock,
+                           poll_at < deadline ? poll_at : deadline);
+        int64_t now = kv_clock_ns();
+        if (over_locked(context))
+            break;
+        if (now >= deadline)
+            return KV_TIMEOUT;
+        if (now < poll_at)
+            continue;
+        kv_mutex_unlock(&client->lock);
+        kv_status_t status = caller->poll(caller);
+        kv_mutex_lock(&client->lock);
+        KV_TRY(status);
+        poll_at = kv_clock_ns() + KV_POLL_NS;
+    }
+    return KV_OK;
+}
+
+static bool is_drained_locked(const void *context)
+{
+    const kv_client_t *client = context;
     return client->calls == NULL && client->expected == 0;
 }
 
 kv_status_t kv_client_drain(kv_client_t *client, kv_caller_t *caller)
 {
-    int64_t deadline = kv_caller_deadline(caller);
-    kv_status_t status = KV_OK;
     kv_caller_detach(caller);
     kv_mutex_lock(&client->lock);
-    while (!is_drained_locked(client) && status == KV_OK) {
-        int64_t now = kv_clock_ns(), until = now + KV_POLL_NS;
-        kv_cond_wait_until(&client->changed, &client->lock, until < deadline ? until : deadline);
-        if (is_drained_locked(client))
-            break;
-        if (kv_clock_ns() >= deadline) {
-            char missing[128] = "this worker has not begun";
-            if (client->calls != NULL) {
-                list_missing(client->calls->work, missing, sizeof missing - 32);
-                strcat(missing, " has not answered");
-            }
-            status = kv_fail(KV_TIMEOUT, "%s all calls within %.3g s", missing,
-                             (double)caller->timeout_ns * 1e-9);
-        } else {
-            kv_mutex_unlock(&client->lock);
-            status = caller->poll(caller);
-            kv_mutex_lock(&client->lock);
+    kv_status_t status = kv_client_wait_locked(client, is_drained_locked, client, caller);
+    if (status == KV_TIMEOUT) {
+        char missing[128] = "this worker has not begun";
+        if (client->calls != NULL) {
+            list_missing(client->calls->work, missing, sizeof missing - 32);
+            strcat(missing, " has not answered");
         }
+        kv_fail(KV_TIMEOUT, "%s all calls within %.3g s", missing,
+                (double)caller->timeout_ns * 1e-9);
     }
     if (status == KV_OK && client->net != NULL)
         status = check_locked(client);

@@ -13,8 +13,13 @@
  * reason and have had no effect. A call that needs more of a worker that has left fails with
  * KV_LEFT: that is a server's answer like others, and later calls work if they need nothing of it.
  *
- * Nothing here blocks but cancel and close. Callbacks run in the endpoint's thread or inside
- * kv_client_lose, _cancel and _close, never inside kv_client_start, with no lock held.
+ * Values may come later than their call: it begins with none of them there, and each message goes
+ * out when the last byte of it is. Answers may be taken slice by slice while others are on the
+ * wire.
+ *
+ * Nothing here blocks but next, drain, cancel and close. Callbacks run in the endpoint's thread or
+ * inside kv_client_lose, _abandon, _next, _cancel and _close, never inside kv_client_start, with no
+ * lock held.
  */
 #ifndef KV_PS_CLIENT_H
 #define KV_PS_CLIENT_H
@@ -163,6 +168,11 @@ struct kv_client_call {
     kv_declared_t *keys;       /* DECLARE */
     int64_t num_keys;
     const kv_host_t *host; /* where a part or key has rows; read by kv_client_start only */
+    /* MOVE: no `value` of a part is read before kv_client_supply says that it is there. */
+    bool late;
+    /* The call does not end before kv_client_next has given all slices that came to an `out`, or it
+     * is cancelled or fails. */
+    bool watched;
     /* No value is read any more (also after an error). Once, before `done`. May be NULL. */
     void (*sent)(kv_client_call_t *call);
     /* It has ended: all answers are there, or it failed. Once, the client's last word. A failed
@@ -178,6 +188,26 @@ struct kv_client_call {
 
 /* Begins a call. On an error it has not begun and no callback comes. */
 KV_MUST_CHECK kv_status_t kv_client_start(kv_client_t *client, kv_client_call_t *call);
+
+/* Of a `late` call, by the thread that has started it: the values of all parts before `part` are
+ * there, and the first `bytes` of that one's, or of its codes. It never says less than before, and
+ * in the end `num_parts`. Nothing happens if the call has ended. */
+void kv_client_supply(kv_client_t *client, kv_client_call_t *call, int64_t part, size_t bytes);
+/* The rest of a `late` call's values will never come. What has gone out cannot be taken back, and
+ * the servers would wait for the rest of it for ever: so they are left, and every call fails as
+ * after kv_client_lose. */
+void kv_client_abandon(kv_client_t *client, const char *why);
+
+/* Bytes of an `out`. */
+typedef struct kv_client_range {
+    int64_t part;
+    size_t offset, bytes;
+} kv_client_range_t;
+/* Of a `watched` call: waits for a slice that has come, and gives each once, in the order of their
+ * coming. No bytes: there will be no more, since all are there, or the call has failed. KV_TIMEOUT,
+ * KV_INTERRUPTED, KV_CALLBACK as any wait: the call is to be cancelled. Detaches the caller. */
+KV_MUST_CHECK kv_status_t kv_client_next(kv_client_t *client, kv_client_call_t *call,
+                                         kv_caller_t *caller, kv_client_range_t *out);
 
 /* The caller gives up waiting: after this has returned nothing reads the values or writes the outs
  * of the call. The call itself goes on: values that have not gone out are copied first (a round

@@ -52,10 +52,13 @@ static char *out_of(const kv_slice_op_t *op)
     return out != NULL ? out + op->offset : NULL;
 }
 
-static void answered_locked(kv_slice_op_t *op)
+/* `came`: its value is where it is to go. */
+static void answered_locked(kv_slice_op_t *op, bool came)
 {
     op->state = KV_OP_ANSWERED;
     op->work->ops_left--;
+    if (came)
+        kv_work_note_come_locked(op);
     kv_work_touch_locked(op->work);
 }
 
@@ -119,7 +122,7 @@ static void value_done(void *context, kv_status_t status)
     if (status != KV_OK)
         kv_client_peer_lost_locked(
             client, kv_node_of_server(client->config.num_workers, op->server), status);
-    answered_locked(op);
+    answered_locked(op, status == KV_OK);
     kv_client_unlock(client);
 }
 
@@ -137,7 +140,7 @@ static kv_status_t take_value_locked(kv_client_t *client, kv_net_arrival_t *arri
                        arrival->payload_bytes);
     note_state(op, record);
     if (op->work->given_up || op->bytes == 0) {
-        answered_locked(op);
+        answered_locked(op, false);
         return KV_OK;
     }
     arrival->target = out;
@@ -183,7 +186,7 @@ static kv_status_t take_rows_locked(kv_client_t *client, const gathered_t *gathe
         return kv_fail(KV_INVALID, "it sends rows where none are due");
     note_state(op, record);
     KV_TRY(keep_found(op, gathered->buffer, gathered->buffer->data, gathered->bytes));
-    answered_locked(op);
+    answered_locked(op, false);
     return KV_OK;
 }
 
@@ -216,17 +219,18 @@ static kv_status_t take_reply_locked(kv_client_t *client, int32_t peer,
     if (record->status != KV_OK) {
         set_error(op, remote, (kv_status_t)record->status, data, (size_t)record->bytes);
         take_loss_locked(client, record->status, data, (size_t)record->bytes);
-        answered_locked(op);
+        answered_locked(op, false);
         return KV_OK;
     }
     KV_TRY(check_value(op, record));
     char *out = out_of(op);
     note_state(op, record);
+    bool comes = !kv_op_finds(op) && out != NULL && record->bytes > 0 && !op->work->given_up;
     if (kv_op_finds(op))
         KV_TRY(keep_found(op, NULL, data, (size_t)record->bytes));
-    else if (out != NULL && record->bytes > 0 && !op->work->given_up)
+    else if (comes)
         memcpy(out, data, (size_t)record->bytes);
-    answered_locked(op);
+    answered_locked(op, comes);
     return KV_OK;
 }
 
@@ -325,7 +329,7 @@ static kv_status_t take_declared_locked(kv_client_t *client, const gathered_t *g
         KV_TRY(kv_wire_get_key(gathered->buffer->data, gathered->bytes, &at, &key));
         KV_TRY(take_key_locked(client, op, i, &key));
     }
-    answered_locked(op);
+    answered_locked(op, false);
     return KV_OK;
 }
 

@@ -122,6 +122,7 @@ static void add_op(builder_t *builder, int64_t part, uint32_t slice, uint16_t se
     bool needed = true;
     if (builder->status == KV_OK)
         builder->status = kv_op_add_rows(&op, &needed);
+    op.late = work->call->late && op.sent_bytes > 0 && !op.has_rows;
     add_key(&op);
     if (!needed)
         return;
@@ -262,8 +263,7 @@ static kv_status_t write_keys(kv_client_work_t *work, kv_outgoing_t *message)
     return KV_OK;
 }
 
-/* What goes out of one operation. */
-static void write_data(const kv_slice_op_t *op, unsigned char *out)
+void kv_op_put_data(const kv_slice_op_t *op, unsigned char *out)
 {
     const kv_client_work_t *work = op->work;
     size_t bytes = op->sent_bytes - op->key_bytes;
@@ -277,7 +277,7 @@ static void write_data(const kv_slice_op_t *op, unsigned char *out)
     kv_wire_put_key(&key, out + bytes);
 }
 
-/* Records are written when the call is entered, values now. */
+/* Records are written when the call is entered, values now if they are there. */
 static kv_status_t gather(kv_client_work_t *work, kv_outgoing_t *message)
 {
     const kv_slice_op_t *op = &work->ops[message->first];
@@ -295,7 +295,8 @@ static kv_status_t gather(kv_client_work_t *work, kv_outgoing_t *message)
     memset(payload + table, 0, at - table);
     for (uint32_t i = 0; i < message->count; i++) {
         size_t bytes_here = op[i].sent_bytes, room = kv_wire_value_bytes(bytes_here);
-        write_data(&op[i], payload + at);
+        if (!op[i].late)
+            kv_op_put_data(&op[i], payload + at);
         memset(payload + at + bytes_here, 0, room - bytes_here);
         at += room;
     }
@@ -308,7 +309,7 @@ static kv_status_t gather_one(kv_client_work_t *work, kv_outgoing_t *message)
     message->kind = KV_WIRE_PUSH_ONE;
     KV_TRY(kv_pool_get(work->client->pool, op->sent_bytes, &message->buffer));
     message->net.payload_bytes = op->sent_bytes;
-    write_data(op, message->buffer->data);
+    kv_op_put_data(op, message->buffer->data);
     return KV_OK;
 }
 
@@ -319,6 +320,8 @@ static kv_status_t make_message(kv_client_work_t *work, kv_outgoing_t *message)
     message->net.peer = kv_node_of_server(work->client->config.num_workers, op->server);
     message->net.header_bytes = KV_WIRE_HEADER_BYTES;
     message->net.done = kv_client_message_done;
+    for (uint32_t i = 0; i < message->count; i++)
+        message->num_late += op[i].late;
     if (op->action == 0)
         KV_TRY(write_keys(work, message));
     else if (message->count > 1 || way_of(op) == TRAVELS_BARE)
@@ -550,6 +553,7 @@ kv_status_t kv_work_new(kv_client_t *client, kv_client_call_t *call, kv_client_w
     kv_count(KV_COUNT_REQUESTS, 1);
     work->client = client;
     work->call = call;
+    work->come_end = &work->come;
     kv_status_t status = fill(client, work);
     if (status != KV_OK) {
         kv_work_free(work);

@@ -4,6 +4,7 @@
  *   client_build.c   a call taken apart into operations on slices, and these put into messages
  *   client_rows.c    rows on their way out and in
  *   client_codes.c   compressed values
+ *   client_late.c    values that come later than their call, answers that are taken one by one
  *   client_answer.c  what servers send
  *
  * A call's work is built before the lock is taken: all of its memory is there before the first
@@ -63,10 +64,12 @@ typedef struct kv_slice_op {
     int64_t first, rows; /* … or which of the rows, or ids, go out */
     uint32_t key_bytes;  /* of those that go out: the key, at the end */
     bool has_rows;
+    bool late; /* what goes out is not there yet */
     uint32_t part, slice;
     uint16_t server;
     uint8_t action; /* kv_wire_action_t; 0: the declaration of all keys */
     uint8_t state;
+    struct kv_slice_op *next_come; /* of a watched call */
 } kv_slice_op_t;
 
 typedef enum kv_outgoing_state { KV_OUT_WAITS, KV_OUT_QUEUED, KV_OUT_ENDED } kv_outgoing_state_t;
@@ -76,7 +79,8 @@ typedef struct kv_outgoing {
     kv_net_message_t net; /* first */
     kv_client_work_t *work;
     kv_buffer_t *buffer;   /* with the payload; NULL: it lies in the caller's memory */
-    uint32_t first, count; /* of its operations */
+    uint32_t first, count; /* of its operations … */
+    uint32_t num_late;     /* … and those of them that keep it here */
     uint8_t kind;          /* kv_wire_kind_t */
     uint8_t state;
 } kv_outgoing_t;
@@ -91,6 +95,7 @@ struct kv_client_work {
     kv_slice_op_t *ops;
     kv_outgoing_t *messages;
     uint32_t num_ops, num_messages;
+    kv_slice_op_t *come, **come_end; /* answers that kv_client_next has not given yet */
     /* What has not ended yet: */
     uint32_t ops_left, messages_left, receiving;
     bool placed;        /* the servers' loads count its slices */
@@ -143,6 +148,9 @@ static inline bool kv_part_pushes(const kv_client_call_t *call, int64_t part)
            (call->parts[part].value != NULL || call->parts[part].rows != NULL);
 }
 
+/* Writes what goes out of an operation, its key behind it. */
+void kv_op_put_data(const kv_slice_op_t *op, unsigned char *out);
+
 /* client_rows.c */
 /* What follows from the slices of a remote. */
 void kv_remote_count_rows(kv_remote_t *remote);
@@ -166,7 +174,19 @@ static inline bool kv_op_finds(const kv_slice_op_t *op)
 /* client_codes.c: from one slice's codes to the next one's. */
 size_t kv_remote_coded_stride(const kv_remote_t *remote, kv_codec_type_t codec);
 
+/* client_late.c */
+/* A value has come to its `out`. */
+void kv_work_note_come_locked(kv_slice_op_t *op);
+/* Nobody takes what has come any more. */
+void kv_work_forget_come_locked(kv_client_work_t *work);
+
 /* client.c */
+/* Sleeps until over(context), or the caller's deadline (KV_TIMEOUT, without a sentence) or poll
+ * ends it. Detaches the caller. */
+KV_MUST_CHECK kv_status_t kv_client_wait_locked(kv_client_t *client,
+                                                bool (*over_locked)(const void *context),
+                                                const void *context, kv_caller_t *caller)
+    KV_REQUIRES(client->lock);
 void kv_client_message_done(kv_net_message_t *message, kv_status_t status);
 /* No answers are waited for any more; messages that have not begun to go out stay here. */
 void kv_work_fail_locked(kv_client_work_t *work);

@@ -197,6 +197,14 @@ void kv_entry_note_not_finite(kv_entry_t *entry, int64_t count)
         atomic_compare_exchange_strong(&entry->not_finite, &finite, 1);
 }
 
+void kv_work_add_up(const kv_work_t *work, void *sum)
+{
+    const kv_entry_t *entry = work->group.entry;
+    gather_values(work);
+    kv_host_sum(work->host, entry->dtype, entry->count, work->group.num_values, work->pointers, 1,
+                &sum);
+}
+
 /* Dense values into `num_dst` destinations, by way of the codec if there is one. */
 static kv_status_t sum_dense(const kv_work_t *work, int num_dst, void *const *dst)
 {
@@ -281,7 +289,7 @@ kv_status_t kv_work_undelivered(bool push, kv_status_t status)
 kv_status_t kv_work_merge(const kv_work_t *work)
 {
     kv_entry_t *entry = work->group.entry;
-    if (KV_UNLIKELY(kv_device_used() && entry->remote == NULL)) {
+    if (KV_UNLIKELY(kv_device_used())) {
         kv_entry_drop_twins(entry);
         if (work->group.values[0].flags & KV_VIEW_CUDA)
             return kv_work_merge_on_device(work);

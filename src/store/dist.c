@@ -10,59 +10,31 @@
  * memory is in use; a push therefore returns when its values have been sent, and what becomes of it
  * later is told as of any asynchronous operation.
  *
+ * Values in device memory come while the call is on its way: the thread that has started it waits
+ * for one slice after the other and tells the client, which sends what it has; and it puts answers
+ * on their devices as they come. Such a call is always synchronous. It begins when the devices have
+ * come to the copies, and from then on it waits for these whatever the caller wants: nothing of it
+ * has gone out, or all will. Where that cannot be, because a device failed in between, the servers
+ * have a part of a push that will never be whole, and the store leaves them.
+ *
  * Three things happen to a request, in this order but for the first, which may come last: it was
  * issued (the starting thread is through with it), its values were sent, it is done. Whoever
  * completes the set ends the task.
  */
 #include "base/memory.h"
-#include "ps/client.h"
-#include "store/internal.h"
+#include "store/dist.h"
 
+#include <stdio.h>
 #include <string.h>
 
 enum { NAME_BYTES = 96, ISSUED = 1, SENT = 2, DONE = 4 };
 
-/* One key of a request. Its views are the request's own copies. */
-typedef struct target {
-    kv_entry_t *entry; /* pinned */
-    int32_t num_values, num_outs;
-    kv_view_t *values, *outs;
-    kv_buffer_t *sent;    /* what goes out, when it is not a value itself: their sum, or codes */
-    kv_buffer_t *arrived; /* where the answer goes, when it is not an out itself */
-    kv_dist_rows_t rows;
-} target_t;
+/* A copy that a device has come to and that takes longer will never end. */
+#define COPY_NS (30 * INT64_C(1000000000))
 
-typedef struct request {
-    kv_client_call_t call;
-    kv_op_t op;
-    kv_op_t copy; /* writes the outs that the answer did not go to */
-    _Atomic int32_t refs;
-    _Atomic int state;     /* ISSUED | SENT | DONE */
-    _Atomic bool given_up; /* who waited for it has been told why no more */
-    kv_engine_t *engine;
-    kv_client_t *client;
-    kv_host_t host;
-    kv_codec_t codec; /* for floating values */
-    uint64_t codec_epoch;
-    kv_hold_t *hold;
-    kv_handle_t *sent;   /* for the thread that waits until the values have gone out; may be NULL */
-    bool push, own_outs; /* the outs are written here, not by a waiting caller */
-    bool expected;       /* the client knows that there will be a call */
-    int32_t first_value, first_key; /* in op.deps */
-    kv_status_t status, copied;
-    kv_sentence_t sentence;
-    int64_t num_targets;
-    target_t *targets;
-    kv_client_part_t *parts;
-    kv_client_step_t *steps; /* of the targets; NULL: none */
-    kv_var_t **keys;         /* that an error of a push is stored on */
-    kv_dep_t *deps;
-    int32_t num_deps;
-} request_t;
-
-static request_t *of_call(kv_client_call_t *call)
+static kv_request_t *of_call(kv_client_call_t *call)
 {
-    return (request_t *)((char *)call - offsetof(request_t, call));
+    return (kv_request_t *)((char *)call - offsetof(kv_request_t, call));
 }
 
 static kv_var_t *var_of(const kv_view_t *view)
@@ -72,26 +44,21 @@ static kv_var_t *var_of(const kv_view_t *view)
                                   : NULL;
 }
 
-static void request_rele(request_t *request)
+static void request_rele(kv_request_t *request)
 {
     if (atomic_fetch_sub(&request->refs, 1) > 1)
         return;
     if (request->expected) /* while an entry keeps the client */
         kv_client_expect(request->client, -1);
-    for (int64_t i = 0; i < request->num_targets; i++) {
-        target_t *target = &request->targets[i];
-        kv_buffer_rele(target->sent);
-        kv_buffer_rele(target->arrived);
-        kv_dist_rows_fini(&target->rows, target->entry, target->num_outs);
-        kv_var_unpin(&target->entry->var);
-    }
+    for (int64_t i = 0; i < request->num_targets; i++)
+        kv_target_fini(&request->targets[i]);
     kv_handle_rele(request->sent);
     kv_free(request);
 }
 
 static void request_finish(kv_op_t *op)
 {
-    request_t *request = (request_t *)((char *)op - offsetof(request_t, op));
+    kv_request_t *request = (kv_request_t *)((char *)op - offsetof(kv_request_t, op));
     kv_handle_rele(op->handle);
     if (request->hold != NULL && atomic_fetch_sub(&request->hold->refs, 1) == 1)
         request->hold->release(request->hold);
@@ -100,7 +67,7 @@ static void request_finish(kv_op_t *op)
 
 /* ------------------------------------------------------------------------ the three events */
 
-static void end(request_t *request)
+static void end(kv_request_t *request)
 {
     kv_status_t status = atomic_load(&request->given_up) ? KV_OK : request->status;
     if (status != KV_OK)
@@ -114,7 +81,7 @@ static void end(request_t *request)
 }
 
 /* The starting thread's last word. */
-static void note_issued(request_t *request)
+static void note_issued(kv_request_t *request)
 {
     kv_engine_give_back(request->engine, &request->op, request->first_key);
     int state = atomic_load(&request->state);
@@ -126,7 +93,7 @@ static void note_issued(request_t *request)
         end(request);
 }
 
-static void note_done(request_t *request, kv_status_t status)
+static void note_done(kv_request_t *request, kv_status_t status)
 {
     request->status = status;
     if (status != KV_OK)
@@ -137,7 +104,7 @@ static void note_done(request_t *request, kv_status_t status)
 
 static void call_sent(kv_client_call_t *call)
 {
-    request_t *request = of_call(call);
+    kv_request_t *request = of_call(call);
     if (atomic_fetch_or(&request->state, SENT) & ISSUED)
         kv_engine_give_back(request->engine, &request->op, request->first_value);
     if (request->sent != NULL && !call->unsent)
@@ -145,10 +112,10 @@ static void call_sent(kv_client_call_t *call)
 }
 
 /* Where the answer is goes to all outs of the key. */
-static kv_status_t deliver(request_t *request)
+static kv_status_t deliver(kv_request_t *request)
 {
     for (int64_t i = 0; i < request->num_targets; i++) {
-        target_t *target = &request->targets[i];
+        kv_target_t *target = &request->targets[i];
         bool arrives = kv_dist_rows_arrive(&target->rows);
         if (target->num_outs == 0 || (target->num_outs == 1 && target->arrived == NULL && !arrives))
             continue;
@@ -160,11 +127,11 @@ static kv_status_t deliver(request_t *request)
 }
 
 /* 0: everything is where it belongs. */
-static size_t delivery_bytes(const request_t *request)
+static size_t delivery_bytes(const kv_request_t *request)
 {
     size_t bytes = 0;
     for (int64_t i = 0; i < request->num_targets; i++) {
-        const target_t *target = &request->targets[i];
+        const kv_target_t *target = &request->targets[i];
         if (kv_dist_rows_arrive(&target->rows))
             bytes +=
                 kv_dist_rows_bytes(&target->rows, target->entry, target->num_outs, target->outs);
@@ -176,7 +143,7 @@ static size_t delivery_bytes(const request_t *request)
 
 static kv_status_t copy_run(kv_op_t *op)
 {
-    request_t *request = (request_t *)((char *)op - offsetof(request_t, copy));
+    kv_request_t *request = (kv_request_t *)((char *)op - offsetof(kv_request_t, copy));
     request->copied = deliver(request);
     kv_sentence_save(&request->sentence);
     return KV_OK;
@@ -184,7 +151,7 @@ static kv_status_t copy_run(kv_op_t *op)
 
 static void copy_finish(kv_op_t *op)
 {
-    request_t *request = (request_t *)((char *)op - offsetof(request_t, copy));
+    kv_request_t *request = (kv_request_t *)((char *)op - offsetof(kv_request_t, copy));
     if (request->copied != KV_OK)
         kv_sentence_restore(&request->sentence);
     note_done(request, request->copied);
@@ -193,7 +160,7 @@ static void copy_finish(kv_op_t *op)
 /* In the endpoint's thread, which has other things to do than to copy much. */
 static void call_done(kv_client_call_t *call, kv_status_t status)
 {
-    request_t *request = of_call(call);
+    kv_request_t *request = of_call(call);
     size_t bytes = status == KV_OK && request->own_outs ? delivery_bytes(request) : 0;
     if (bytes > KV_DETACH_BYTES) {
         kv_op_init(&request->copy, NULL, 0, request->op.priority);
@@ -211,104 +178,18 @@ static void call_done(kv_client_call_t *call, kv_status_t status)
 
 /* -------------------------------------------------------------------------------- issuing */
 
-/* The sum of the values of a key, or its only one without strides, in memory of its own. */
-static kv_status_t merge(request_t *request, target_t *target)
-{
-    kv_entry_t *entry = target->entry;
-    /* What an earlier push has sent from may still be on its way. */
-    if (entry->merged != NULL && atomic_load(&entry->merged->refs) > 1) {
-        kv_buffer_rele(entry->merged);
-        entry->merged = NULL;
-    }
-    kv_group_t group = {.entry = entry, .num_values = target->num_values, .values = target->values};
-    size_t bytes = kv_work_staging(&group);
-    char *block = kv_alloc_elements(bytes + (size_t)kv_work_pointers(&group) * sizeof(void *));
-    KV_TRY_ALLOC(block, "merging the values of a key");
-    kv_work_t work = {.host = &request->host,
-                      .group = group,
-                      .pointers = (const void **)(block + bytes),
-                      .staging = block};
-    kv_status_t status = kv_work_merge(&work);
-    kv_free(block);
-    if (status == KV_OK)
-        target->sent = kv_buffer_hold(entry->merged);
-    return status;
-}
-
-/* What is to go out becomes its codes. */
-static kv_status_t compress(const request_t *request, target_t *target, kv_client_part_t *part)
-{
-    kv_entry_t *entry = target->entry;
-    kv_work_t work = {.group = {.entry = entry, .num_values = 1},
-                      .codec_epoch = request->codec_epoch};
-    void *residual;
-    kv_buffer_t *codes;
-    KV_TRY(kv_work_residuals(&work, &residual));
-    KV_TRY(kv_pool_get(kv_client_pool(request->client),
-                       kv_remote_coded_bytes(entry->remote, request->codec.type), &codes));
-    kv_entry_note_not_finite(entry, kv_remote_encode(entry->remote, &request->host, &request->codec,
-                                                     part->value, residual, codes->data));
-    kv_buffer_rele(target->sent);
-    target->sent = codes;
-    part->value = codes->data;
-    part->codec = request->codec.type;
-    return KV_OK;
-}
-
-/* Also of no elements, whose array may have no memory: NULL would mean no array. */
-static void *place_of(const kv_view_t *view)
-{
-    static char nothing;
-    return view->data != NULL ? view->data : &nothing;
-}
-
-static kv_status_t prepare(request_t *request, target_t *target, kv_client_part_t *part)
-{
-    if (target->entry->deleted) {
-        char name[NAME_BYTES];
-        return kv_fail(KV_NO_KEY, "key %s was deleted before this call came to its turn",
-                       kv_name_format(&target->entry->name, name, sizeof name));
-    }
-    *part = (kv_client_part_t){
-        .remote = target->entry->remote,
-        .step = request->steps != NULL ? &request->steps[target - request->targets] : NULL};
-    const kv_group_t group = {.entry = target->entry,
-                              .num_values = target->num_values,
-                              .num_outs = target->num_outs,
-                              .values = target->values,
-                              .outs = target->outs};
-    if (target->num_values > 0 && target->values[0].sparse != NULL) {
-        KV_TRY(kv_dist_rows_send(&target->rows, &request->host, &group, part));
-    } else if (target->num_values == 1 && target->values[0].strides == NULL) {
-        part->value = place_of(&target->values[0]);
-    } else if (target->num_values > 0) {
-        KV_TRY(merge(request, target));
-        part->value = target->sent->data;
-    }
-    if (part->value != NULL && request->codec.type != KV_CODEC_NONE &&
-        kv_dtype_is_floating(target->entry->dtype))
-        KV_TRY(compress(request, target, part));
-    if (target->num_outs > 0 && (target->entry->sparse || target->rows.row_ids != NULL)) {
-        KV_TRY(kv_dist_rows_ask(&target->rows, &request->host, &group, part));
-    } else if (target->num_outs > 0 && target->outs[0].strides == NULL &&
-               target->outs[0].sparse == NULL) {
-        part->out = place_of(&target->outs[0]);
-    } else if (target->num_outs > 0) {
-        KV_TRY(
-            kv_pool_get(kv_client_pool(request->client), target->entry->bytes, &target->arrived));
-        part->out = target->arrived->data;
-    }
-    return KV_OK;
-}
-
 /* With all variables held, and the task begun: always ends in note_issued or end. */
-static void issue(request_t *request)
+static void issue(kv_request_t *request)
 {
     kv_status_t status = KV_OK;
     bool asks = false;
     for (int64_t i = 0; i < request->num_targets && status == KV_OK; i++) {
         const kv_client_part_t *part = &request->parts[i];
-        status = prepare(request, &request->targets[i], &request->parts[i]);
+        status = kv_target_prepare(request, i);
+        if (status == KV_OK && !request->call.late)
+            kv_target_fill(request, i);
+        request->call.watched =
+            request->call.watched || kv_staged_arrives(request->targets[i].staged, part->out);
         asks = asks || request->push || part->out != NULL || part->found != NULL;
     }
     if (status == KV_OK)
@@ -332,12 +213,12 @@ static void issue(request_t *request)
 
 static void request_start(kv_op_t *op)
 {
-    issue((request_t *)((char *)op - offsetof(request_t, op)));
+    issue((kv_request_t *)((char *)op - offsetof(kv_request_t, op)));
 }
 
 /* ------------------------------------------------------------------------------- requests */
 
-static void fill_deps(request_t *request)
+static void fill_deps(kv_request_t *request)
 {
     kv_dep_t *next = request->deps;
     kv_var_t *var;
@@ -363,19 +244,19 @@ static int64_t timeout_ms(const kv_caller_t *caller)
 }
 
 static kv_status_t request_new(kv_store_t *store, const kv_plan_t *plan, const kv_call_t *call,
-                               bool push, const kv_caller_t *caller, request_t **out)
+                               bool push, const kv_caller_t *caller, kv_request_t **out)
 {
     size_t groups = (size_t)plan->num_groups;
     size_t views = (size_t)(call->num_values + call->num_outs);
     size_t num_ids = call->row_ids != NULL ? (size_t)call->num_outs : 0;
-    bool counted = push && plan->counted != 0;
-    request_t *request = kv_calloc(
+    bool counted = push && plan->counted != 0, late = false;
+    kv_request_t *request = kv_calloc(
         1, sizeof *request +
-               groups * (sizeof(target_t) + sizeof(kv_client_part_t) + sizeof(void *)) +
+               groups * (sizeof(kv_target_t) + sizeof(kv_client_part_t) + sizeof(void *)) +
                (views + groups) * sizeof(kv_dep_t) + views * sizeof(kv_view_t) +
                (counted ? groups * sizeof(kv_client_step_t) : 0) + num_ids * sizeof(kv_row_ids_t));
     KV_TRY_ALLOC(request, "a request");
-    request->targets = (target_t *)(request + 1);
+    request->targets = (kv_target_t *)(request + 1);
     request->parts = (kv_client_part_t *)(request->targets + groups);
     request->keys = (kv_var_t **)(request->parts + groups);
     request->deps = (kv_dep_t *)(request->keys + groups);
@@ -387,11 +268,13 @@ static kv_status_t request_new(kv_store_t *store, const kv_plan_t *plan, const k
         if (!push && group->num_outs == 0)
             continue; /* its row-sparse outs were left out */
         request->keys[request->num_targets] = &group->entry->var;
-        target_t *target = &request->targets[request->num_targets++];
-        *target = (target_t){.entry = group->entry,
-                             .num_values = push ? group->num_values : 0,
-                             .num_outs = group->num_outs,
-                             .values = next};
+        kv_target_t *target = &request->targets[request->num_targets++];
+        *target = (kv_target_t){.entry = group->entry,
+                                .num_values = push ? group->num_values : 0,
+                                .num_outs = group->num_outs,
+                                .values = next,
+                                .staged = group->staged};
+        late = late || (push && kv_staged_bytes(group->staged) > 0);
         if (target->num_values > 0)
             memcpy(next, group->values, (size_t)target->num_values * sizeof *next);
         next += target->num_values;
@@ -430,6 +313,7 @@ static kv_status_t request_new(kv_store_t *store, const kv_plan_t *plan, const k
                                        .parts = request->parts,
                                        .num_parts = request->num_targets,
                                        .host = &request->host,
+                                       .late = late,
                                        .sent = call_sent,
                                        .done = call_done,
                                        .unsent = true};
@@ -437,7 +321,7 @@ static kv_status_t request_new(kv_store_t *store, const kv_plan_t *plan, const k
     return KV_OK;
 }
 
-static void op_prepare(request_t *request, bool held_here)
+static void op_prepare(kv_request_t *request, bool held_here)
 {
     kv_op_init(&request->op, request->deps, held_here ? 0 : request->num_deps,
                request->call.priority);
@@ -450,11 +334,11 @@ static void op_prepare(request_t *request, bool held_here)
 
 /* ---------------------------------------------------------------------------------- calls */
 
-static size_t merge_bytes(const request_t *request)
+static size_t merge_bytes(const kv_request_t *request)
 {
     size_t bytes = 0;
     for (int64_t i = 0; i < request->num_targets; i++) {
-        const target_t *target = &request->targets[i];
+        const kv_target_t *target = &request->targets[i];
         if (target->num_values > 0 && target->values[0].sparse != NULL)
             bytes += KV_DETACH_BYTES + 1; /* nobody can tell before they are held */
         else if (target->num_values > 1 || (target->num_values == 1 && target->values[0].strides))
@@ -464,7 +348,7 @@ static size_t merge_bytes(const request_t *request)
 }
 
 /* Hands a request over; it has one share for the engine. */
-static kv_status_t run_later(request_t *request, kv_call_t *call)
+static kv_status_t run_later(kv_request_t *request, kv_call_t *call)
 {
     kv_engine_t *engine = request->engine;
     kv_handle_t *handle = NULL;
@@ -502,13 +386,17 @@ static kv_status_t run_later(request_t *request, kv_call_t *call)
 }
 
 /* The sentence for a wait that ended early; the memory of the caller is free afterwards. */
-static kv_status_t give_up(request_t *request, kv_status_t status, const kv_caller_t *caller)
+static kv_status_t give_up(kv_request_t *request, kv_status_t status, const kv_caller_t *caller)
 {
     char missing[128], name[NAME_BYTES];
+    kv_sentence_t why;
+    kv_sentence_save(&why);
     atomic_store(&request->given_up, true);
     kv_client_cancel(request->client, &request->call, missing, sizeof missing);
-    if (status != KV_TIMEOUT)
+    if (status != KV_TIMEOUT) {
+        kv_sentence_restore(&why);
         return status;
+    }
     kv_name_format(&request->targets[0].entry->name, name, sizeof name);
     return kv_fail(KV_TIMEOUT, "key %s: %s %s not answered within the deadline of %.3g s%s", name,
                    missing[0] != '\0' ? missing : "the servers",
@@ -516,8 +404,75 @@ static kv_status_t give_up(request_t *request, kv_status_t status, const kv_call
                    request->push ? "; the push may have counted" : "");
 }
 
+static void stay(kv_caller_t *caller)
+{
+    (void)caller;
+}
+
+static kv_status_t go_on(kv_caller_t *caller)
+{
+    (void)caller;
+    return KV_OK;
+}
+
+static kv_status_t supply_target(kv_request_t *request, int64_t i)
+{
+    kv_target_t *target = &request->targets[i];
+    size_t there = 0, bytes = kv_staged_bytes(target->staged);
+    while (there < bytes) {
+        /* It has begun, so the copies are all there is to wait for. */
+        kv_caller_t patient = {stay, stay, go_on, .timeout_ns = COPY_NS, .detached = true};
+        KV_TRY(kv_staged_next(target->staged, &there, &patient));
+        if (kv_target_is_plain(target))
+            kv_client_supply(request->client, &request->call, i, there);
+    }
+    kv_target_fill(request, i);
+    kv_client_supply(request->client, &request->call, i + 1, 0);
+    return KV_OK;
+}
+
+/* With the keys held. The values go out as they come from their devices. */
+static kv_status_t supply(kv_request_t *request)
+{
+    kv_status_t status = KV_OK;
+    for (int64_t i = 0; i < request->num_targets && status == KV_OK; i++)
+        status = supply_target(request, i);
+    if (status == KV_OK)
+        return KV_OK;
+    char why[KV_MESSAGE_BYTES];
+    atomic_store(&request->given_up, true); /* the caller is told here */
+    snprintf(why, sizeof why, "a push of this worker broke off: %s", kv_status_message(status));
+    kv_client_abandon(request->client, why);
+    return kv_fail(KV_DEVICE, "%s; the servers may have parts of this push, so the store left them",
+                   why);
+}
+
+/* Answers go to their devices as they come. */
+static kv_status_t pass_on(kv_request_t *request, kv_caller_t *caller)
+{
+    kv_client_range_t range;
+    int64_t poll_at = kv_clock_ns() + KV_POLL_NS;
+    if (!request->call.watched)
+        return KV_OK;
+    for (;;) {
+        KV_TRY(kv_client_next(request->client, &request->call, caller, &range));
+        if (range.bytes == 0)
+            return KV_OK;
+        kv_staged_t *staged = request->targets[range.part].staged;
+        if (kv_staged_arrives(staged, request->parts[range.part].out))
+            KV_TRY(kv_staged_upload(staged, range.offset, range.bytes));
+        int64_t now = kv_clock_ns();
+        if (now >= kv_caller_deadline(caller))
+            return kv_fail(KV_TIMEOUT, "the servers have not answered in time");
+        if (now >= poll_at) {
+            KV_TRY(caller->poll(caller));
+            poll_at = now + KV_POLL_NS;
+        }
+    }
+}
+
 /* With arrays and keys held by `op`. */
-static kv_status_t run_held(request_t *request, kv_op_t *op, kv_caller_t *caller)
+static kv_status_t run_held(kv_request_t *request, kv_op_t *op, kv_caller_t *caller)
 {
     kv_engine_t *engine = request->engine;
     kv_handle_t *handle;
@@ -536,22 +491,29 @@ static kv_status_t run_held(request_t *request, kv_op_t *op, kv_caller_t *caller
     }
     atomic_fetch_add(&request->refs, 1); /* the task's */
     issue(request);
+    kv_sentence_t broken = {.code = KV_OK};
+    if (request->call.late && !request->call.unsent && supply(request) != KV_OK)
+        kv_sentence_save(&broken);
     kv_engine_give_back(engine, op, op->num_deps - (int32_t)request->num_targets);
-    status = kv_handle_wait(handle, caller);
+    status = pass_on(request, caller);
+    if (status == KV_OK)
+        status = kv_handle_wait(handle, caller);
     kv_caller_detach(caller);
     if (status != KV_OK) {
         status = give_up(request, status, caller);
         if (kv_handle_done(handle))
             (void)kv_handle_error(handle); /* too late to be told */
-    } else {
+    } else if (broken.code == KV_OK) {
         kv_error_t *error = kv_handle_error(handle);
         status = error != NULL ? kv_error_raise(error) : deliver(request);
     }
     kv_handle_rele(handle);
-    return status;
+    if (broken.code != KV_OK)
+        kv_sentence_restore(&broken);
+    return broken.code != KV_OK ? broken.code : status;
 }
 
-static kv_status_t run_now(request_t *request, kv_call_t *call, kv_caller_t *caller)
+static kv_status_t run_now(kv_request_t *request, kv_call_t *call, kv_caller_t *caller)
 {
     kv_engine_t *engine = request->engine;
     kv_dep_t local[8], *deps = local;
@@ -577,9 +539,11 @@ static kv_status_t run_now(request_t *request, kv_call_t *call, kv_caller_t *cal
 kv_status_t kv_dist_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, bool push,
                         kv_caller_t *caller)
 {
-    request_t *request = NULL;
+    kv_request_t *request = NULL;
     if (plan->num_groups == 0 || (!push && call->num_outs == 0))
         return KV_OK;
+    if (push && plan->stage != NULL)
+        KV_TRY(kv_stage_begun(plan->stage, caller));
     KV_TRY(request_new(store, plan, call, push, caller, &request));
     kv_status_t status = KV_OK;
     if (request->num_targets == 0) {
@@ -592,6 +556,8 @@ kv_status_t kv_dist_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, boo
             plan->counted = 0; /* the servers have it, whatever the caller is told */
         request_rele(request);
     }
+    for (int64_t g = 0; g < plan->num_groups && status == KV_OK; g++)
+        status = kv_staged_finish(plan->groups[g].staged, caller);
     if (status == KV_OK)
         call->num_done = plan->num_groups;
     return status;

@@ -121,6 +121,9 @@ void kv_table_fini(kv_table_t *table); /* frees the slots, not the entries */
 
 /* ------------------------------------------------------------------------------- check.c */
 
+typedef struct kv_stage kv_stage_t;
+typedef struct kv_staged kv_staged_t;
+
 /* One key of a call, all its items taken together, its entry pinned. */
 typedef struct kv_group {
     kv_entry_t *entry;
@@ -129,9 +132,8 @@ typedef struct kv_group {
     const kv_row_ids_t *row_ids; /* [num_outs] of row_sparse_pull, else NULL */
     kv_step_t *step;             /* the optimizer's numbers, NULL: no optimizer … */
     kv_slots_t *slots;           /* … and its state, one share */
+    kv_staged_t *staged;         /* copies of its arrays in device memory, see stage.c; or NULL */
 } kv_group_t;
-
-typedef struct kv_stage kv_stage_t;
 
 /* A call whose keys have been resolved. */
 typedef struct kv_plan {
@@ -249,6 +251,8 @@ KV_MUST_CHECK kv_status_t kv_work_undelivered(bool push, kv_status_t status);
 
 /* The sum of the values for an updater: entry->merged, or entry->merged_rows. */
 KV_MUST_CHECK kv_status_t kv_work_merge(const kv_work_t *work);
+/* The sum of dense values in host memory. */
+void kv_work_add_up(const kv_work_t *work, void *sum);
 
 /* The weight of a dense key for the optimizer, its state made where it is missing. */
 KV_MUST_CHECK kv_status_t kv_work_weight(const kv_work_t *work, kv_weight_t *out);
@@ -321,15 +325,30 @@ void kv_entry_drop_twins(kv_entry_t *entry);
 
 /* ------------------------------------------------------------------------------- stage.c */
 
-/* For stores that merge on the host: values in device memory are copied there, where a kind merges
- * on devices several of a key as their sum; their views and those of such outs become views of host
- * memory. Waits for the copies. */
-KV_MUST_CHECK kv_status_t kv_plan_stage(const kv_store_t *store, kv_plan_t *plan,
-                                        kv_caller_t *caller);
-/* After the work: the outs in device memory get what has come to the host. */
-KV_MUST_CHECK kv_status_t kv_plan_unstage(const kv_plan_t *plan, kv_hold_t *hold,
-                                          kv_caller_t *caller);
-void kv_stage_free(kv_stage_t *stage); /* NULL is allowed */
+/* For stores that merge on the host: values in device memory are copied there, slice by slice,
+ * where a kind merges on devices several of a key as their sum; their views become views of host
+ * memory, those of a key's outs on devices one, its first. The copies are only put in order: nobody
+ * may read a value before kv_staged_next has told that it is there. */
+KV_MUST_CHECK kv_status_t kv_plan_stage(const kv_store_t *store, kv_plan_t *plan, kv_hold_t *hold);
+/* Waits until all work that is not the stage's own lies behind, so that only copies are left. */
+KV_MUST_CHECK kv_status_t kv_stage_begun(const kv_stage_t *stage, kv_caller_t *caller);
+/* What is still on its way goes on, and keeps its memory. NULL is allowed. */
+void kv_stage_free(kv_stage_t *stage);
+
+/* Of one key. NULL is allowed, and has no bytes. */
+size_t kv_staged_bytes(const kv_staged_t *staged); /* of its values together */
+/* Waits for the next slice of the values, in their order; *there: the bytes of all that have come.
+ */
+KV_MUST_CHECK kv_status_t kv_staged_next(kv_staged_t *staged, size_t *there, kv_caller_t *caller);
+/* Waits for all of them. */
+KV_MUST_CHECK kv_status_t kv_staged_wait(kv_staged_t *staged, kv_caller_t *caller);
+/* Whether that is what stands in for the outs in device memory. */
+bool kv_staged_arrives(const kv_staged_t *staged, const void *out);
+/* These bytes have come there, and go on to the outs. Does not wait. */
+KV_MUST_CHECK kv_status_t kv_staged_upload(kv_staged_t *staged, size_t offset, size_t bytes);
+/* All has come there: what has not gone on does so. Waits for outs whose owner's later work may be
+ * on another stream. */
+KV_MUST_CHECK kv_status_t kv_staged_finish(kv_staged_t *staged, kv_caller_t *caller);
 
 /* ------------------------------------------------------------------------------ sparse.c */
 

@@ -216,8 +216,6 @@ static kv_status_t run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, bool
     kv_status_t status = store->client != NULL ? kv_dist_run(store, plan, call, push, caller)
                                                : kv_plan_run(store, plan, call, push, caller);
     call->async = async;
-    if (status == KV_OK && plan->stage != NULL)
-        status = kv_plan_unstage(plan, call->hold, caller);
     if (status == KV_TIMEOUT)
         return kv_nccl_team_gave_up(plan->team);
     /* Values that were waited for are told only if nothing has failed meanwhile. */
@@ -251,7 +249,9 @@ kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *calle
     plan.num_groups = made;
     plan.cuda = kv_call_has_cuda(call);
     if (status == KV_OK && plan.cuda && merges_here(store))
-        status = kv_plan_stage(store, &plan, caller);
+        status = kv_plan_stage(store, &plan, call->hold);
+    for (int64_t i = 0; i < made && status == KV_OK && plan.stage != NULL; i++)
+        status = kv_staged_wait(plan.groups[i].staged, caller);
     if (status == KV_OK && remote)
         status = kv_dist_declare(store, plan.groups, call->num_items, caller, &kept);
     for (int64_t i = 0; i < call->num_items && status == KV_OK && !remote; i++)
@@ -308,7 +308,7 @@ static kv_status_t plan_and_run(kv_store_t *store, kv_call_t *call, const char *
     KV_TRY(kv_plan_init(store, call, verb, &plan));
     kv_status_t status = KV_OK;
     if (KV_UNLIKELY(plan.cuda) && merges_here(store))
-        status = kv_plan_stage(store, &plan, caller);
+        status = kv_plan_stage(store, &plan, call->hold);
     if (status == KV_OK && plan.optimizer != NULL)
         status = counts(store) ? kv_plan_count(store, &plan) : kv_plan_check_updates(&plan);
     if (status == KV_OK) {

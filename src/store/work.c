@@ -399,19 +399,24 @@ kv_status_t kv_plan_run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, boo
         return done ? status : kv_plan_submit(store, plan, call, push);
     }
     KV_TRY(scratch_init(plan, &scratch));
-    if (plan->updater == NULL && !plan->cuda && moved_bytes(plan) >= KV_DETACH_BYTES)
+    bool on_device = plan->cuda && plan->stage == NULL;
+    if (plan->updater == NULL && !on_device && moved_bytes(plan) >= KV_DETACH_BYTES)
         kv_caller_detach(caller);
     const kv_group_t *group = plan->groups;
-    bool together = plan->cuda && plan->updater == NULL &&
+    bool together = on_device && plan->updater == NULL &&
                     (plan->num_groups > 1 || (push && kv_plan_takes_nccl(plan)));
     if (together)
         status = run_together(store, plan, call, push, &scratch, &delivering, caller);
     for (int64_t g = 0; g < plan->num_groups && status == KV_OK && !together; g++) {
         group = &plan->groups[g];
         delivering = false;
-        status = plan->updater != NULL
-                     ? update_here(store, plan, group, call, &scratch, &delivering, caller)
-                     : run_here(store, plan, group, call, push, &scratch, &delivering, caller);
+        status = kv_staged_wait(group->staged, caller);
+        if (status == KV_OK)
+            status = plan->updater != NULL
+                         ? update_here(store, plan, group, call, &scratch, &delivering, caller)
+                         : run_here(store, plan, group, call, push, &scratch, &delivering, caller);
+        if (status == KV_OK)
+            status = kv_staged_finish(group->staged, caller);
         call->num_done += status == KV_OK || (push && delivering);
     }
     kv_caller_attach(caller);

@@ -71,6 +71,7 @@ class Emulation:
             ("fail_alloc", None, I64, I64),
             ("kill_device", None, INT, I64),
             ("fail_call", None, ct.c_char_p, I64, INT),
+            ("let_copies", None, I64),
             ("run_all", None),
             ("counter", I64, ct.c_char_p),
             ("report", ct.c_char_p),
@@ -93,6 +94,9 @@ class Emulation:
 
     def fail_call(self, name, n, error):
         self._fail_call(name.encode(), n, error)
+
+    def let_copies(self, n):
+        self._let_copies(n)
 
     def run_all(self):
         self._run_all()

@@ -132,6 +132,48 @@ MISTAKES = {
         "return KV_OK;",
         "check_nccl_order.py: several_streams",
     ),
+    "a value is sent before it has come": (
+        "store/stage.c",
+        "    KV_TRY(kv_mark_wait(value->marks[value->num_passed], caller));",
+        "",
+        "check_overlap.py: numbers",
+    ),
+    "a slice is sent with the one before it": (
+        "store/stage.c",
+        "size_t bytes = ++value->num_passed * SLICE_BYTES;",
+        "size_t bytes = (++value->num_passed + 1) * SLICE_BYTES;",
+        "check_overlap.py: numbers",
+    ),
+    "codes are made of what has not come": (
+        "store/dist.c",
+        "if (status == KV_OK && !request->call.late)",
+        "if (status == KV_OK)",
+        "check_overlap.py: numbers",
+    ),
+    "nothing is sent before all has come": (
+        "store/dist.c",
+        "        if (kv_target_is_plain(target))",
+        "        if (false)",
+        "check_overlap.py: is_sent_while",
+    ),
+    "no answer goes on before all have come": (
+        "store/dist.c",
+        "    if (!request->call.watched)",
+        "    if (true)",
+        "check_overlap.py: goes_on_while",
+    ),
+    "a push begins before its device has come to it": (
+        "store/dist.c",
+        "        KV_TRY(kv_stage_begun(plan->stage, caller));",
+        "        (void)0;",
+        "check_overlap.py: has_not_begun",
+    ),
+    "pinned memory is used again too early": (
+        "store/stage.c",
+        "        kv_mark_keep(mark, kv_buffer_drop, kv_buffer_hold(staged->arrived));",
+        "",
+        "check_overlap.py: numbers",
+    ),
     "what an error of NCCL leaves is taken for a number": (
         "store/store.c",
         "? kv_nccl_team_check(plan->team) : status;",

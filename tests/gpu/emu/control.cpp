@@ -97,6 +97,7 @@ static void reset(uint64_t seed, int devices, size_t bytes, bool peer)
     state.random = seed;
     state.peer = peer;
     state.bytes = bytes;
+    state.copies_at_most = INT64_MAX;
     owner = getpid();
     memory_reset(std::clamp(devices, 0, (int)MAX_DEVICES), bytes);
     streams_reset((int)state.devices.size());
@@ -363,6 +364,13 @@ void emu_fail_call(const char *name, int64_t n, int error)
     std::lock_guard<std::mutex> guard(lock);
     begin_locked();
     state.failures[name] = {state.calls[name] + n, (cudaError_t)error};
+}
+
+void emu_let_copies(int64_t n)
+{
+    std::lock_guard<std::mutex> guard(lock);
+    begin_locked();
+    state.copies_at_most = n < 0 ? INT64_MAX : state.copies + n;
 }
 
 void emu_run_all(void)

@@ -171,7 +171,7 @@ struct State {
     std::deque<Stream> streams;
     std::map<uintptr_t, size_t> handles; /* of streams that were made and not destroyed */
     std::map<uintptr_t, Event> events;
-    int64_t copies, mistakes;
+    int64_t copies, copies_at_most, mistakes;
     int asked; /* how often in a row whether work is done */
     int64_t fail_alloc_at, fail_alloc_times, allocations;
     std::map<std::string, int64_t> calls;

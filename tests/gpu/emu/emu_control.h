@@ -31,6 +31,10 @@ EMU_CONTROL void emu_kill_device(int device, int64_t n);
  * "cudaLaunchKernel". */
 EMU_CONTROL void emu_fail_call(const char *name, int64_t n, int error);
 
+/* From now on `n` copies run, on all streams together; the next one stays where it is, and what is
+ * behind it, until this is called again. n < 0: all run. Nobody may synchronise meanwhile. */
+EMU_CONTROL void emu_let_copies(int64_t n);
+
 /* Runs everything that is queued. */
 EMU_CONTROL void emu_run_all(void);
 

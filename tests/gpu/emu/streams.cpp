@@ -163,7 +163,7 @@ static void enqueue_memory(size_t stream, bool pageable, const char *caller, voi
                            const void *from, int value, size_t bytes)
 {
     int device = state.streams[stream].device;
-    enqueue(stream, [=] {
+    auto move = [=] {
         std::string where;
         open_all();
         auto work = [=] {
@@ -178,7 +178,8 @@ static void enqueue_memory(size_t stream, bool pageable, const char *caller, voi
         }
         kill_device(device, mistake(cudaErrorIllegalAddress, "%s of %zu bytes touched %s", caller,
                                     bytes, where.c_str()));
-    });
+    };
+    enqueue(stream, move, {}, [] { return state.copies < state.copies_at_most; });
     if (pageable && random_below(2) == 0)
         run_until_done(stream, state.streams[stream].issued);
 }

@@ -32,7 +32,7 @@ def same(a, b):
 def store_of(kind, **options):
     """A store; of a dist kind in a cluster inside this process."""
     if kind.startswith("dist"):
-        with Cluster(1, 2) as cluster:
+        with Cluster(1, 2, kind=kind) as cluster:
             yield cluster.store()
     else:
         with kvstore.create(kind, **options) as store:
