@@ -144,7 +144,13 @@ typedef struct kv_call {
 KV_MUST_CHECK kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *caller);
 
 /* stored = update(sum of the values); with outs (pushpull) each out becomes the stored value in the
- * same operation. */
+ * same operation.
+ *
+ * Values in device memory, in a dist store: they go out while they come. KV_DEVICE and every error
+ * of a wait mean that nothing has gone out, as long as the devices have not come to the values of
+ * the call. Once they have, all of it goes out, whatever the caller's deadline or poll says; if a
+ * device fails then, the servers may have any part of it, KV_DEVICE says so, and every later call
+ * of the store is KV_PEER_LOST. */
 KV_MUST_CHECK kv_status_t kv_store_push(kv_store_t *store, kv_call_t *call, kv_caller_t *caller);
 
 /* Each out becomes the stored value. */

@@ -320,8 +320,7 @@ static kv_status_t make_message(kv_client_work_t *work, kv_outgoing_t *message)
     message->net.peer = kv_node_of_server(work->client->config.num_workers, op->server);
     message->net.header_bytes = KV_WIRE_HEADER_BYTES;
     message->net.done = kv_client_message_done;
-    for (uint32_t i = 0; i < message->count; i++)
-        message->num_late += op[i].late;
+    kv_message_supply(message, 0, 0);
     if (op->action == 0)
         KV_TRY(write_keys(work, message));
     else if (message->count > 1 || way_of(op) == TRAVELS_BARE)

@@ -80,8 +80,9 @@ typedef struct kv_outgoing {
     kv_client_work_t *work;
     kv_buffer_t *buffer;   /* with the payload; NULL: it lies in the caller's memory */
     uint32_t first, count; /* of its operations … */
-    uint32_t num_late;     /* … and those of them that keep it here */
-    uint8_t kind;          /* kv_wire_kind_t */
+    uint32_t there; /* … and how many of them have what goes out: if not all, it waits … */
+    size_t filled;  /* … and the bytes of these */
+    uint8_t kind;   /* kv_wire_kind_t */
     uint8_t state;
 } kv_outgoing_t;
 
@@ -175,6 +176,9 @@ static inline bool kv_op_finds(const kv_slice_op_t *op)
 size_t kv_remote_coded_stride(const kv_remote_t *remote, kv_codec_type_t codec);
 
 /* client_late.c */
+/* Goes on to the operations that have what goes out when kv_client_supply has told so much. They
+ * come into the message in this order. */
+void kv_message_supply(kv_outgoing_t *message, int64_t part, size_t bytes);
 /* A value has come to its `out`. */
 void kv_work_note_come_locked(kv_slice_op_t *op);
 /* Nobody takes what has come any more. */

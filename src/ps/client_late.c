@@ -13,18 +13,16 @@ static bool is_there(const kv_slice_op_t *op, int64_t part, size_t bytes)
     return op->part < part || (op->part == part && op->sent_offset + op->sent_bytes <= bytes);
 }
 
-static void supply_locked(kv_outgoing_t *message, int64_t part, size_t bytes)
+void kv_message_supply(kv_outgoing_t *message, int64_t part, size_t bytes)
 {
-    kv_slice_op_t *op = &message->work->ops[message->first];
-    size_t at = kv_wire_table_bytes(message->count);
-    for (uint32_t i = 0; i < message->count; i++) {
-        if (op[i].late && is_there(&op[i], part, bytes)) {
-            op[i].late = false;
-            message->num_late--;
-            if (message->buffer != NULL)
-                kv_op_put_data(&op[i], (unsigned char *)message->buffer->data + at);
-        }
-        at += kv_wire_value_bytes(op[i].sent_bytes);
+    unsigned char *values = message->buffer != NULL ? message->buffer->data : NULL;
+    for (; message->there < message->count; message->there++) {
+        const kv_slice_op_t *op = &message->work->ops[message->first + message->there];
+        if (op->late && !is_there(op, part, bytes))
+            return;
+        if (op->late && values != NULL)
+            kv_op_put_data(op, values + kv_wire_table_bytes(message->count) + message->filled);
+        message->filled += kv_wire_value_bytes(op->sent_bytes);
     }
 }
 
@@ -34,10 +32,10 @@ void kv_client_supply(kv_client_t *client, kv_client_call_t *call, int64_t part,
     kv_client_work_t *work = call->work;
     for (uint32_t m = 0; work != NULL && m < work->num_messages; m++) {
         kv_outgoing_t *message = &work->messages[m];
-        if (message->num_late == 0 || message->state != KV_OUT_WAITS)
+        if (message->there == message->count || message->state != KV_OUT_WAITS)
             continue;
-        supply_locked(message, part, bytes);
-        if (message->num_late == 0 && work->started)
+        kv_message_supply(message, part, bytes);
+        if (message->there == message->count && work->started)
             kv_client_send_locked(client, message);
     }
     kv_client_unlock(client);

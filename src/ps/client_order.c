@@ -66,7 +66,7 @@ static void launch_locked(kv_client_t *client, kv_client_work_t *work) KV_REQUIR
         work->remotes[i]->pushes += kv_part_pushes(work->call, i);
     count_started_locked(work, 1);
     for (uint32_t i = 0; i < work->num_messages && client->status == KV_OK; i++)
-        if (work->messages[i].num_late == 0)
+        if (work->messages[i].there == work->messages[i].count)
             kv_client_send_locked(client, &work->messages[i]);
 }
 

@@ -423,7 +423,7 @@ static kv_status_t supply_target(kv_request_t *request, int64_t i)
         /* It has begun, so the copies are all there is to wait for. */
         kv_caller_t patient = {stay, stay, go_on, .timeout_ns = COPY_NS, .detached = true};
         KV_TRY(kv_staged_next(target->staged, &there, &patient));
-        if (kv_target_is_plain(target))
+        if (kv_target_is_plain(target) && there < bytes)
             kv_client_supply(request->client, &request->call, i, there);
     }
     kv_target_fill(request, i);

@@ -1,5 +1,6 @@
-"""Copies between host and devices, and messages, overlap: what has come goes on while the rest is on
-its way. Not by the clock: the emulation leaves copies undone until a test has seen what it wants."""
+"""Copies between host and devices overlap with messages: what has come goes on while the rest is
+on its way. Not by the clock: the emulation leaves copies undone until a test has seen what it
+wants."""
 
 import contextlib
 import time
