@@ -10,6 +10,7 @@ from pathlib import Path
 import cuda_tensor as cuda
 import numpy as np
 import pytest
+from check_bad import NEVER, REFUSED_BY_RUNTIME
 from check_death import survives
 from inside import Cluster, each
 from twin import same, twin
@@ -259,6 +260,39 @@ def test_a_push_that_has_begun_goes_out_whole(seed):
         with contextlib.suppress(kvstore.TimeoutError):
             push.result(WAIT_S)
         assert same(patiently(kv.pull, "w").asnumpy(), array)
+
+
+# By how many calls the failure moves on each time.
+CALLS = {"cudaEventRecord": 1, "cudaMemcpyAsync": 1, "cudaHostAlloc": 1, "cudaEventQuery": 3}
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("name", CALLS)
+def test_each_call_of_the_runtime_may_fail_once(seed, name):
+    array, zeros = numbers(3, 1), numbers(3) * 0
+    for n in range(1, 1000, CALLS[name]):
+        with Cluster(1, 2, kind="dist_device_sync") as cluster:
+            kv, told = cluster.store(), ""
+            kv.init("w", zeros)
+            value, out, before = ready(array), ready(zeros), cuda.emu.counter(name)
+            cuda.emu.fail_call(name, n, REFUSED_BY_RUNTIME)
+            try:
+                kv.pushpull("w", value, out)
+            except kvstore.DeviceError as error:
+                told = str(error)
+            made = cuda.emu.counter(name) - before
+            cuda.emu.fail_call(name, NEVER, REFUSED_BY_RUNTIME)
+            if "the store left them" in told:
+                with pytest.raises(kvstore.PeerLostError):
+                    kv.pull("w")
+            else:
+                got = kv.pull("w").asnumpy()
+                assert same(got, array) or (told and same(got, zeros)), (n, told)
+            assert told or same(out.numpy(), array), n
+        if made < n:
+            break
+    else:
+        raise AssertionError(f"{name} was called a thousand times")
 
 
 @pytest.mark.emulated
