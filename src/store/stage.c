@@ -256,8 +256,8 @@ static kv_status_t stage_new(kv_plan_t *plan, kv_view_t **views, kv_mark_t ***ma
 
 kv_status_t kv_plan_stage(const kv_store_t *store, kv_plan_t *plan, kv_hold_t *hold)
 {
-    kv_view_t *views;
-    kv_mark_t **marks;
+    kv_view_t *views = NULL;
+    kv_mark_t **marks = NULL;
     KV_TRY(stage_new(plan, &views, &marks));
     plan->stage->hold = hold;
     for (int64_t g = 0; g < plan->num_groups; g++)
