@@ -17,7 +17,7 @@ from twin import same, twin
 
 import kvstore
 
-WAIT_S = 60.0
+WAIT_S = 30.0
 MIB = 1 << 20  # a slice, here and on the wire
 SHARED = [Path(__file__).parent, Path(__file__).parents[2] / "contract"]
 
