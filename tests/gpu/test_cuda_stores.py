@@ -191,7 +191,7 @@ MISTAKES = {
 NCCL = ("check_nccl.py", "check_nccl_order.py", "check_nccl_failures.py")
 # Devices without access to each other, one alone, three.
 MACHINES = {
-    "no peers": (("check_values.py", "check_order.py"), {"EMU_PEER": "0"}),
+    "no peers": (("check_values.py", "check_order.py", "check_overlap.py"), {"EMU_PEER": "0"}),
     "one device": (("check_order.py", "check_training.py"), {"EMU_DEVICES": "1"}),
     "three devices": (("check_order.py", "check_random.py"), {"EMU_DEVICES": "3"}),
     "NCCL for one device": (("check_nccl.py", "check_nccl_order.py"), {"EMU_DEVICES": "1"}),

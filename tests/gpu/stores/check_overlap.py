@@ -18,6 +18,7 @@ from twin import same, twin
 import kvstore
 
 WAIT_S = 30.0
+SHORT_S = 1.5  # a deadline that is to be missed, and is long enough for the rest
 MIB = 1 << 20  # a slice, here and on the wire
 SHARED = [Path(__file__).parent, Path(__file__).parents[2] / "contract"]
 
@@ -74,13 +75,6 @@ def sent(cluster, rank=0):
 def calls():
     """How many copies have been put on streams."""
     return cuda.emu.counter("cudaMemcpyAsync")
-
-
-def patiently(call, *arguments):
-    """The result of a call of a store that is short of time."""
-    while True:
-        with contextlib.suppress(kvstore.TimeoutError):
-            return call(*arguments)
 
 
 # ----------------------------------------------------------------------------------- going out
@@ -240,32 +234,46 @@ def test_the_numbers_of_other_types_are_too(seed, dtype):
 def test_a_push_that_has_not_begun_changes_nothing(seed):
     array = numbers(2, seed)
     with Cluster(1, 2, kind="dist_sync") as cluster:
-        kv = cluster.store(timeout=0.2)
-        patiently(kv.init, "w", np.zeros_like(array))
+        kv = cluster.store(timeout=SHORT_S)
+        kv.init("w", np.zeros_like(array))
         value, before = ready(array), sent(cluster)
         with copies_left(0), pytest.raises(kvstore.TimeoutError, match="CUDA device 0"):
             kv.push("w", value)
         assert sent(cluster) == before
-        patiently(kv.push, "w", value)
-        assert same(patiently(kv.pull, "w").asnumpy(), array)
+        kv.push("w", value)
+        assert same(kv.pull("w").asnumpy(), array)
 
 
 @pytest.mark.emulated
 def test_a_push_that_has_begun_goes_out_whole(seed):
     array = numbers(4, seed)
     with Cluster(1, 2, kind="dist_sync") as cluster, beside() as start:
-        kv = cluster.store(timeout=1.0)
-        patiently(kv.init, "w", np.zeros_like(array))
+        kv = cluster.store(timeout=SHORT_S)
+        kv.init("w", np.zeros_like(array))
         value, before = ready(array), sent(cluster)
         with copies_left(1):
-            late = time.monotonic() + 1.0
+            late = time.monotonic() + SHORT_S
             push = start(kv.push, "w", value)
             until(lambda: sent(cluster) >= before + MIB)
             until(lambda: time.monotonic() > late)  # its deadline is over
             assert not push.done()
         with contextlib.suppress(kvstore.TimeoutError):
             push.result(WAIT_S)
-        assert same(patiently(kv.pull, "w").asnumpy(), array)
+        assert same(kv.pull("w").asnumpy(), array)
+
+
+def test_a_call_that_is_not_answered_whole_ends_in_time(seed):
+    array = numbers(2, seed)
+    with Cluster(2, 2, kind="dist_sync") as cluster:
+        kvs = [cluster.store(0, timeout=SHORT_S), cluster.store(1)]
+        each(kvs, lambda kv: kv.init([0, 1], [np.zeros_like(array)] * 2))
+        outs = [ready(np.zeros_like(array)) for _ in range(2)]
+        kvs[1].push(0, array)
+        with pytest.raises(kvstore.TimeoutError):
+            kvs[0].pushpull([0, 1], [array, array], outs)
+        kvs[1].push(1, array)
+        kvs[0].pull([0, 1], outs)
+        assert all(same(out.numpy(), 2 * array) for out in outs)
 
 
 # By how many calls the failure moves on each time.
