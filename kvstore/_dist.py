@@ -3,6 +3,7 @@
 The core calls these by name, with the member that `create` gave it.
 """
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,12 @@ OWN = {"server": _declared.COMMANDS, "worker": _dist_states.COMMANDS}
 
 def barrier(member: Member, timeout_s: float) -> None:
     """Wait for all workers."""
-    member.barrier(timeout_s)
+    if any(texts := member.barrier(timeout_s)):
+        rank = next(rank for rank, text in enumerate(texts) if text)
+        raise InvalidArgumentError(
+            f"workers differ in what they do: worker {member.rank} is at a barrier, worker {rank} "
+            f"at {json.loads(texts[rank])[0]}"
+        )
 
 
 def command(member: Member, head: int, body: str | bytes, timeout_s: float) -> None:

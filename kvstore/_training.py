@@ -39,6 +39,14 @@ def _set(kv: KVStore, optimizer: Optimizer, progress: Progress | None = None) ->
     kv._updater_set(run, run)
 
 
+def _agree(kv: KVStore, optimizer: Optimizer) -> None:
+    """Where each worker updates values of its own, all set the same optimizer."""
+    if kv.type == "nccl" and kv.num_workers > 1:
+        from . import _nccl
+
+        _nccl.agree(kv, optimizer)
+
+
 def set_optimizer(kv: KVStore, optimizer: Any) -> None:
     if not isinstance(optimizer, Optimizer):
         raise ArrayTypeError(
@@ -51,6 +59,7 @@ def set_optimizer(kv: KVStore, optimizer: Any) -> None:
     if not isinstance(optimizer, BuiltIn) and not hasattr(type(optimizer), "update"):
         raise InvalidArgumentError(f"{name} has no update")
     before, progress = _owner(kv)
+    _agree(kv, optimizer)
     _set(kv, optimizer, progress if type(before) is type(optimizer) else None)
 
 
@@ -65,6 +74,7 @@ def set_optimizer_params(kv: KVStore, **numbers: Any) -> None:
         raise InvalidArgumentError(
             f"the rate comes from a schedule that has no base_lr: {schedule!r}"
         )
+    _agree(kv, new)
     _set(kv, new, progress)
     if rates and schedule is not None:
         schedule.base_lr = new._numbers["learning_rate"]

@@ -5,10 +5,13 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, overload
 
 from . import _core
 from .errors import ArrayTypeError, InvalidArgumentError, NotBuiltError
+
+if TYPE_CHECKING:
+    from .cluster.settings import Settings
 
 _registered: dict[str, type["KVStoreBase"]] = {}
 
@@ -121,7 +124,7 @@ def create(name: str = "local", **options: Any) -> Any:
         if make is None and name.lower() in _core.kinds() and name.lower().startswith("dist"):
             return _create_dist(name, options)
         if make is None and name.lower() == "nccl":
-            _open_nccl()
+            return _create_nccl(name, options)
     return _core.KVStore(name, **options) if make is None else make(**options)
 
 
@@ -138,17 +141,49 @@ _STORE_OPTIONS = ("timeout", "deterministic", "num_threads")
 
 def _create_dist(name: str, options: dict[str, Any]) -> Any:
     """A store of a dist kind: this process joins its cluster first, if it is a worker."""
-    from .cluster import entry, settings
-    from .cluster.member import Member, leave_abandoned, of_this_process
+    from .cluster import entry
 
     # Before the cluster hears anything.
     _core.options_check(name, **options)
     entry.check_ucx()
+    found, own = _read(options)
+    if found.role != "worker":
+        return _core.KVStore(name, _member=None, **own)
+    return _join(name, found, own)
+
+
+def _create_nccl(name: str, options: dict[str, Any]) -> Any:
+    """A store of kind nccl: over all workers of the cluster, where this process is one of them."""
+    from .cluster import settings
+
+    _open_nccl()
+    _core.options_check(name, **options)
+    if not settings.has_cluster(options):
+        return _core.KVStore(name, **options)
+    found, own = _read(options)
+    if found.role != "worker":
+        raise InvalidArgumentError(
+            f"this process is the {found.role} of its cluster and has no values to push or pull; "
+            "call kvstore.serve()"
+        )
+    from . import _nccl
+
+    return _join(name, found, own, _nccl.Ranks().take_place)
+
+
+def _read(options: dict[str, Any]) -> tuple["Settings", dict[str, Any]]:
+    """The settings of a cluster, and the options of the store itself."""
+    from .cluster import settings
+
     own = {option: options[option] for option in _STORE_OPTIONS if option in options}
     found = settings.read({o: v for o, v in options.items() if o not in _STORE_OPTIONS[1:]})
     own["timeout"] = found.timeout
-    if found.role != "worker":
-        return _core.KVStore(name, _member=None, **own)
+    return found, own
+
+
+def _join(name: str, found: "Settings", own: dict[str, Any], make_core: Any = None) -> Any:
+    from .cluster.member import Member, leave_abandoned, of_this_process
+
     leave_abandoned()
     member = of_this_process()
     if member is not None:
@@ -156,7 +191,8 @@ def _create_dist(name: str, options: dict[str, Any]) -> Any:
             f"this process already is a worker of the cluster at {member.settings.address}: "
             "close that store before you make another"
         )
-    member = Member.join(found, asynchronous="async" in name.lower().split("_"))
+    asynchronous = "async" in name.lower().split("_")
+    member = Member.join(found, asynchronous=asynchronous, make_core=make_core)
     try:
         store = _core.KVStore(name, _member=member, **own)
     except BaseException as error:

@@ -67,12 +67,15 @@ typedef struct kv_store kv_store_t;
 
 typedef struct kv_client kv_client_t; /* ps/client.h */
 typedef struct kv_remote kv_remote_t;
+typedef struct kv_nccl_team kv_nccl_team_t; /* store/nccl.h */
 
 typedef struct kv_store_options {
     int num_threads; /* of the kernels; 0: the runtime's */
     kv_client_t
         *client; /* of a dist store: this worker's, borrowed for the life of the store. NULL:
                     the process is a server or the scheduler, and the store only says so */
+    kv_nccl_team_t *team; /* of kind nccl over several processes: this one's place among them,
+                             borrowed for the life of the store; else NULL */
 } kv_store_options_t;
 
 /* Gives an open store. KV_INVALID for an unknown kind; KV_NOT_BUILT for one that this build cannot

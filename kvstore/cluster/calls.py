@@ -18,6 +18,7 @@ from .roster import Node, Roster, Stage, listed
 
 MAX_SILENCE_MS = 10**15
 MAX_REASON = 2000  # characters of a failure that travel
+MAX_TEXT = 4096  # of what a worker says in a barrier
 MAX_ANSWER = protocol.MAX_FRAME // 8  # of an answer; as it travels it may be six times as long
 
 
@@ -46,7 +47,7 @@ class Calls:
         self._send = send
         self._all_left = all_left  # called before the last worker hears that it may go
         # The barriers that a worker waits in: more than one where several of its threads do.
-        self._barriers: dict[Node, deque[int]] = {}
+        self._barriers: dict[Node, deque[tuple[int, str]]] = {}  # with what it says there
         self._commands: dict[int, Command] = {}
         self._numbers = itertools.count(1)
         self._leaves: dict[Node, int] = {}
@@ -68,8 +69,8 @@ class Calls:
 
     def fail_all(self, error: KVStoreError) -> None:
         """Answer every request with an error; those who leave may go."""
-        for node, idents in self._barriers.items():
-            for ident in idents:
+        for node, waits in self._barriers.items():
+            for ident, _ in waits:
                 self._refuse(node, ident, error)
         self._barriers.clear()
         for command in self._commands.values():
@@ -102,16 +103,21 @@ class Calls:
         if absent:
             self._refuse(node, ident, _no_barrier(absent[0]))
             return
-        self._barriers.setdefault(node, deque()).append(ident)
+        text = protocol.field(frame, "text", str)
+        if len(text) > MAX_TEXT:
+            raise ProtocolError("fields", "it says too much in a barrier")
+        self._barriers.setdefault(node, deque()).append((ident, text))
         workers = self.roster.of("worker")
         if all(self._barriers.get(worker) for worker in workers):
-            for worker in workers:
-                self._reply(worker, self._barriers[worker].popleft())
+            waits = [self._barriers[worker].popleft() for worker in workers]
+            texts = [text for _, text in waits]
+            for worker, (own, _) in zip(workers, waits, strict=True):
+                self._reply(worker, own, texts=texts)
 
     def _break_barriers(self, absent: Node) -> None:
-        for node, idents in self._barriers.items():
-            while idents:
-                self._refuse(node, idents.popleft(), _no_barrier(absent))
+        for node, waits in self._barriers.items():
+            while waits:
+                self._refuse(node, waits.popleft()[0], _no_barrier(absent))
 
     # ---------------------------------------------------------------------------------- commands
 
@@ -174,9 +180,10 @@ class Calls:
         if node.role == "worker":
             self._break_barriers(node)
             if whole:  # it will push no more, also while it waits for the others
-                for server in self.roster.of("server"):
+                workers = [worker for worker in self.roster.of("worker") if worker is not node]
+                for other in self.roster.of("server") or workers:
                     news = {"type": "left", "rank": node.rank, "finished": finished}
-                    self._send(server, news)
+                    self._send(other, news)
         workers = self.roster.of("worker")
         if all(worker.left or worker.leaving for worker in workers):
             for worker in workers:
@@ -203,8 +210,9 @@ class Calls:
     # --------------------------------------------------------------------------- the other calls
 
     def _give_up(self, node: Node, ident: int, frame: Frame) -> None:
-        if ident in self._barriers.get(node, ()):
-            self._barriers[node].remove(ident)
+        here = [wait for wait in self._barriers.get(node, ()) if wait[0] == ident]
+        if here:
+            self._barriers[node].remove(here[0])
             absent = [w for w in self.roster.of("worker") if w is not node]
             absent = [w for w in absent if not self._barriers.get(w)]
             self._reply(node, ident, missing=listed([str(w) for w in absent]) if absent else "")

@@ -105,7 +105,8 @@ def from_environment(
         )
     serve = [sys.executable, "-c", BOOT.format(path=sys.path)]
     for_server = serve if controller is None else [*serve, "--controller", _checked(controller)]
-    entry.check_ucx()
+    if number:
+        entry.check_ucx()
     token = _token(place, found)
     if place.rank == 0:
         _check_host(found)

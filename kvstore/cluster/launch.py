@@ -89,7 +89,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "of kvrun (128 + n for signal n).",
     )
     parser.add_argument("-n", "--num-workers", type=_count, required=True, metavar="WORKERS")
-    parser.add_argument("-s", "--num-servers", type=_count, default=1, metavar="SERVERS")
+    parser.add_argument("-s", "--num-servers", type=_count_or_none, default=1, metavar="SERVERS")
     parser.add_argument(
         "--controller",
         type=_controller,
@@ -129,6 +129,10 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text[:9]) <= MOST_PROCESSES):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {MOST_PROCESSES}")
     return int(text)
+
+
+def _count_or_none(text: str) -> int:
+    return 0 if text == "0" else _count(text)
 
 
 def _seconds(text: str) -> str:

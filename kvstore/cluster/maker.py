@@ -149,7 +149,7 @@ class Maker(abc.ABC):
         join: bool,
     ) -> None:
         self.num_workers = _count("num_workers", num_workers)
-        self.num_servers = _count("num_servers", num_servers)
+        self.num_servers = _count("num_servers", num_servers, 0)
         if controller is not None and not callable(controller):
             raise ArrayTypeError(f"controller is a function of (head, body), not {controller!r}")
         self.controller = controller
@@ -358,15 +358,15 @@ class Maker(abc.ABC):
                     (sys.stdout if stream == 1 else sys.stderr).flush()
 
 
-def _count(name: str, number: Any) -> int:
+def _count(name: str, number: Any, low: int = 1) -> int:
     try:
         count = operator.index(number)
     except TypeError:
         count = None
     if count is None or isinstance(number, bool):
         raise ArrayTypeError(f"{name} is an integer, not {number!r}")
-    if not 0 < count <= MOST_PROCESSES:
-        raise InvalidArgumentError(f"{name}={count}: it is a number from 1 to {MOST_PROCESSES}")
+    if not low <= count <= MOST_PROCESSES:
+        raise InvalidArgumentError(f"{name}={count}: it is a number from {low} to {MOST_PROCESSES}")
     return count
 
 

@@ -375,10 +375,13 @@ class Member:
             )
         return future.result()
 
-    def barrier(self, timeout: float) -> None:
-        """Wait until all workers have come here; TimeoutError names those who have not."""
+    def barrier(self, timeout: float, text: str = "", what: str = "the barrier") -> list[str]:
+        """Wait until all workers have come here, and give the text of each, by rank.
+
+        TimeoutError names those who have not come."""
         self._check()
-        control.run(self._call({"type": "barrier"}, timeout, "the barrier"))
+        frame = {"type": "barrier", "text": text}
+        return protocol.field(control.run(self._call(frame, timeout, what)), "texts", list)
 
     def command(
         self, head: int, body: str | bytes, timeout: float, workers: list[int] | None = None
@@ -545,10 +548,10 @@ class Member:
             self.fail("it ended before the cluster did")
 
     def _leave_alone(self) -> None:
-        from .. import _core
-
         with contextlib.suppress(KVStoreError):
             _core.wait_all(self.settings.timeout)  # what was pushed last is on its way
+            if self.core is not None and not self.num_servers:
+                self.core.drain(self.settings.timeout)  # here, and not on servers
         with contextlib.suppress(KVStoreError):
             self.close(min(self.settings.timeout, EXIT_S), together=False)
 

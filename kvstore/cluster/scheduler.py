@@ -45,7 +45,8 @@ class Scheduler:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.roster = Roster(settings.num_workers or 1, settings.num_servers or 1)
+        assert settings.num_workers is not None and settings.num_servers is not None
+        self.roster = Roster(settings.num_workers, settings.num_servers)
         self.calls = Calls(self.roster, self._send, lambda: self._tell_launcher(None))
         self.session = secrets.token_bytes(16)
         self.address: tuple[str, int] | None = None
@@ -325,7 +326,7 @@ class Scheduler:
         self.roster.stage = Stage.CONNECTING
         for other in self.roster.nodes:
             peers = self.roster.peers_of(other)
-            for at in range(0, len(peers), ROSTER_CHUNK):
+            for at in range(0, max(len(peers), 1), ROSTER_CHUNK):
                 last = at + ROSTER_CHUNK >= len(peers)
                 chunk = peers[at : at + ROSTER_CHUNK]
                 self._send(other, {"type": "roster", "peers": chunk, "last": last})

@@ -57,7 +57,8 @@ TABLE = (
         "num_servers",
         ("KVSTORE_NUM_SERVERS", "DMLC_NUM_SERVER"),
         "",
-        "How many servers the cluster has. The scheduler must know; the others may.",
+        "How many servers the cluster has: 0 for stores of kind nccl. The scheduler must know; the "
+        "others may.",
     ),
     Setting(
         "rank",
@@ -184,7 +185,7 @@ def read(options: Mapping[str, Any] | None = None) -> Settings:
         host=host,
         port=port,
         num_workers=look.count("num_workers", 1, MAX_NODES),
-        num_servers=look.count("num_servers", 1, MAX_NODES),
+        num_servers=look.count("num_servers", 0, MAX_NODES),
         rank=look.count("rank", 0, MAX_NODES - 1) if role != "scheduler" else None,
         token=look.text("token"),
         bind=look.text("bind"),
@@ -202,6 +203,13 @@ def read(options: Mapping[str, Any] | None = None) -> Settings:
                     f"the scheduler must know {name}: set {BY_OPTION[name].told()}"
                 )
     return settings
+
+
+def has_cluster(options: Mapping[str, Any]) -> bool:
+    """Whether options or the environment tell of a cluster: where its scheduler is, or more."""
+    cluster = [option for option in BY_OPTION if option != "timeout"]
+    given = any(options.get(option) is not None for option in cluster)
+    return given or _Look({}).find("scheduler")[1] is not None
 
 
 def serving_role() -> str:

@@ -355,24 +355,39 @@ static kv_status_t finish(kv_nccl_t *nccl, patience_t *patience)
     for (int i = 0; i < nccl->num_members && is_fine(result); i++)
         result = nccl->library->ncclCommFinalize(nccl->members[i].comm);
     KV_TRY(await(nccl, result, patience, "end"));
-    for (int i = 0; i < nccl->num_members; i++)
+    for (int i = 0; i < nccl->num_members; i++) {
         (void)nccl->library->ncclCommDestroy(nccl->members[i].comm);
+        nccl->members[i].comm = NULL;
+    }
     return KV_OK;
+}
+
+kv_status_t kv_nccl_end(kv_nccl_t *nccl, kv_caller_t *caller)
+{
+    patience_t patience_ = patience(caller, FREE_NS);
+    kv_status_t status = KV_OK;
+    bool is_inside = false;
+    while (!(is_inside = try_enter(nccl, &status)) && status == KV_OK)
+        status = pass_time(nccl, &patience_, "end");
+    if (is_inside) {
+        status = finish(nccl, &patience_);
+        remember(nccl, "it was ended");
+        atomic_store(&nccl->stop, true);
+        (void)leave(nccl, status);
+    } else if (status == KV_TIMEOUT || status == KV_INTERRUPTED || status == KV_CALLBACK) {
+        kv_nccl_abort(nccl, "somebody was inside when it was ended");
+    } else {
+        status = KV_OK; /* it is lost, or the parent's of this process */
+    }
+    patience_end(&patience_);
+    return status;
 }
 
 kv_status_t kv_nccl_free(kv_nccl_t *nccl, kv_caller_t *caller)
 {
-    kv_status_t status = KV_OK;
     if (nccl == NULL)
         return KV_OK;
-    if (nccl->generation == kv_fork_generation() && !nccl->is_lost) {
-        patience_t patience_ = patience(caller, FREE_NS);
-        nccl->is_entered = true;
-        status = finish(nccl, &patience_);
-        if (status != KV_OK)
-            (void)leave(nccl, status);
-        patience_end(&patience_);
-    }
+    kv_status_t status = kv_nccl_end(nccl, caller);
     kv_mutex_fini(&nccl->lock);
     kv_free(nccl);
     kv_count(KV_COUNT_NCCL_GROUPS, -1);

@@ -85,9 +85,11 @@ KV_MUST_CHECK kv_status_t kv_nccl_check(kv_nccl_t *nccl);
  * returns KV_DEVICE soon. `why` is a sentence for those who call later. */
 void kv_nccl_abort(kv_nccl_t *nccl, const char *why);
 
-/* Waits for the work of the devices, for the caller's time at most (NULL: ten seconds), and frees
- * the group, which may be NULL. KV_TIMEOUT and other errors: what was not done by then is aborted,
- * and the group freed as well. */
+/* Waits for the work of the devices, for the caller's time at most (NULL: ten seconds), and ends
+ * the group: later calls are refused. All processes do it together. KV_TIMEOUT and other errors:
+ * what was not done by then is aborted. Of a lost group it does nothing. */
+KV_MUST_CHECK kv_status_t kv_nccl_end(kv_nccl_t *nccl, kv_caller_t *caller);
+/* The same, and frees the group, which may be NULL. */
 KV_MUST_CHECK kv_status_t kv_nccl_free(kv_nccl_t *nccl, kv_caller_t *caller);
 
 #endif

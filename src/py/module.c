@@ -4,6 +4,7 @@
 #include "py/device_view.h"
 #include "py/node.h"
 #include "py/py.h"
+#include "py/ranks.h"
 #include "py/store.h"
 
 #ifndef KV_FLAVOUR
@@ -230,6 +231,8 @@ static PyMethodDef FUNCTIONS[] = {
     {"nccl_library", kv_py_nccl_library, METH_O,
      "nccl_library($module, folder, /)\n--\n\nNCCL, opened if it was not, from the folder of its "
      "package or, None, of the system: (file, version).\nRaises NotBuiltError."},
+    {"nccl_id", kv_py_nccl_id, METH_NOARGS,
+     "nccl_id($module, /)\n--\n\nWhat the processes of a group join it with. Raises DeviceError."},
     {"optimizer_classes", kv_py_optimizer_classes, METH_NOARGS,
      "optimizer_classes($module, /)\n--\n\nThe built-in optimizers: name -> title, rate, "
      "parameters."},
@@ -314,7 +317,8 @@ static int module_exec(PyObject *module)
         return -1;
     if (kv_ndarray_setup(module, state) < 0 || kv_rowsparse_setup(module, state) < 0 ||
         kv_handle_setup(module, state) < 0 || kv_node_setup(module, state) < 0 ||
-        kv_store_setup(module, state) < 0 || kv_device_view_setup(module, state) < 0)
+        kv_ranks_setup(module, state) < 0 || kv_store_setup(module, state) < 0 ||
+        kv_device_view_setup(module, state) < 0)
         return -1;
     return register_exit_hook(module);
 }
@@ -328,6 +332,7 @@ static int module_exec(PyObject *module)
         X((state)->handle_type);                                                                   \
         X((state)->rowsparse_type);                                                                \
         X((state)->node_type);                                                                     \
+        X((state)->ranks_type);                                                                    \
         X((state)->device_view_type);                                                              \
         X((state)->numpy_bfloat16);                                                                \
         X((state)->exchange_cache);                                                                \

@@ -107,6 +107,10 @@ static PyObject *node_new(PyTypeObject *type, PyObject *args, PyObject *keywords
                                      &copies, &inet6, &num_threads, &seed, &config.faults))
         return NULL;
     bool server = strcmp(role, "server") == 0;
+    if (num_servers == 0)
+        return kv_py_fail(state, KV_INVALID,
+                          "a dist store needs servers, and this cluster has none: start it with "
+                          "one or more (num_servers=, kvrun -s), or create('nccl')");
     if ((!server && strcmp(role, "worker") != 0) || num_workers < 1 || num_servers < 1 ||
         rank < 0 || rank >= (server ? num_servers : num_workers) ||
         session_bytes != KV_NET_SESSION_BYTES)

@@ -34,14 +34,17 @@ static bool parse_count(kv_state_t *state, const char *name, PyObject *value, in
     return true;
 }
 
-/* What only the dist kinds have; kvstore/cluster uses it before it makes the store. */
+/* What only the kinds of several processes have; kvstore/cluster uses it before it makes the store.
+ */
 static bool parse_dist_option(kv_state_t *state, const char *name, PyObject *value)
 {
     int unused;
     if (strcmp(name, "rank") == 0)
         return parse_count(state, name, value, 0, INT32_MAX, &unused);
-    if (strcmp(name, "num_workers") == 0 || strcmp(name, "num_servers") == 0)
+    if (strcmp(name, "num_workers") == 0)
         return parse_count(state, name, value, 1, INT32_MAX, &unused);
+    if (strcmp(name, "num_servers") == 0) /* a cluster of kind nccl has none */
+        return parse_count(state, name, value, 0, INT32_MAX, &unused);
     return value == Py_None || PyUnicode_Check(value) || refuse(state, name, "a str", value);
 }
 
@@ -50,6 +53,7 @@ static bool parse_option(kv_state_t *state, const kv_kind_t *kind, PyObject *key
 {
     static const char *const DIST[] = {"token",       "scheduler",   "role", "rank",
                                        "num_workers", "num_servers", NULL};
+    bool dist = kind->family == KV_KIND_DIST || kind->family == KV_KIND_NCCL;
     const char *name = PyUnicode_AsUTF8(key);
     if (name == NULL)
         return false;
@@ -60,23 +64,21 @@ static bool parse_option(kv_state_t *state, const kv_kind_t *kind, PyObject *key
     /* In one process the order of a sum is always that of the list. */
     if (strcmp(name, "deterministic") == 0)
         return PyBool_Check(value) || refuse(state, name, "True or False", value);
-    if (strcmp(name, "_member") == 0 && kind->family == KV_KIND_DIST) {
+    if (strcmp(name, "_member") == 0 && dist) {
         options->member = value;
         return true;
     }
     for (int i = 0; DIST[i] != NULL; i++) {
         if (strcmp(name, DIST[i]) == 0) {
-            if (kind->family == KV_KIND_DIST)
+            if (dist)
                 return parse_dist_option(state, name, value);
-            kv_py_fail(state, KV_INVALID, "option '%s' belongs to the dist kinds", name);
+            kv_py_fail(state, KV_INVALID, "option '%s' belongs to the dist kinds and nccl", name);
             return false;
         }
     }
     kv_py_fail(state, KV_INVALID,
                "there is no option '%.64s' (options: timeout, deterministic, num_threads%s)", name,
-               kind->family == KV_KIND_DIST
-                   ? ", token, scheduler, role, rank, num_workers, num_servers"
-                   : "");
+               dist ? ", token, scheduler, role, rank, num_workers, num_servers" : "");
     return false;
 }
 

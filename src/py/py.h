@@ -16,7 +16,7 @@
 
 typedef struct kv_state {
     PyObject *errors[KV_STATUS_COUNT]; /* exception classes by code, NULL where none belongs */
-    PyTypeObject *store_type, *ndarray_type, *handle_type, *rowsparse_type, *node_type;
+    PyTypeObject *store_type, *ndarray_type, *handle_type, *rowsparse_type, *node_type, *ranks_type;
     PyTypeObject *device_view_type;
     PyObject *numpy_bfloat16; /* ml_dtypes' dtype object, NULL until first needed */
     int numpy_bfloat16_num;   /* its NumPy type number, -1 until known */

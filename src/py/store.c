@@ -2,6 +2,7 @@
  * is this type itself; no Python function stands between a user and push, pull, pushpull.
  */
 #include "py/node.h"
+#include "py/ranks.h"
 #include "py/store.h"
 #include "py/store_doc.h"
 #include "py/training_doc.h"
@@ -23,8 +24,12 @@ bool kv_py_store_check_open(kv_py_store_t *self)
 
 /* The data plane of a member of a cluster: a new reference, NULL in a process that has no worker.
  */
-static bool take_node(kv_state_t *state, kv_py_options_t *options, PyObject **node)
+static bool take_node(kv_state_t *state, const kv_kind_t *kind, kv_py_options_t *options,
+                      PyObject **node)
 {
+    bool nccl = kind->family == KV_KIND_NCCL;
+    if (kind->family != KV_KIND_DIST && (!nccl || options->member == NULL))
+        return true;
     if (options->member == NULL) {
         kv_py_fail(state, KV_INVALID,
                    "a dist store is made by kvstore.create, which joins the "
@@ -36,9 +41,13 @@ static bool take_node(kv_state_t *state, kv_py_options_t *options, PyObject **no
     PyObject *core = PyObject_GetAttrString(options->member, "core");
     if (core == NULL)
         return false;
-    options->store.client = kv_py_node_client(state, core);
-    if (options->store.client == NULL) {
-        kv_py_fail(state, KV_BAD_TYPE, "the core of a member must be a worker's Node");
+    if (nccl)
+        options->store.team = kv_py_ranks_team(state, core);
+    else
+        options->store.client = kv_py_node_client(state, core);
+    if (options->store.client == NULL && options->store.team == NULL) {
+        kv_py_fail(state, KV_BAD_TYPE, "the core of a member must be a worker's %s",
+                   nccl ? "Ranks" : "Node");
         Py_DECREF(core);
         return false;
     }
@@ -83,7 +92,7 @@ static PyObject *store_new(PyTypeObject *type, PyObject *args, PyObject *keyword
     if (!kv_py_parse_options(state, &parsed, keywords, &options))
         return NULL;
     PyObject *node = NULL;
-    if (parsed.family == KV_KIND_DIST && !take_node(state, &options, &node))
+    if (!take_node(state, &parsed, &options, &node))
         return NULL;
     kv_store_t *store;
     status = kv_store_new(runtime, kind, &options.store, &store);
@@ -190,8 +199,11 @@ bool kv_py_store_use_updater(kv_py_store_t *self, PyObject *function, PyObject *
     /* `owner` is None where the optimizer is to go; set_updater has none. */
     if (self->member != NULL && (function != Py_None || owner != Py_None)) {
         kv_py_fail(self->state, KV_INVALID,
-                   "an updater runs in one process, and the values of a dist store lie on its "
-                   "servers: use set_optimizer");
+                   kv_py_store_has_servers(self)
+                       ? "an updater runs in one process, and the values of a dist store lie on "
+                         "its servers: use set_optimizer"
+                       : "an updater, and an optimizer in Python, run in one process, and this "
+                         "store is of several: use set_optimizer with a built-in one");
         return false;
     }
     kv_updater_t *updater = NULL;

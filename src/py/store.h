@@ -13,8 +13,8 @@ typedef struct kv_py_store {
     PyObject *schedule;    /* its optimizer's, likewise */
     PyObject *owner;       /* the optimizer as it was given, NULL if there is none */
     PyObject *pending;     /* dict: states that wait for the init of their keys, or NULL */
-    PyObject *member;      /* of a dist store: this process's place in the cluster … */
-    PyObject *node;        /* … and its data plane, kept as long as the store; else NULL */
+    PyObject *member;      /* of several processes: this one's place in the cluster … */
+    PyObject *node;        /* … and its Node, of kind nccl its Ranks, kept as long as the store */
     int64_t timeout_ns;
     PyObject *weakrefs;
 } kv_py_store_t;
@@ -55,6 +55,10 @@ KV_PY_METHOD(kv_py_store_row_sparse_pull);
 PyObject *kv_py_store_close(PyObject *self, PyObject *unused);
 PyObject *kv_py_store_enter(PyObject *self, PyObject *unused);
 PyObject *kv_py_store_exit(PyObject *self, PyObject *args);
+static inline bool kv_py_store_has_servers(const kv_py_store_t *self)
+{
+    return self->node != NULL && Py_IS_TYPE(self->node, self->state->node_type);
+}
 /* (member, timeout in seconds) of a dist store, or None. */
 PyObject *kv_py_store_place(PyObject *self, PyObject *unused);
 PyObject *kv_py_store_barrier(PyObject *self, PyObject *unused);

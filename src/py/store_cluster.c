@@ -63,15 +63,20 @@ PyObject *kv_py_store_place(PyObject *object, PyObject *unused)
     kv_py_store_t *self = as_store(object);
     if (!kv_py_store_check_open(self))
         return NULL;
-    if (self->member == NULL)
+    if (!kv_py_store_has_servers(self))
         Py_RETURN_NONE;
     return Py_BuildValue("(Od)", self->member, timeout_s(self));
 }
 
 PyObject *kv_py_store_barrier(PyObject *object, PyObject *unused)
 {
-    PyObject *place = kv_py_store_place(object, unused);
-    return place == NULL || place == Py_None ? place : in_cluster("barrier", place);
+    (void)unused;
+    kv_py_store_t *self = as_store(object);
+    if (!kv_py_store_check_open(self))
+        return NULL;
+    if (self->member == NULL)
+        Py_RETURN_NONE;
+    return in_cluster("barrier", Py_BuildValue("(Od)", self->member, timeout_s(self)));
 }
 
 static const kv_param_t BARRIER_BEFORE_EXIT_PARAMS[] = {{"barrier_before_exit", false}};
@@ -104,12 +109,11 @@ KV_PY_METHOD(kv_py_store_send_command)
     kv_py_store_t *store = as_store(self);
     if (!kv_py_store_check_open(store) || !kv_py_parse(&COMMAND, args, num_args, names, values))
         return NULL;
-    if (store->member != NULL)
+    if (kv_py_store_has_servers(store))
         return in_cluster("command", Py_BuildValue("(OOOd)", store->member, values[0], values[1],
                                                    timeout_s(store)));
     return kv_py_fail(store->state, KV_INVALID,
-                      "a store of kind '%s' runs in one process and has no server to send a "
-                      "command to",
+                      "a store of kind '%s' has no server to send a command to",
                       kv_store_kind(store->store));
 }
 

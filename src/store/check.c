@@ -6,6 +6,7 @@
  */
 #include "base/memory.h"
 #include "store/internal.h"
+#include "store/nccl.h"
 
 #include <inttypes.h>
 #include <stdio.h>

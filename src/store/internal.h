@@ -58,6 +58,13 @@ struct kv_entry {
     int64_t shape[]; /* [ndim] */
 };
 
+/* Copies of a key on the other devices of its store. */
+struct kv_twins {
+    int count;
+    kv_slots_t *mirrored; /* the key's state of which the twins have copies, a share; or NULL */
+    kv_entry_t *entries[];
+};
+
 /* Open addressing, linear probing; a power of two of slots, at most half of them taken. */
 typedef struct kv_table {
     kv_entry_t **slots;
@@ -69,12 +76,12 @@ typedef struct kv_table {
 typedef enum kv_key_type { KV_KEYS_OPEN, KV_KEYS_TEXT, KV_KEYS_NUMBER } kv_key_type_t;
 
 typedef struct kv_agreement kv_agreement_t;
-typedef struct kv_nccl_team kv_nccl_team_t;
 
 struct kv_store {
     kv_runtime_t *runtime;
     kv_kind_t kind;
-    kv_client_t *client; /* of a dist store; NULL in a server's process */
+    kv_client_t *client;   /* of a dist store; NULL in a server's process */
+    kv_nccl_team_t *ranks; /* of kind nccl over several processes, borrowed; else NULL */
     kv_host_t host;
     char name[32];
     kv_mutex_t lock;
@@ -298,26 +305,22 @@ KV_MUST_CHECK kv_status_t kv_work_lend(const kv_work_t *work, kv_lane_t *lane, k
 KV_MUST_CHECK kv_status_t kv_work_take_back(const kv_work_t *work, kv_lane_t lane,
                                             kv_mark_t *after);
 
-/* -------------------------------------------------------------------------------- nccl.c */
+/* -------------------------------------------------------------------------------- nccl.c
+ * See store/nccl.h for the teams. */
 
-/* Gives the devices of a store, which are not known yet. KV_NOT_BUILT, KV_DEVICE if there is no
- * NCCL or no device. */
-KV_MUST_CHECK kv_status_t kv_nccl_team_new(kv_nccl_team_t **out);
-kv_nccl_team_t *kv_nccl_team_hold(kv_nccl_team_t *team); /* NULL is allowed, here and below */
-/* The last one waits for what NCCL still does, ten seconds at most. */
-void kv_nccl_team_rele(kv_nccl_team_t *team);
-/* KV_DEVICE if NCCL or one of its devices has failed: no value can be relied on then, be it on
- * another device. */
-KV_MUST_CHECK kv_status_t kv_nccl_team_check(kv_nccl_team_t *team);
-/* A call has ended with KV_TIMEOUT: if devices still work for NCCL, that is ended. Gives the call's
- * status: KV_DEVICE if one is lost, so that it was waited for in vain, else KV_TIMEOUT again. */
-KV_MUST_CHECK kv_status_t kv_nccl_team_gave_up(kv_nccl_team_t *team);
 /* Whether the values of a push are such as NCCL adds up: dense, one on each of several devices. */
 bool kv_plan_takes_nccl(const kv_plan_t *plan);
+/* Over several processes a push goes by NCCL or not at all. KV_INVALID says what is needed,
+ * KV_PEER_LOST that a process has left. */
+KV_MUST_CHECK kv_status_t kv_plan_check_nccl(const kv_plan_t *plan);
 /* The push, with keys, arrays and the runtime's `nccl` held; `works` as for kv_works_run. Not
  * *fits: other devices than those of the pushes before, and nothing was done. */
 KV_MUST_CHECK kv_status_t kv_nccl_push(const kv_plan_t *plan, const kv_work_t *works,
                                        kv_caller_t *caller, bool *fits, bool *launched);
+/* Over several processes: new keys, filled and not in the table yet, get the value that worker 0
+ * has given them. All processes do it at once. */
+KV_MUST_CHECK kv_status_t kv_nccl_init(kv_store_t *store, const kv_plan_t *plan, const char *verb,
+                                       const kv_call_t *call, kv_caller_t *caller);
 /* A pull of a key with twins, held: each out from its own device. */
 KV_MUST_CHECK kv_status_t kv_work_pull_twins(const kv_work_t *work, bool *delivering);
 /* The key is changed alone. */

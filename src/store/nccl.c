@@ -5,38 +5,15 @@
  * The key itself is the copy on the first device; its twins, on the others, are keys of their own
  * that stand in no table and are used by whoever holds the key. What NCCL is not for (values that
  * are not one on each device, codes, updaters, rows) goes the way of `device` stores; that changes
- * the key alone, so its twins go, and come again with the next push that wants them.
+ * the key alone, so its twins go, and come again with the next push that wants them. Over several
+ * processes it is refused: the others would not hear of it.
  */
 #include "base/memory.h"
-#include "comm/nccl.h"
-#include "base/thread.h"
 #include "store/device.h"
+#include "store/nccl.h"
 
 #include <stdio.h>
 #include <string.h>
-
-enum { MAX_DEVICES = 64 };
-
-struct kv_twins {
-    int count;
-    kv_slots_t *mirrored; /* the key's state of which the twins have copies, a share; or NULL */
-    kv_entry_t *entries[];
-};
-
-/* The devices of a store, once a push has told them. What is not atomic belongs to the push that
- * holds the runtime's variable. */
-struct kv_nccl_team {
-    _Atomic int64_t refs;
-    kv_nccl_t *_Atomic group; /* NULL: not yet */
-    int count;
-    int devices[MAX_DEVICES];
-};
-
-/* The ends of the newest work that uses NCCL, by device, whichever store's it is. */
-static struct {
-    kv_mutex_t lock;
-    kv_mark_t *newest[MAX_DEVICES];
-} order = {.lock = KV_MUTEX_INIT(KV_RANK_LEAF)};
 
 /* ------------------------------------------------------------------------------------ twins */
 
@@ -90,9 +67,9 @@ static kv_status_t fill_twin(const kv_entry_t *entry, kv_entry_t *twin, int devi
     return status == KV_OK ? marked : status;
 }
 
-static kv_status_t make_twins(kv_entry_t *entry, const kv_nccl_team_t *team, kv_caller_t *caller)
+static kv_status_t make_twins(kv_entry_t *entry, const kv_nccl_crew_t *crew, kv_caller_t *caller)
 {
-    size_t count = (size_t)team->count - 1;
+    size_t count = (size_t)crew->count - 1;
     kv_twins_t *twins = kv_calloc(1, sizeof *twins + count * sizeof twins->entries[0]);
     KV_TRY_ALLOC(twins, "the copies of a key");
     entry->twins = twins;
@@ -100,7 +77,7 @@ static kv_status_t make_twins(kv_entry_t *entry, const kv_nccl_team_t *team, kv_
     for (size_t i = 0; i < count; i++) {
         KV_TRY(kv_entry_new(&entry->name, &like, true, &twins->entries[i]));
         twins->count++;
-        KV_TRY(fill_twin(entry, twins->entries[i], team->devices[i + 1], caller));
+        KV_TRY(fill_twin(entry, twins->entries[i], crew->devices[i + 1], caller));
     }
     return KV_OK;
 }
@@ -111,7 +88,7 @@ static kv_status_t mirror_slots(const kv_group_t *group)
 {
     kv_twins_t *twins = group->entry->twins;
     kv_slots_t *slots = group->slots;
-    if (slots == NULL || twins->mirrored == slots)
+    if (twins == NULL || slots == NULL || twins->mirrored == slots)
         return KV_OK;
     for (int i = 0; i < twins->count; i++) {
         kv_slots_t *copy = kv_slots_new(slots->optim);
@@ -129,103 +106,15 @@ static kv_status_t mirror_slots(const kv_group_t *group)
     return KV_OK;
 }
 
-/* ------------------------------------------------------------------------------------- teams */
+/* ------------------------------------------------------------------------------- what is for NCCL
+ */
 
-void kv_nccl_team_rele(kv_nccl_team_t *team)
+/* One value on each of several devices, of one where there are several processes, and no device
+ * twice: fills `devices`. */
+static bool spreads(const kv_group_t *group, bool many, int *devices)
 {
-    if (team == NULL || atomic_fetch_sub(&team->refs, 1) != 1)
-        return;
-    kv_status_t status = kv_nccl_free(team->group, NULL);
-    (void)status; /* what was not done in time is aborted */
-    kv_free(team);
-}
-
-kv_status_t kv_nccl_team_new(kv_nccl_team_t **out)
-{
-    const kv_device_api_t *api;
-    const char *file;
-    int version;
-    KV_TRY(kv_device_load(&api));
-    KV_TRY(kv_nccl_load(NULL, &file, &version));
-    kv_nccl_team_t *team = kv_calloc(1, sizeof *team);
-    KV_TRY_ALLOC(team, "a store");
-    atomic_init(&team->refs, 1);
-    *out = team;
-    return KV_OK;
-}
-
-kv_nccl_team_t *kv_nccl_team_hold(kv_nccl_team_t *team)
-{
-    if (team != NULL)
-        atomic_fetch_add(&team->refs, 1);
-    return team;
-}
-
-/* Gives the end of the newest work that uses NCCL on a device, a share; or NULL. */
-static kv_mark_t *newest_on(int device)
-{
-    kv_mutex_lock(&order.lock);
-    kv_mark_t *mark = order.newest[device];
-    mark = mark != NULL ? kv_mark_hold(mark) : NULL;
-    kv_mutex_unlock(&order.lock);
-    return mark;
-}
-
-static void set_newest(int device, kv_mark_t *mark)
-{
-    kv_mutex_lock(&order.lock);
-    kv_mark_t *before = order.newest[device];
-    order.newest[device] = kv_mark_hold(mark);
-    kv_mutex_unlock(&order.lock);
-    kv_mark_rele(before);
-}
-
-/* KV_DEVICE: one is lost. *idle: none has work that uses NCCL. */
-static kv_status_t look_at_devices(const kv_nccl_team_t *team, bool *idle)
-{
-    kv_status_t status = KV_OK;
-    *idle = true;
-    for (int k = 0; k < team->count && status == KV_OK; k++) {
-        bool passed = true;
-        kv_mark_t *mark = newest_on(team->devices[k]);
-        if (mark != NULL)
-            status = kv_mark_passed(mark, &passed);
-        kv_mark_rele(mark);
-        *idle = *idle && passed;
-    }
-    return status;
-}
-
-kv_status_t kv_nccl_team_check(kv_nccl_team_t *team)
-{
-    bool idle;
-    kv_nccl_t *group = team != NULL ? atomic_load(&team->group) : NULL;
-    if (KV_LIKELY(group == NULL))
-        return KV_OK;
-    kv_status_t status = look_at_devices(team, &idle);
-    if (status != KV_OK)
-        kv_nccl_abort(group, kv_status_message(status));
-    return kv_nccl_check(group);
-}
-
-kv_status_t kv_nccl_team_gave_up(kv_nccl_team_t *team)
-{
-    bool idle = true;
-    kv_nccl_t *group = team != NULL ? atomic_load(&team->group) : NULL;
-    if (group == NULL)
-        return KV_TIMEOUT;
-    char why[KV_MESSAGE_BYTES];
-    snprintf(why, sizeof why, "%s", kv_status_message(KV_TIMEOUT));
-    KV_TRY(look_at_devices(team, &idle));
-    if (!idle)
-        kv_nccl_abort(group, why);
-    return kv_fail(KV_TIMEOUT, "%s", why);
-}
-
-/* One value on each of several devices, and no device twice: fills `devices`. */
-static bool spreads(const kv_group_t *group, int *devices)
-{
-    if (group->num_values < 2 || group->num_values > MAX_DEVICES || group->entry->sparse)
+    if (group->num_values < (many ? 1 : 2) || group->num_values > KV_NCCL_DEVICES ||
+        group->entry->sparse)
         return false;
     for (int32_t i = 0; i < group->num_values; i++) {
         if (!kv_view_is_cuda(&group->values[i]))
@@ -238,53 +127,105 @@ static bool spreads(const kv_group_t *group, int *devices)
     return true;
 }
 
-/* The value of the key on the k-th device of the team; NULL if there is none. */
-static const kv_view_t *value_on(const kv_nccl_team_t *team, const kv_group_t *group, int k)
+/* The value of the key on the k-th device of the crew; NULL if there is none. */
+static const kv_view_t *value_on(const kv_nccl_crew_t *crew, const kv_group_t *group, int k)
 {
     for (int32_t i = 0; i < group->num_values; i++)
-        if (group->values[i].device == team->devices[k])
+        if (group->values[i].device == crew->devices[k])
             return &group->values[i];
     return NULL;
 }
 
 bool kv_plan_takes_nccl(const kv_plan_t *plan)
 {
-    int devices[MAX_DEVICES];
+    int devices[KV_NCCL_DEVICES];
+    bool many = kv_nccl_team_many(plan->team);
     if (plan->team == NULL || plan->updater != NULL || plan->codec.type != KV_CODEC_NONE ||
         plan->num_groups > INT32_MAX)
         return false;
     for (int64_t g = 0; g < plan->num_groups; g++)
-        if (!spreads(&plan->groups[g], devices) ||
+        if (!spreads(&plan->groups[g], many, devices) ||
             plan->groups[g].num_values != plan->groups[0].num_values)
             return false;
     return true;
 }
 
-/* With the team held: *fits tells whether all keys have a value on each of its devices. */
+/* What a push that NCCL cannot take lacks. */
+static const char *lack_of(const kv_plan_t *plan, const kv_group_t *group)
+{
+    int devices[KV_NCCL_DEVICES];
+    if (plan->codec.type != KV_CODEC_NONE)
+        return "it cannot be compressed: set_gradient_compression({'type': 'none'})";
+    if (plan->updater != NULL)
+        return "an updater of one process cannot take part in it: use set_optimizer";
+    if (group->entry->sparse)
+        return "this key is row-sparse";
+    for (int32_t i = 0; i < group->num_values; i++)
+        if (!kv_view_is_cuda(&group->values[i]))
+            return group->values[i].sparse != NULL ? "there is a row-sparse value"
+                                                   : "there is a value in host memory";
+    return spreads(group, true, devices) ? "the keys of this call have not all as many values"
+                                         : "there are several on one GPU";
+}
+
+kv_status_t kv_plan_check_nccl(const kv_plan_t *plan)
+{
+    char name[96];
+    int64_t g = 0;
+    KV_TRY(kv_nccl_team_whole(plan->team, true));
+    if (plan->num_groups == 0 || kv_plan_takes_nccl(plan))
+        return KV_OK;
+    int devices[KV_NCCL_DEVICES];
+    while (g + 1 < plan->num_groups && spreads(&plan->groups[g], true, devices))
+        g++;
+    return kv_fail(KV_INVALID,
+                   "key %s: a push to a store of kind 'nccl' over several processes is one dense "
+                   "value on each GPU of this process, which NCCL adds up, and %s; dist kinds take "
+                   "all values",
+                   kv_name_format(&plan->groups[g].entry->name, name, sizeof name),
+                   lack_of(plan, &plan->groups[g]));
+}
+
+static kv_status_t refuse_devices(const kv_nccl_crew_t *crew, const kv_plan_t *plan)
+{
+    char names[96] = "";
+    for (int k = 0, used = 0; k < crew->count && used < (int)sizeof names - 8; k++)
+        used += snprintf(names + used, sizeof names - (size_t)used, "%s%d", k == 0 ? "" : ", ",
+                         crew->devices[k]);
+    return kv_fail(KV_INVALID,
+                   "the values of this call (%d of a key) are not one on each of the GPUs %s, "
+                   "which the first push has told the other processes",
+                   plan->groups[0].num_values, names);
+}
+
+/* With the runtime's variable held: *fits tells whether all keys have a value on each of the
+ * devices that push. */
 static kv_status_t gather(kv_nccl_team_t *team, const kv_plan_t *plan, kv_caller_t *caller,
                           bool *fits)
 {
-    *fits = true;
-    if (team->group == NULL) {
-        team->count = plan->groups[0].num_values;
-        *fits = spreads(&plan->groups[0], team->devices);
+    kv_nccl_crew_t first, *crew = &team->pushing;
+    bool begins = atomic_load(&crew->group) == NULL;
+    if (begins) {
+        crew = &first;
+        crew->count = plan->groups[0].num_values;
+        (void)spreads(&plan->groups[0], true, crew->devices); /* it does: the plan was looked at */
     }
+    *fits = true;
     for (int64_t g = 0; g < plan->num_groups; g++)
-        for (int k = 0; k < team->count && *fits; k++)
-            *fits = plan->groups[g].num_values == team->count &&
-                    value_on(team, &plan->groups[g], k) != NULL;
-    if (!*fits || team->group != NULL)
+        for (int k = 0; k < crew->count && *fits; k++)
+            *fits = plan->groups[g].num_values == crew->count &&
+                    value_on(crew, &plan->groups[g], k) != NULL;
+    if (!*fits || !begins)
         return KV_OK;
-    kv_nccl_t *made;
-    KV_TRY(kv_nccl_new(team->count, team->devices, caller, &made));
-    team->group = made;
-    return KV_OK;
+    char call[256];
+    return kv_nccl_team_join(team, false, first.count, first.devices,
+                             kv_plan_tell("first push", plan, call, sizeof call), caller);
 }
 
 /* ------------------------------------------------------------------------------------ a push */
 
 typedef struct push {
-    kv_nccl_team_t *team;
+    kv_nccl_crew_t *crew;
     const kv_plan_t *plan;
     kv_caller_t *caller;
     kv_device_work_t *on; /* [devices] begun: num_on of them */
@@ -301,7 +242,7 @@ typedef struct push {
 
 static kv_status_t make_room(push_t *push, void **block)
 {
-    size_t keys = (size_t)push->plan->num_groups, devices = (size_t)push->team->count, outs = 0;
+    size_t keys = (size_t)push->plan->num_groups, devices = (size_t)push->crew->count, outs = 0;
     for (size_t g = 0; g < keys; g++)
         outs += (size_t)push->plan->groups[g].num_outs;
     size_t cells = keys * devices;
@@ -322,29 +263,19 @@ static kv_status_t make_room(push_t *push, void **block)
     return KV_OK;
 }
 
-/* Work of several groups on one device comes in the same order everywhere, or devices would wait
- * for each other: each begins when the one before has ended, be it another store's. */
-static kv_status_t come_after(kv_lane_t lane)
-{
-    kv_mark_t *mark = newest_on(lane.device);
-    kv_status_t status = mark != NULL ? kv_mark_before(mark, lane) : KV_OK;
-    kv_mark_rele(mark);
-    return status;
-}
-
 /* Lanes, and memory for the sums; whatever else may fail for want of memory. */
 static kv_status_t prepare(push_t *push)
 {
-    int count = push->team->count;
+    int count = push->crew->count;
     for (int k = 0; k < count; k++) {
         const kv_plan_t *plan = push->plan;
-        push->lanes[k] = kv_view_lane(value_on(push->team, &plan->groups[0], k));
+        push->lanes[k] = kv_view_lane(value_on(push->crew, &plan->groups[0], k));
         KV_TRY(kv_device_work_begin(&push->on[k], push->lanes[k]));
         push->num_on = k + 1;
-        KV_TRY(come_after(push->lanes[k]));
+        KV_TRY(kv_nccl_come_after(push->lanes[k]));
         for (int64_t g = 0; g < plan->num_groups; g++) {
             const kv_entry_t *entry = plan->groups[g].entry;
-            const kv_view_t *value = value_on(push->team, &plan->groups[g], k);
+            const kv_view_t *value = value_on(push->crew, &plan->groups[g], k);
             int64_t cell = g * count + k;
             KV_TRY(kv_lane_join(kv_view_lane(value), push->lanes[k]));
             KV_TRY(kv_device_temp(&push->on[k], entry->bytes, &push->dst[cell]));
@@ -358,7 +289,7 @@ static kv_status_t prepare(push_t *push)
 /* What is done on each device: `models` have all values and outs of their keys. */
 static void plan_works(push_t *push, const kv_work_t *models)
 {
-    int count = push->team->count;
+    int count = push->crew->count;
     int64_t keys = push->plan->num_groups;
     kv_view_t *next = push->outs;
     for (int64_t g = 0; g < keys; g++) {
@@ -377,10 +308,10 @@ static void plan_works(push_t *push, const kv_work_t *models)
             work->group.num_outs = 0;
             for (int32_t i = 0; i < group->num_outs; i++) {
                 const kv_view_t *out = &group->outs[i];
-                bool elsewhere = true; /* than on a device of the team: the first sees to it */
+                bool elsewhere = true; /* than on a device of the crew: the first sees to it */
                 for (int j = 0; j < count && kv_view_is_cuda(out); j++)
-                    elsewhere = elsewhere && push->team->devices[j] != out->device;
-                if (elsewhere ? k == 0 : out->device == push->team->devices[k]) {
+                    elsewhere = elsewhere && push->crew->devices[j] != out->device;
+                if (elsewhere ? k == 0 : out->device == push->crew->devices[k]) {
                     *next++ = *out;
                     work->group.num_outs++;
                 }
@@ -389,13 +320,11 @@ static void plan_works(push_t *push, const kv_work_t *models)
     }
 }
 
-/* The key comes to the first device, and its twins to the others. */
-static kv_status_t settle(push_t *push, const kv_work_t *model)
+kv_status_t kv_nccl_settle(const kv_nccl_crew_t *crew, const kv_work_t *model)
 {
     kv_entry_t *entry = model->group.entry;
-    const kv_nccl_team_t *team = push->team;
     kv_place_t *place = kv_buffer_place(entry->stored);
-    if (place == NULL || kv_place_device(place) != team->devices[0]) {
+    if (place == NULL || kv_place_device(place) != crew->devices[0]) {
         kv_work_t nothing = *model;
         const kv_work_t *one = &nothing;
         bool launched;
@@ -403,10 +332,10 @@ static kv_status_t settle(push_t *push, const kv_work_t *model)
         nothing.group.num_values = nothing.group.num_outs = 0;
         kv_entry_drop_twins(entry);
         KV_TRY(kv_work_bring_home(model));
-        KV_TRY(kv_batch_run(&one, 1, team->devices[0], NULL, &launched));
+        KV_TRY(kv_batch_run(&one, 1, crew->devices[0], NULL, &launched));
     }
-    if (entry->twins == NULL)
-        KV_TRY(make_twins(entry, team, push->caller));
+    if (entry->twins == NULL && crew->count > 1)
+        KV_TRY(make_twins(entry, crew, model->caller));
     return mirror_slots(&model->group);
 }
 
@@ -414,7 +343,7 @@ static kv_status_t settle(push_t *push, const kv_work_t *model)
 static kv_status_t update_all(push_t *push, bool *launched)
 {
     int64_t keys = push->plan->num_groups;
-    for (int k = push->team->count - 1; k >= 0; k--) {
+    for (int k = push->crew->count - 1; k >= 0; k--) {
         for (int64_t g = 0; g < keys; g++) {
             kv_work_t *work = &push->works[k * keys + g];
             push->list[g] = work;
@@ -423,7 +352,7 @@ static kv_status_t update_all(push_t *push, bool *launched)
             work->group.entry = work->group.entry->twins->entries[k - 1];
             work->group.slots = work->group.entry->slots;
         }
-        KV_TRY(kv_batch_run(push->list, keys, push->team->devices[k], NULL, launched));
+        KV_TRY(kv_batch_run(push->list, keys, push->crew->devices[k], NULL, launched));
     }
     return KV_OK;
 }
@@ -432,10 +361,10 @@ static kv_status_t work_on_all(push_t *push, const kv_work_t *models, bool *laun
 {
     int64_t keys = push->plan->num_groups;
     for (int64_t g = 0; g < keys; g++)
-        KV_TRY(settle(push, &models[g]));
+        KV_TRY(kv_nccl_settle(push->crew, &models[g]));
     KV_TRY(prepare(push));
     plan_works(push, models);
-    KV_TRY(kv_nccl_sum(push->team->group, push->lanes, (int)keys, push->jobs, push->caller));
+    KV_TRY(kv_nccl_sum(push->crew->group, push->lanes, (int)keys, push->jobs, push->caller));
     return update_all(push, launched);
 }
 
@@ -455,10 +384,10 @@ static kv_status_t close_all(push_t *push, kv_hold_t *hold)
         kv_status_t ended = kv_device_work_end(&push->on[k], &mark);
         if (ended == KV_OK) {
             kv_hold_until(hold, mark);
-            set_newest(push->lanes[k].device, mark);
+            kv_nccl_set_newest(push->lanes[k].device, mark);
         }
         for (int64_t g = 0; g < push->plan->num_groups && ended == KV_OK; g++)
-            ended = close_value(push, value_on(push->team, &push->plan->groups[g], k), k, mark);
+            ended = close_value(push, value_on(push->crew, &push->plan->groups[g], k), k, mark);
         kv_mark_rele(mark);
         status = status == KV_OK ? ended : status;
     }
@@ -468,12 +397,12 @@ static kv_status_t close_all(push_t *push, kv_hold_t *hold)
 kv_status_t kv_nccl_push(const kv_plan_t *plan, const kv_work_t *works, kv_caller_t *caller,
                          bool *fits, bool *launched)
 {
-    push_t push = {.team = plan->team, .plan = plan, .caller = caller};
+    push_t push = {.crew = &plan->team->pushing, .plan = plan, .caller = caller};
     void *block = NULL;
     *launched = false;
     KV_TRY(gather(plan->team, plan, caller, fits));
     if (!*fits)
-        return KV_OK;
+        return kv_nccl_team_many(plan->team) ? refuse_devices(push.crew, plan) : KV_OK;
     kv_status_t status = make_room(&push, &block);
     if (status == KV_OK)
         status = work_on_all(&push, works, launched);

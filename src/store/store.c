@@ -9,6 +9,7 @@
 #include "base/memory.h"
 #include "ps/client.h"
 #include "store/internal.h"
+#include "store/nccl.h"
 
 #include <ctype.h>
 #include <string.h>
@@ -20,15 +21,9 @@ kv_status_t kv_store_new(kv_runtime_t *runtime, const char *name, const kv_store
 {
     kv_kind_t kind;
     KV_TRY(kv_kind_parse(name, &kind));
-    kv_nccl_team_t *team = NULL;
-    if (kind.family == KV_KIND_NCCL) {
-        kv_status_t status = kv_nccl_team_new(&team);
-        if (status != KV_OK)
-            return kv_fail(status,
-                           "a store of kind 'nccl' cannot be had here: %s; one of kind 'device' "
-                           "needs no NCCL, and for arrays in host memory no CUDA",
-                           kv_status_message(status));
-    }
+    kv_nccl_team_t *team = kv_nccl_team_hold(options->team);
+    if (kind.family == KV_KIND_NCCL && team == NULL)
+        KV_TRY(kv_nccl_team_new(NULL, &team));
     kv_store_t *store = kv_calloc(1, sizeof *store);
     if (store == NULL)
         kv_nccl_team_rele(team);
@@ -37,6 +32,7 @@ kv_status_t kv_store_new(kv_runtime_t *runtime, const char *name, const kv_store
     store->runtime = runtime;
     store->kind = kind;
     store->client = options->client;
+    store->ranks = options->team;
     store->host = (kv_host_t){.kernels = runtime->kernels,
                               .team = runtime->team,
                               .num_threads = options->num_threads > 0 ? options->num_threads
@@ -91,7 +87,7 @@ kv_status_t kv_store_check_open(const kv_store_t *store)
     if (KV_UNLIKELY(store->closed))
         return kv_fail(KV_CLOSED, "the store is closed; create a new one");
     if (KV_LIKELY(store->kind.family != KV_KIND_DIST))
-        return KV_OK;
+        return store->ranks == NULL ? KV_OK : kv_nccl_team_whole(store->ranks, false);
     if (store->client == NULL)
         return kv_fail(KV_INVALID, "this process is a server or the scheduler of its cluster and "
                                    "has no values to push or pull; call kvstore.serve()");
@@ -100,12 +96,16 @@ kv_status_t kv_store_check_open(const kv_store_t *store)
 
 int32_t kv_store_rank(const kv_store_t *store)
 {
-    return store->client != NULL ? kv_client_rank(store->client) : 0;
+    return store->client != NULL  ? kv_client_rank(store->client)
+           : store->ranks != NULL ? kv_nccl_team_peers(store->ranks)->rank
+                                  : 0;
 }
 
 int32_t kv_store_num_workers(const kv_store_t *store)
 {
-    return store->client != NULL ? kv_client_num_workers(store->client) : 1;
+    return store->client != NULL  ? kv_client_num_workers(store->client)
+           : store->ranks != NULL ? kv_nccl_team_peers(store->ranks)->num_workers
+                                  : 1;
 }
 
 uint64_t kv_store_generation(const kv_store_t *store)
@@ -211,15 +211,17 @@ static kv_status_t run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, bool
                        kv_caller_t *caller)
 {
     bool async = call->async;
-    KV_TRY(kv_nccl_team_check(plan->team));
+    kv_status_t status = kv_nccl_team_check(plan->team);
+    if (status != KV_OK)
+        return kv_nccl_team_failed(plan->team, status, caller);
     call->async = async && plan->stage == NULL;
-    kv_status_t status = store->client != NULL ? kv_dist_run(store, plan, call, push, caller)
-                                               : kv_plan_run(store, plan, call, push, caller);
+    status = store->client != NULL ? kv_dist_run(store, plan, call, push, caller)
+                                   : kv_plan_run(store, plan, call, push, caller);
     call->async = async;
-    if (status == KV_TIMEOUT)
-        return kv_nccl_team_gave_up(plan->team);
     /* Values that were waited for are told only if nothing has failed meanwhile. */
-    return status == KV_OK && call->num_outs > 0 ? kv_nccl_team_check(plan->team) : status;
+    if (status == KV_OK && call->num_outs > 0)
+        status = kv_nccl_team_check(plan->team);
+    return status == KV_OK ? KV_OK : kv_nccl_team_failed(plan->team, status, caller);
 }
 
 kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *caller)
@@ -232,6 +234,7 @@ kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *calle
         return KV_OK;
     kv_store_lock(store);
     kv_status_t status = check_unknown_locked(store, call);
+    kv_nccl_team_t *team = status == KV_OK ? kv_nccl_team_hold(store->team) : NULL;
     kv_mutex_unlock(&store->lock);
     KV_TRY(status);
 
@@ -239,7 +242,10 @@ kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *calle
     bool remote = store->kind.family == KV_KIND_DIST, kept = false;
     int64_t made = 0;
     kv_plan_t plan = {.steps = &plan.one_step,
+                      .team = team,
                       .groups = kv_alloc((size_t)call->num_items * sizeof(kv_group_t))};
+    if (plan.groups == NULL)
+        kv_nccl_team_rele(team);
     KV_TRY_ALLOC(plan.groups, "the keys of a call");
     status = kv_table_reserve(&fresh, call->num_items);
     if (status == KV_OK)
@@ -257,6 +263,8 @@ kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *calle
     for (int64_t i = 0; i < call->num_items && status == KV_OK && !remote; i++)
         status = kv_entry_fill(store, plan.groups[i].entry, &plan.groups[i].values[0], call->hold,
                                caller);
+    if (status == KV_OK && store->ranks != NULL)
+        status = kv_nccl_init(store, &plan, verb, call, caller);
     kv_table_fini(&fresh);
     if (status == KV_OK)
         status = publish(store, call, plan.groups);
@@ -265,6 +273,7 @@ kv_status_t kv_store_init(kv_store_t *store, kv_call_t *call, kv_caller_t *calle
             kv_var_retire(&plan.groups[i].entry->var);
         kv_stage_free(plan.stage);
         kv_free(plan.groups);
+        kv_nccl_team_rele(team);
         return status;
     }
     call->checked = true;
@@ -309,6 +318,8 @@ static kv_status_t plan_and_run(kv_store_t *store, kv_call_t *call, const char *
     kv_status_t status = KV_OK;
     if (KV_UNLIKELY(plan.cuda) && merges_here(store))
         status = kv_plan_stage(store, &plan, call->hold);
+    if (push && store->ranks != NULL)
+        status = kv_plan_check_nccl(&plan);
     if (status == KV_OK && plan.optimizer != NULL)
         status = counts(store) ? kv_plan_count(store, &plan) : kv_plan_check_updates(&plan);
     if (status == KV_OK) {

@@ -1,11 +1,15 @@
-/* A stand-in for libnccl on the emulation of CUDA's runtime, for devices of one process and
- * communicators that do not block.
+/* A stand-in for libnccl on the emulation of CUDA's runtime, for communicators that do not block, of
+ * one process, or of several that name a folder by EMU_NCCL_SHARED.
  *
  * Each call of a rank waits in its communicator's list until all ranks have made theirs; then both
  * become one piece of work of all their streams (emu_together): it begins when each stream has come
  * to it. Before that the state of a communicator is "in progress", for a few questions more by the
  * seed: so what is put on a stream without asking comes before the sum, under some seed. Sums begin
  * at any rank, and round after each.
+ *
+ * Between processes everything is a file in the folder: a rank that joins leaves one, and each sum
+ * or broadcast has two pieces of work, of which the first writes what the ranks here bring and the
+ * second begins when the files of all ranks are there. Nobody is told of a process that dies.
  *
  * Told as mistakes: several communicators of one thread used outside a group; a call while one is
  * in progress, or after its end; ranks that differ in what they call; an array or a stream of
@@ -29,6 +33,7 @@
 #include <set>
 #include <string>
 #include <thread>
+#include <unistd.h>
 #include <vector>
 
 namespace
@@ -69,8 +74,10 @@ struct Comm;
 
 /* The communicators of one id. What is atomic is read by the executor as well. */
 struct Clique {
-    std::vector<Comm *> ranks; /* NULL: not there yet, or not any more */
+    std::vector<Comm *> ranks; /* NULL: not there yet, or not any more; or another process's */
     int joined, ending;
+    std::string shared; /* where the files of its id begin, "": it is of one process */
+    int64_t sequence;   /* of sums and broadcasts put */
     uint64_t patience; /* questions until something goes on */
     bool begun;        /* all ranks are there, and it has gone on once */
     bool fails, never;
@@ -78,6 +85,14 @@ struct Clique {
     int size() const
     {
         return (int)ranks.size();
+    }
+    int here() const /* all there, or all of this process */
+    {
+        return shared.empty() ? size() : joined;
+    }
+    std::string file(const char *what, int64_t number, int rank) const
+    {
+        return shared + "." + what + std::to_string(number) + "." + std::to_string(rank);
     }
 };
 
@@ -91,9 +106,11 @@ struct Comm {
 
 struct Work {
     std::shared_ptr<Clique> clique;
-    std::vector<Call> calls; /* by rank */
+    std::vector<Call> calls; /* by rank; those of this process … */
+    std::vector<int> ranks;  /* … and whose they are */
     int first;               /* rank of the sum */
-    bool never;
+    bool never, gathers;     /* the second piece */
+    int64_t sequence;
 };
 
 struct Group {
@@ -198,9 +215,9 @@ const struct {
 };
 enum { TYPES = sizeof types / sizeof types[0] };
 
-void run(void *context)
+/* With the calls of all ranks. */
+void run_whole(const Work &work)
 {
-    Work &work = *(Work *)context;
     const Call &first = work.calls[0];
     if (first.root < 0) {
         types[first.dtype].sum(work);
@@ -211,14 +228,103 @@ void run(void *context)
             memcpy(call.dst, work.calls[first.root].src, first.count * types[first.dtype].bytes);
 }
 
-/* Kernels end when all ranks are aborted; those of one alone go on waiting for the others. */
+/* ------------------------------------------------------------------------- between processes */
+
+struct Head {
+    uint64_t count;
+    int32_t dtype, root;
+};
+
+/* Another process sees the whole file or none. */
+void write_file(const std::string &name, const void *head, size_t head_bytes, const void *data,
+                size_t bytes)
+{
+    std::string making = name + ".new";
+    FILE *file = fopen(making.c_str(), "wb");
+    bool good = file != nullptr && fwrite(head, 1, head_bytes, file) == head_bytes &&
+                fwrite(data, 1, bytes, file) == bytes;
+    good = file != nullptr && fclose(file) == 0 && good;
+    if (!good || rename(making.c_str(), name.c_str()) != 0) {
+        fprintf(stderr, "emulated NCCL: cannot write %s\n", name.c_str());
+        _Exit(3);
+    }
+}
+
+bool is_there(const std::string &name)
+{
+    return access(name.c_str(), R_OK) == 0;
+}
+
+void bring(const Work &work)
+{
+    for (size_t i = 0; i < work.calls.size(); i++) {
+        const Call &call = work.calls[i];
+        Head head = {call.count, call.dtype, call.root};
+        size_t bytes = call.count * types[call.dtype].bytes;
+        bool is_read = call.root < 0 || call.root == work.ranks[i];
+        write_file(work.clique->file("call", work.sequence, work.ranks[i]), &head, sizeof head,
+                   call.src, is_read ? bytes : 0);
+    }
+}
+
+bool all_there(const Work &work)
+{
+    for (int rank = 0; rank < work.clique->size(); rank++)
+        if (!is_there(work.clique->file("call", work.sequence, rank)))
+            return false;
+    return true;
+}
+
+void gather(const Work &own)
+{
+    Work whole = {own.clique, {}, {}, (int)(own.sequence % own.clique->size()), false, true,
+                  own.sequence};
+    Call like = own.calls[0];
+    size_t bytes = like.count * types[like.dtype].bytes;
+    std::vector<std::vector<char>> data(own.clique->ranks.size());
+    for (int rank = 0; rank < own.clique->size(); rank++) {
+        Head head = {};
+        FILE *file = fopen(own.clique->file("call", own.sequence, rank).c_str(), "rb");
+        bool good = file != nullptr && fread(&head, 1, sizeof head, file) == sizeof head &&
+                    head.count == like.count && head.dtype == like.dtype && head.root == like.root;
+        data[rank].resize(bytes);
+        if (good && (like.root < 0 || like.root == rank))
+            good = fread(data[rank].data(), 1, bytes, file) == bytes;
+        if (file != nullptr)
+            fclose(file);
+        if (!good) { /* real ranks would wait for ever, or take what they find */
+            fprintf(stderr, "emulated NCCL: processes differ in what they sum or broadcast\n");
+            _Exit(3);
+        }
+        whole.calls.push_back({data[rank].data(), data[rank].data(), like.count, like.dtype,
+                               like.root, nullptr});
+    }
+    run_whole(whole);
+    int from = like.root < 0 ? 0 : like.root;
+    for (const Call &call : own.calls)
+        memcpy(call.dst, data[from].data(), bytes);
+}
+
+/* ------------------------------------------------------------------------------ on the devices */
+
+void run(void *context)
+{
+    Work &work = *(Work *)context;
+    if (!work.clique->shared.empty()) {
+        work.gathers ? gather(work) : bring(work);
+        return;
+    }
+    run_whole(work);
+}
+
+/* Kernels end when all ranks here are aborted; those of one alone go on waiting for the others. */
 int may_begin(void *context)
 {
     Work &work = *(Work *)context;
     int aborted = work.clique->aborted;
-    if (aborted == work.clique->size())
+    if (aborted == work.clique->here())
         return -1;
-    return aborted == 0 && !work.never;
+    return aborted == 0 && !work.never && (!work.gathers || all_there(work));
 }
 
 void drop(void *context)
@@ -237,11 +343,15 @@ bool same(const Call &a, const Call &b)
 
 int put(const std::shared_ptr<Clique> &clique)
 {
-    Work *work = new Work{clique, {}, (int)random_below(clique->ranks.size()), hit("work never")};
+    int first = (int)random_below(clique->ranks.size());
+    bool is_shared = !clique->shared.empty();
+    Work *work = new Work{clique, {}, {}, first, hit("work never"), false, clique->sequence++};
     std::vector<int> devices;
     std::vector<void *> streams;
     std::vector<emu_array_t> arrays;
     for (Comm *comm : clique->ranks) {
+        if (comm == nullptr)
+            continue; /* another process's */
         Call call = comm->calls.front();
         comm->calls.pop_front();
         size_t bytes = call.count * types[call.dtype].bytes;
@@ -251,6 +361,7 @@ int put(const std::shared_ptr<Clique> &clique)
         devices.push_back(comm->device);
         streams.push_back(call.stream);
         work->calls.push_back(call);
+        work->ranks.push_back(comm->rank);
     }
     bool agree = true;
     for (const Call &call : work->calls)
@@ -260,15 +371,20 @@ int put(const std::shared_ptr<Clique> &clique)
         return agree ? fail(CUDA_ERROR, "Cuda failure 'asked for'")
                      : mistake(INVALID_USAGE, "ranks differ in what they sum or broadcast");
     }
-    clique->under_way++;
     state.counts["puts"]++;
-    int error = emulation<decltype(emu_together)>("emu_together")(
-        "NCCL", (int)streams.size(), devices.data(), streams.data(), (int)arrays.size(),
-        arrays.data(), may_begin, run, drop, work);
-    if (error == 0)
-        return SUCCESS;
-    drop(work);
-    return fail(CUDA_ERROR, "Cuda failure");
+    for (int piece = 0; piece <= is_shared; piece++) {
+        Work *own = piece == is_shared ? work : new Work(*work);
+        own->gathers = piece > 0;
+        clique->under_way++;
+        int error = emulation<decltype(emu_together)>("emu_together")(
+            "NCCL", (int)streams.size(), devices.data(), streams.data(), (int)arrays.size(),
+            arrays.data(), may_begin, run, drop, own);
+        if (error != 0) {
+            drop(own);
+            return fail(CUDA_ERROR, "Cuda failure");
+        }
+    }
+    return SUCCESS;
 }
 
 void set_error(Clique &clique, int error)
@@ -280,8 +396,18 @@ void set_error(Clique &clique, int error)
 
 bool all_have_called(const Clique &clique)
 {
+    int calling = 0;
     for (Comm *comm : clique.ranks)
-        if (comm == nullptr || comm->calls.empty())
+        calling += comm != nullptr && !comm->calls.empty();
+    return calling > 0 && calling == clique.here();
+}
+
+bool all_have_joined(const Clique &clique)
+{
+    if (clique.shared.empty())
+        return clique.joined == clique.size();
+    for (int rank = 0; rank < clique.size(); rank++)
+        if (!is_there(clique.file("join", 0, rank)))
             return false;
     return true;
 }
@@ -292,7 +418,7 @@ void go_on(const std::shared_ptr<Clique> &clique)
         clique->patience--;
         return;
     }
-    if (clique->joined < clique->size() || clique->never)
+    if (clique->never || (!clique->begun && !all_have_joined(*clique)))
         return;
     clique->begun = true;
     if (clique->fails)
@@ -302,7 +428,7 @@ void go_on(const std::shared_ptr<Clique> &clique)
         error = put(clique);
     if (error != SUCCESS)
         set_error(*clique, error);
-    if (clique->ending == clique->size())
+    if (clique->ending == clique->here())
         emulation<decltype(emu_run_some)>("emu_run_some")();
 }
 
@@ -313,7 +439,7 @@ int state_of(const Comm *comm)
         return comm->error;
     bool is_busy = !clique.begun || clique.never || !comm->calls.empty();
     bool is_ending =
-        comm->ends && (comm->never_ends || clique.ending < clique.size() || clique.under_way > 0);
+        comm->ends && (comm->never_ends || clique.ending < clique.here() || clique.under_way > 0);
     return is_busy || is_ending ? IN_PROGRESS : SUCCESS;
 }
 
@@ -429,7 +555,8 @@ EXPORT int ncclGetUniqueId(Id *out)
 {
     std::lock_guard<std::mutex> guard(lock);
     memset(out, 0, sizeof *out);
-    snprintf(out->bytes, sizeof out->bytes, "emulated %llu", (unsigned long long)++state.ids);
+    snprintf(out->bytes, sizeof out->bytes, "emulated-%d-%llu", (int)getpid(),
+             (unsigned long long)++state.ids);
     return SUCCESS;
 }
 
@@ -462,6 +589,8 @@ static int init_locked(Comm **out, int ranks, const Id &id, int rank, const Conf
     if (!clique) {
         clique = std::make_shared<Clique>();
         clique->ranks.resize(ranks);
+        const char *folder = getenv("EMU_NCCL_SHARED");
+        clique->shared = folder != nullptr ? std::string(folder) + "/" + id.bytes : "";
     }
     if (clique->size() != ranks || clique->ranks[rank] != nullptr)
         return mistake(INVALID_USAGE, "rank %d of %d has joined already", rank, ranks);
@@ -476,6 +605,8 @@ static int init_locked(Comm **out, int ranks, const Id &id, int rank, const Conf
     comm->maker = std::this_thread::get_id();
     clique->ranks[rank] = comm;
     clique->joined++;
+    if (!clique->shared.empty())
+        write_file(clique->file("join", 0, rank), "", 0, "", 0);
     clique->fails = clique->fails || hit("init");
     state.live.insert(comm);
     state.counts["inits"]++;
