@@ -10,7 +10,7 @@ import threading
 from typing import Any
 
 from . import _core, _declared, lr_scheduler
-from ._optimizer import kind_of
+from ._optimizer import BuiltIn, kind_of
 from .cluster.member import Member, of_this_process
 from .errors import ClosedError, DeviceError, InvalidArgumentError, KVStoreError
 from .optimizer import Optimizer
@@ -110,6 +110,11 @@ def agree(kv: _core.KVStore, optimizer: Optimizer) -> None:
     member = of_this_process()
     if member is None or member.store is None or member.store() is not kv:
         return
+    if not isinstance(optimizer, BuiltIn):
+        raise InvalidArgumentError(
+            f"an optimizer in Python such as {type(optimizer).__name__} runs in one process, and "
+            "this store is of several: use a built-in one"
+        )
     schedule: Any = optimizer.lr_scheduler
     if schedule is None or lr_scheduler._pack(schedule) is not None:
         digest = _declared._digest(_declared._describe(optimizer))

@@ -202,7 +202,7 @@ bool kv_py_store_use_updater(kv_py_store_t *self, PyObject *function, PyObject *
                    kv_py_store_has_servers(self)
                        ? "an updater runs in one process, and the values of a dist store lie on "
                          "its servers: use set_optimizer"
-                       : "an updater, and an optimizer in Python, run in one process, and this "
+                       : "an updater, as an optimizer in Python, runs in one process, and this "
                          "store is of several: use set_optimizer with a built-in one");
         return false;
     }
