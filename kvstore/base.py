@@ -116,7 +116,8 @@ def create(name: str, **options: Any) -> Any: ...
 def create(name: str = "local", **options: Any) -> Any:
     """Make a store of the kind ``name`` (letter case free); ``options`` are those of the kind.
 
-    A class registered with ``KVStoreBase.register`` is called with the options.
+    A class registered with ``KVStoreBase.register`` is called with the options. The dist kinds join
+    their cluster; so does ``nccl`` where options or the environment tell of one.
     """
     make: Callable[..., Any] | None = None
     if isinstance(name, str):

@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     options = _parse(arguments)
     try:
-        check_ucx()
+        if options.num_servers:
+            check_ucx()
     except NotBuiltError as error:
         print(f"kvrun: {error}", file=sys.stderr)
         return 1

@@ -89,7 +89,7 @@ def test_a_cluster_with_servers_is_none_for_nccl(make_cluster):
 
     cluster = make_cluster(1, 1)
     server = cluster.join("server")
-    with pytest.raises(kvstore.InvalidArgumentError, match="needs no servers.* has 1"):
+    with pytest.raises(kvstore.InvalidArgumentError, match=r"needs no servers.* has 1"):
         cluster.join("worker", make_core=Taken).result(LONG)
     with pytest.raises(kvstore.PeerLostError, match="needs no servers"):
         server.result(LONG)
@@ -119,7 +119,7 @@ def test_a_local_cluster_may_have_no_servers():
     with kvstore.LocalCluster(2, 0) as cluster:
         assert cluster.options["num_servers"] == 0
         assert cluster.run(json.dumps, [1]) == ["[1]", "[1]"]
-    with pytest.raises(kvstore.InvalidArgumentError, match="num_servers=-1: .* from 0 to"):
+    with pytest.raises(kvstore.InvalidArgumentError, match=r"num_servers=-1: .* from 0 to"):
         kvstore.LocalCluster(1, -1)
 
 
