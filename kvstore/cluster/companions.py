@@ -62,8 +62,9 @@ def from_environment(
     Parameters
     ----------
     num_servers
-        How many servers there are in all; 0: none, for stores of kind nccl. By default as ``KVSTORE_NUM_SERVERS`` says, else one a
-        node; where the engine does not tell the nodes (MPI on several hosts) it must be given.
+        How many servers there are in all; 0: none, for stores of kind nccl. By default as
+        ``KVSTORE_NUM_SERVERS`` says, else one a node; where the engine does not tell the nodes (MPI
+        on several hosts) it must be given.
     num_workers
         How many processes the engine must have started; by default as ``KVSTORE_NUM_WORKERS`` says,
         else any number is right.
