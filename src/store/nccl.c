@@ -106,8 +106,7 @@ static kv_status_t mirror_slots(const kv_group_t *group)
     return KV_OK;
 }
 
-/* ------------------------------------------------------------------------------- what is for NCCL
- */
+/* ---------------------------------------------------------------------------- what is for NCCL */
 
 /* One value on each of several devices, of one where there are several processes, and no device
  * twice: fills `devices`. */

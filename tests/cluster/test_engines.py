@@ -264,7 +264,7 @@ def test_where_nodes_are_not_told_the_number_of_servers_must_be(call):
 @pytest.mark.parametrize(
     ("options", "texts"),
     [
-        ({"num_servers": 0}, ("num_servers=0", "from 1")),
+        ({"num_servers": -1}, ("num_servers=-1", "from 0")),
         ({"num_servers": 1.5}, ("num_servers=1.5",)),
         ({"num_servers": True}, ("num_servers=True",)),
         ({"num_servers": 100_000}, ("num_servers=100000", "on one machine")),

@@ -110,14 +110,14 @@ MISTAKES = {
     ),
     "twins keep an older state": (
         "store/nccl.c",
-        "if (slots == NULL || twins->mirrored == slots)",
-        "if (slots == NULL || twins->mirrored != NULL)",
+        "slots == NULL || twins->mirrored == slots)",
+        "slots == NULL || twins->mirrored != NULL)",
         "check_nccl_training.py: states or middle",
     ),
     "the key steps before its twins": (
         "store/nccl.c",
-        "for (int k = push->team->count - 1; k >= 0; k--) {",
-        "for (int k = 0; k < push->team->count; k++) {",
+        "for (int k = push->crew->count - 1; k >= 0; k--) {",
+        "for (int k = 0; k < push->crew->count; k++) {",
         "check_nccl.py: goes_another_way and adam and value",
     ),
     "a push by NCCL comes before the work on its values": (
@@ -176,14 +176,14 @@ MISTAKES = {
     ),
     "what an error of NCCL leaves is taken for a number": (
         "store/store.c",
-        "? kv_nccl_team_check(plan->team) : status;",
-        "? KV_OK : status;",
+        "        status = kv_nccl_team_check(plan->team);",
+        "        status = KV_OK;",
         "check_nccl_failures.py: comes_later",
     ),
     "a store that is lost goes on": (
         "store/store.c",
-        "    KV_TRY(kv_nccl_team_check(plan->team));",
-        "",
+        "kv_status_t status = kv_nccl_team_check(plan->team);",
+        "kv_status_t status = KV_OK;",
         "check_nccl_failures.py: loses_the_devices",
     ),
 }
