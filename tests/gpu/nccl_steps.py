@@ -5,7 +5,6 @@ import ctypes
 import json
 import os
 import sys
-from pathlib import Path
 
 import cuda_tensor as cuda
 import numpy as np
@@ -80,5 +79,4 @@ def main():
 
 
 if __name__ == "__main__":
-    assert Path(kvstore.__file__).parts
     main()

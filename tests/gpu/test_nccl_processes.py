@@ -3,7 +3,6 @@ for NCCL carries values between them in files."""
 
 import itertools
 import json
-import os
 import shutil
 import signal
 import sys
@@ -40,12 +39,10 @@ class Workers:
 
     def __init__(self, folder, libraries, devices, timeout=LONG, create=True):
         self.scheduler, address = Child.scheduler(len(devices), 0)
-        paths = os.pathsep.join([str(plugin.HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.all = [
             Child(
                 plugin.HERE / "nccl_steps.py",
                 talks=True,
-                by=("/usr/bin/env", f"PYTHONPATH={paths}"),
                 **libraries,
                 EMU_NCCL_SHARED=str(folder),
                 EMU_DEVICES=str(number),
@@ -176,6 +173,7 @@ def test_keys_of_a_list_all_types_and_pushpull(make):
         "kv.pushpull(keys, [[at(2, d, (3, 2), t) for d in range(cuda.num_devices)]"
         " for t in types], out=outs)"
     )
+    assert workers.each("values(kv, 0)[0]") == [6, 6]  # which waits for it
     workers.each("pulled = [[one.numpy().tolist() for one in out] for out in outs]")
     assert workers.each("all(one == [[6, 6]] * 3 for out in pulled for one in out)") == [True] * 2
     workers.finish()
