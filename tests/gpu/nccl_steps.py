@@ -9,7 +9,7 @@ import sys
 import cuda_tensor as cuda
 import numpy as np
 
-import kvstore
+import kvstore  # noqa: F401, the lines use it
 from kvstore import optimizer
 
 library = ctypes.CDLL(os.environ["KVSTORE_NCCL"])
