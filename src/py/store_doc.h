@@ -392,7 +392,7 @@
     "set_barrier_before_exit($self, /, barrier_before_exit=True)\n"                                \
     "--\n"                                                                                         \
     "\n"                                                                                           \
-    "Whether close waits for the other workers, where there are several.\n"                         \
+    "Whether close waits for the other workers, where there are several.\n"                        \
     "\n"                                                                                           \
     "Examples\n"                                                                                   \
     "--------\n"                                                                                   \
