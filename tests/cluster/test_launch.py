@@ -198,7 +198,7 @@ def test_a_program_that_cannot_be_run_is_said(marked, tmp_path):
         (("-n", "two", "true"), "'two'"),
         (("-n", "9" * 30, "true"), "from 1 to"),
         (("-n", "4000", "-s", "4000", "true"), "no more than"),
-        (("-n", "1", "-s", "0", "true"), "'0'"),
+        (("-n", "1", "-s", "00", "true"), "'00'"),
         (("-n", "1", "--timeout", "nan", "true"), "'nan'"),
         (("-n", "1", "--timeout", "-3", "true"), "'-3'"),
         (("-n", "1", "--controller", "module", "true"), "MODULE:FUNCTION"),

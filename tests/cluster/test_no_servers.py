@@ -42,8 +42,11 @@ def test_workers_tell_each_other_a_text_in_a_barrier(three):
 
 
 def test_a_text_may_not_be_long(three):
-    with pytest.raises(kvstore.PeerLostError, match="says too much in a barrier"):
+    waiting = three.pool.submit(three.nodes[0].barrier, LONG)
+    with pytest.raises(kvstore.PeerLostError):
         three.nodes[1].barrier(LONG, "x" * 5000)
+    with pytest.raises(kvstore.PeerLostError, match=r"worker 1 \(.* says too much in a barrier"):
+        waiting.result(LONG)
 
 
 def test_all_who_gather_are_at_the_same_call(three):

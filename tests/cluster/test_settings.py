@@ -115,7 +115,7 @@ def test_a_scheduler_must_know_the_numbers(name):
     ("name", "values"),
     [
         ("num_workers", [0, -1, 1.5, "x", True, "1 2", 2**40]),
-        ("num_servers", [0, "-3"]),
+        ("num_servers", [-1, "-3"]),
         ("rank", [-1, 0.0, "first", False]),
         ("timeout", [0, -1, float("nan"), float("inf"), "soon", True, [1]]),
         ("same_host_copies", ["on", "AUTO"]),
@@ -133,7 +133,7 @@ def test_a_bad_value_is_refused_by_variable_and_option(name, values):
 
 def test_a_bad_variable_is_shown_with_its_value(monkeypatch):
     monkeypatch.setenv("DMLC_NUM_SERVER", "many")
-    assert "DMLC_NUM_SERVER='many'" in refused("from 1")
+    assert "DMLC_NUM_SERVER='many'" in refused("from 0")
 
 
 def test_a_token_is_never_shown():
