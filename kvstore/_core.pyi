@@ -318,7 +318,6 @@ class Handle:
     def exception(self) -> BaseException | None: ...
     def __await__(self) -> Generator[Any, None, Any]: ...
 
-@final
 class Ranks:
     """This process among those of an nccl store; `kvstore._nccl` derives from it."""
 
@@ -329,6 +328,7 @@ class Ranks:
     def drain(self, timeout: float | None, /) -> None: ...
     def end(self, together: bool, /) -> None: ...
 
+@final
 class Node:
     """This process on the data plane of a cluster; `kvstore.cluster` makes it."""
 
