@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, final, over
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import disjoint_base
 
 class _SupportsDLPack(Protocol):
     def __dlpack__(self, *, stream: Any = None) -> Any: ...
@@ -318,6 +319,7 @@ class Handle:
     def exception(self) -> BaseException | None: ...
     def __await__(self) -> Generator[Any, None, Any]: ...
 
+@disjoint_base
 class Ranks:
     """This process among those of an nccl store; `kvstore._nccl` derives from it."""
 
