@@ -9,7 +9,7 @@ from typing import Any
 
 from . import _declared, _dist_states
 from .cluster.member import Command, Member
-from .errors import ArrayTypeError, InvalidArgumentError, PeerLostError
+from .errors import ArrayTypeError, DeviceError, InvalidArgumentError, PeerLostError
 
 Controller = Callable[[int, Any], object]
 
@@ -71,6 +71,8 @@ def close(member: Member, timeout_s: float, together: bool | None = None) -> Non
         # The scheduler will know in a moment. A worker that left before that would be taken for
         # the one that is missing, and if all did, the cluster would have ended well.
         member.await_loss(LOSS_S)
+    except DeviceError:  # which the calls have told
+        together = False
     except BaseException:  # its time is over, or somebody wants it to end
         together = False
         raise

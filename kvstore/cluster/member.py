@@ -26,6 +26,7 @@ from .. import _core
 from .._declared import Declared
 from ..errors import (
     ClosedError,
+    DeviceError,
     InvalidArgumentError,
     KVStoreError,
     PeerLostError,
@@ -495,7 +496,7 @@ class Member:
         try:
             if self.core is not None:
                 self.core.drain(SHORT_S)
-        except (TimeoutError, PeerLostError):
+        except (TimeoutError, PeerLostError, DeviceError):
             return False
         return True
 

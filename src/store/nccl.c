@@ -393,8 +393,8 @@ static kv_status_t close_all(push_t *push, kv_hold_t *hold)
     return status;
 }
 
-kv_status_t kv_nccl_push(const kv_plan_t *plan, const kv_work_t *works, kv_caller_t *caller,
-                         bool *fits, bool *launched)
+static kv_status_t push_by_nccl(const kv_plan_t *plan, const kv_work_t *works, kv_caller_t *caller,
+                                bool *fits, bool *launched)
 {
     push_t push = {.crew = &plan->team->pushing, .plan = plan, .caller = caller};
     void *block = NULL;
@@ -410,6 +410,15 @@ kv_status_t kv_nccl_push(const kv_plan_t *plan, const kv_work_t *works, kv_calle
     for (int64_t g = 0; g < plan->num_groups && status != KV_OK; g++)
         kv_entry_drop_twins(plan->groups[g].entry); /* nobody knows which of them are done */
     kv_free(block);
+    return status;
+}
+
+kv_status_t kv_nccl_push(const kv_plan_t *plan, const kv_work_t *works, kv_caller_t *caller,
+                         bool *fits, bool *launched)
+{
+    atomic_fetch_add(&plan->team->inside, 1);
+    kv_status_t status = push_by_nccl(plan, works, caller, fits, launched);
+    atomic_fetch_sub(&plan->team->inside, 1);
     return status;
 }
 

@@ -47,6 +47,8 @@ kv_nccl_peers_t *kv_nccl_team_peers(kv_nccl_team_t *team);
 /* KV_DEVICE if NCCL or one of its devices has failed, KV_PEER_LOST if a process is gone: no value
  * can be relied on then, be it on another device. */
 KV_MUST_CHECK kv_status_t kv_nccl_team_check(kv_nccl_team_t *team);
+/* Whether there are devices that NCCL has worked for. */
+bool kv_nccl_team_works(kv_nccl_team_t *team);
 /* A call has ended with this status. After KV_TIMEOUT what devices still do for NCCL is ended.
  * Gives the call's status: KV_PEER_LOST if a process is gone (after KV_DEVICE that is waited for a
  * moment), KV_DEVICE if a device is lost, so that it was waited for in vain, else the same. */
@@ -60,7 +62,7 @@ void kv_nccl_team_lose(kv_nccl_team_t *team, const char *why);
 void kv_nccl_team_depart(kv_nccl_team_t *team, const char *why);
 /* KV_OK, or KV_PEER_LOST: for any call, or for one that takes all processes. */
 KV_MUST_CHECK kv_status_t kv_nccl_team_whole(kv_nccl_team_t *team, bool for_all);
-/* Waits for the devices' work for NCCL. */
+/* Waits for calls that use NCCL, and for the devices' work for it. */
 KV_MUST_CHECK kv_status_t kv_nccl_team_drain(kv_nccl_team_t *team, kv_caller_t *caller);
 /* Ends the groups: `together` with those of all other processes, or at once. */
 void kv_nccl_team_end(kv_nccl_team_t *team, bool together);
@@ -80,6 +82,7 @@ struct kv_nccl_team {
     kv_nccl_peers_t peers;         /* num_workers is 0 in one process */
     kv_nccl_crew_t pushing, early; /* `early` until the first push; they may have one group */
     atomic_int missing;            /* 0: nobody, 1: one has left, 2: one is lost */
+    atomic_int inside;             /* calls between their first step and their last mark */
     atomic_bool awaited;           /* news of one that is lost; they did not come */
     kv_mutex_t lock;
     char why[KV_MESSAGE_BYTES]; /* lock */

@@ -156,7 +156,9 @@ kv_status_t kv_nccl_init(kv_store_t *store, const kv_plan_t *plan, const char *v
     if (status == KV_OK)
         status = kv_engine_enter(store->runtime->engine, &op, caller);
     if (status == KV_OK) {
+        atomic_fetch_add(&plan->team->inside, 1);
         status = begin_keys(plan->team, store, plan, verb, call, caller);
+        atomic_fetch_sub(&plan->team->inside, 1);
         kv_engine_leave(store->runtime->engine, &op);
     }
     kv_caller_attach(caller);

@@ -192,6 +192,11 @@ static kv_nccl_crew_t *crew_of(kv_nccl_team_t *team)
                                                      : NULL;
 }
 
+bool kv_nccl_team_works(kv_nccl_team_t *team)
+{
+    return crew_of(team) != NULL;
+}
+
 kv_status_t kv_nccl_team_check(kv_nccl_team_t *team)
 {
     bool idle;
@@ -220,14 +225,13 @@ static kv_status_t gave_up(kv_nccl_team_t *team)
     return kv_fail(KV_TIMEOUT, "%s", why);
 }
 
-/* Waits a moment for news of a process that is gone. */
-static kv_status_t await_news(kv_nccl_team_t *team, kv_caller_t *caller)
+/* Waits until a number is zero, or is not, or the time is over. */
+static kv_status_t await(atomic_int *number, bool zero, int64_t end, kv_caller_t *caller)
 {
     kv_status_t status = KV_OK;
     bool was_attached = !caller->detached;
-    int64_t end = kv_clock_ns() + TOLD_NS;
     kv_caller_detach(caller);
-    while (status == KV_OK && atomic_load(&team->missing) == 0 && kv_clock_ns() < end) {
+    while (status == KV_OK && (atomic_load(number) == 0) != zero && kv_clock_ns() < end) {
         nanosleep(&(struct timespec){.tv_nsec = LOOK_NS}, NULL);
         status = caller->poll(caller);
     }
@@ -243,7 +247,7 @@ kv_status_t kv_nccl_team_failed(kv_nccl_team_t *team, kv_status_t status, kv_cal
     if (many && (status == KV_DEVICE || status == KV_TIMEOUT)) {
         snprintf(why, sizeof why, "%s", kv_status_message(status));
         if (status == KV_DEVICE && !atomic_exchange(&team->awaited, true))
-            KV_TRY(await_news(team, caller));
+            KV_TRY(await(&team->missing, false, kv_clock_ns() + TOLD_NS, caller));
         KV_TRY(kv_nccl_team_whole(team, true));
         (void)kv_fail(status, "%s", why);
     }
@@ -252,6 +256,9 @@ kv_status_t kv_nccl_team_failed(kv_nccl_team_t *team, kv_status_t status, kv_cal
 
 kv_status_t kv_nccl_team_drain(kv_nccl_team_t *team, kv_caller_t *caller)
 {
+    KV_TRY(await(&team->inside, true, kv_caller_deadline(caller), caller));
+    if (atomic_load(&team->inside) != 0)
+        return kv_fail(KV_TIMEOUT, "a call has not come to the end of its work with NCCL");
     kv_nccl_crew_t *crew = crew_of(team);
     kv_status_t status = KV_OK;
     for (int k = 0; crew != NULL && k < crew->count && status == KV_OK; k++) {

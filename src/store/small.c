@@ -88,8 +88,7 @@ kv_status_t kv_store_try_small(kv_store_t *store, const kv_name_t *name, const k
                                const kv_view_t *out, kv_caller_t *caller, bool *done)
 {
     *done = false;
-    if (KV_UNLIKELY(store->runtime->generation != kv_fork_generation() || store->client != NULL ||
-                    store->ranks != NULL))
+    if (KV_UNLIKELY(store->runtime->generation != kv_fork_generation() || store->client != NULL))
         return KV_OK;
     kv_engine_t *engine = store->runtime->engine;
     uint64_t hash = kv_name_hash(name);

@@ -214,7 +214,9 @@ static kv_status_t run(kv_store_t *store, kv_plan_t *plan, kv_call_t *call, bool
     kv_status_t status = kv_nccl_team_check(plan->team);
     if (status != KV_OK)
         return kv_nccl_team_failed(plan->team, status, caller);
-    call->async = async && plan->stage == NULL;
+    /* Nobody would look, after a task, whether its numbers are any. */
+    bool looks = call->num_outs > 0 && kv_nccl_team_works(plan->team);
+    call->async = async && plan->stage == NULL && !looks;
     status = store->client != NULL ? kv_dist_run(store, plan, call, push, caller)
                                    : kv_plan_run(store, plan, call, push, caller);
     call->async = async;

@@ -4,7 +4,9 @@ and answers each with a line of JSON."""
 import ctypes
 import json
 import os
+import signal
 import sys
+import threading
 
 import cuda_tensor as cuda
 import numpy as np
@@ -58,6 +60,10 @@ def fault(what, n=1):
     library.emu_nccl_fault(what.encode(), ctypes.c_int64(n))
 
 
+def interrupted_soon():
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
 def say(**news):
     print(json.dumps(news), flush=True)
 
@@ -72,7 +78,7 @@ def main():
             except SyntaxError:
                 exec(line, names)
                 say(value=None)
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             say(error=type(error).__name__, text=str(error))
     mistakes = cuda.emu.counter("mistakes")
     say(value=[mistakes, str(cuda.emu.report()) if mistakes else ""])

@@ -276,6 +276,20 @@ def test_who_does_not_come_is_named_at_the_deadline(make, line):
     workers.finish()
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["kv.init('w', at(0))", "kv.push('v', at(1))", "kv.pushpull('u', at(1), out=np.zeros(4))"],
+)
+def test_ctrl_c_ends_a_wait_for_the_others(make, line):
+    workers = make(1, 1)
+    workers.each("kv.init(['v', 'u'], [at(0), at(0, 0, (4,), 'float64')])")
+    line = line.replace("at(1), out", "at(1, 0, (4,), 'float64'), out")
+    workers.ask(0, "interrupted_soon()")
+    assert workers.ask(0, line)["error"] == "KeyboardInterrupt"
+    workers.each(line)
+    workers.finish()
+
+
 def test_a_sum_in_which_one_does_not_take_part_is_over_by_the_timeout(make):
     workers = make(1, 1, timeout=2)
     workers.each("kv.init('w', at(0))")
@@ -292,6 +306,7 @@ WAITS = {
     "a sum": ("kv.push('w', at(1, 0, (6,)))", "values(kv, 'w')"),
     "a pushpull": ("out = np.zeros(6, 'float32')", "kv.pushpull('w', at(1, 0, (6,)), out=out)"),
     "an init": ("None", "kv.init('new', at(1))"),
+    "a pull": ("kv.push('w', at(1, 0, (6,)))", "kv.pull('w').asnumpy().tolist()"),
     "a barrier": ("None", "kv.barrier()"),
     "set_optimizer": ("None", "kv.set_optimizer(optimizer.SGD(learning_rate=1))"),
 }
@@ -342,6 +357,23 @@ def test_a_worker_that_dies_while_a_group_begins_is_named(make):
     workers.fails(0, "kv.pull('w', out=at(0))", "PeerLostError", "worker 1 (")
 
 
+def test_a_device_that_dies_is_its_workers_error_and_a_loss_to_the_others(make):
+    workers = make(1, 1)
+    workers.each("kv.init('w', at(0))")
+    workers.each("kv.push('w', at(1))")
+    assert workers.each("values(kv, 'w')[0]") == [2, 2]
+    workers.tell(0, "kv.pushpull('w', at(1), out=np.zeros(4, 'float32'))")
+    workers.ask(1, "gradient = at(1)")
+    workers.ask(1, "cuda.emu.kill_device(0, 0)")
+    began = time.monotonic()
+    for line in ("kv.push('w', gradient)", "kv.pull('w')", "kv.init('v', np.zeros(4))"):
+        workers.fails(1, line, "DeviceError", "device 0")
+    assert workers.ask(1, "kv.close()") == {"value": None}
+    told = workers.hear(0)
+    assert time.monotonic() - began < SOON_S
+    assert told["error"] == "PeerLostError" and "worker 1 has left" in told["text"], told
+
+
 def test_a_worker_that_leaves_has_had_its_part_and_takes_no_more(make):
     workers = make(1, 1)
     workers.each("kv.init('w', at(0))")
@@ -385,3 +417,20 @@ def test_a_script_that_ends_without_close_has_done_its_part(make):
     assert workers.ask(0, "kv.close()") == {"value": None}
     assert workers.all[1].returncode == 0
     workers.all[0].ends(0)
+
+
+def in_a_run():
+    import cuda_tensor as cuda
+
+    with kvstore.create("nccl") as kv:
+        kv.init("w", cuda.TableTensor(np.zeros(3, "float32"), 0))
+        kv.push("w", cuda.TableTensor(np.full(3, kv.rank + 1, "float32"), 0))
+        return kv.pull("w").asnumpy().tolist()
+
+
+def test_a_local_cluster_without_servers_runs_it(libraries, tmp_path, monkeypatch):
+    for name, text in {**libraries, "EMU_DEVICES": "1", "EMU_NCCL_SHARED": str(tmp_path)}.items():
+        monkeypatch.setenv(name, text)
+    with kvstore.LocalCluster(num_workers=2, num_servers=0, timeout=LONG) as cluster:
+        assert cluster.run(in_a_run) == [[3, 3, 3]] * 2
+        assert cluster.run(in_a_run) == [[3, 3, 3]] * 2
