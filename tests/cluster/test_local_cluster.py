@@ -228,6 +228,7 @@ def test_wrong_arguments_are_refused(monkeypatch):
     for wrong in (0, -1, 1 << 40):
         with pytest.raises(kvstore.InvalidArgumentError, match=f"num_workers={wrong}"):
             LocalCluster(wrong, 1)
+    for wrong in (-1, 1 << 40):
         with pytest.raises(kvstore.InvalidArgumentError, match=f"num_servers={wrong}"):
             LocalCluster(1, wrong)
     for wrong in (True, 1.5, "2"):
