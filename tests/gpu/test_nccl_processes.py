@@ -15,6 +15,7 @@ import plugin
 
 sys.path.insert(0, str(plugin.ROOT / "tests" / "cluster"))
 from fakes import LONG, Child
+from placing import torchrun
 
 import kvstore
 from kvstore import optimizer
@@ -36,10 +37,17 @@ def libraries(tmp_path_factory):
 
 
 class Workers:
-    """Workers with so many devices each, and their scheduler."""
+    """Workers with so many devices each, and their scheduler; or as torchrun starts them."""
 
-    def __init__(self, folder, libraries, devices, timeout=LONG, create=True):
-        self.scheduler, address = Child.scheduler(len(devices), 0)
+    def __init__(self, folder, libraries, devices, timeout=LONG, create=True, by_torchrun=False):
+        size = len(devices)
+        self.others = []
+        if by_torchrun:
+            own = [torchrun(rank, size, 1, str(folder)) for rank in range(size)]
+        else:
+            scheduler, address = Child.scheduler(size, 0)
+            self.others = [scheduler]
+            own = [{"KVSTORE_SCHEDULER": address, "KVSTORE_RANK": rank} for rank in range(size)]
         self.all = [
             Child(
                 plugin.HERE / "nccl_steps.py",
@@ -48,9 +56,8 @@ class Workers:
                 EMU_NCCL_SHARED=str(folder),
                 EMU_DEVICES=str(number),
                 EMU_SEED=str(next(seeds)),
-                KVSTORE_SCHEDULER=address,
-                KVSTORE_RANK=str(rank),
                 KVSTORE_TIMEOUT=str(timeout),
+                **{name: str(value) for name, value in own[rank].items()},
             )
             for rank, number in enumerate(devices)
         ]
@@ -103,10 +110,11 @@ class Workers:
         for one in self.all:
             out, err = one.ends(0)
             assert json.loads(out) == {"value": [0, ""]}, err
-        self.scheduler.ends(0)
+        for one in self.others:
+            one.ends(0)
 
     def stop(self):
-        for one in (*self.all, self.scheduler):
+        for one in (*self.all, *self.others):
             one.stop()
 
 
@@ -218,6 +226,16 @@ def test_a_barrier_and_the_options_of_a_cluster(make):
     workers.fails(0, "kvstore.create('nccl')", "InvalidArgumentError", "already is a worker")
     workers.fails(0, "kv.send_command_to_servers(1, '')", "InvalidArgumentError", "no server")
     assert workers.ask(0, "kv.num_dead_node('worker')") == {"value": 0}
+    workers.finish()
+
+
+def test_torchruns_processes_need_no_servers(make):
+    workers = make(1, 1, create=False, by_torchrun=True)
+    workers.each("kvstore.cluster.from_environment(num_servers=0)")
+    workers.each("kv = kvstore.create('nccl')")
+    workers.each("kv.init('w', at(kv.rank))")
+    workers.each("kv.push('w', at(kv.rank + 1))")
+    assert workers.each("values(kv, 'w')[0]") == [3, 3]
     workers.finish()
 
 
