@@ -411,8 +411,9 @@ static bool is_ids(PyObject *object)
         return true;
     PyObject *first = list_item(object, 0);
     /* Not every array is a sequence. */
-    bool number =
-        first != NULL && !PySequence_Check(first) && !PyObject_HasAttrString(first, "__dlpack__");
+    bool number = first != NULL && !PySequence_Check(first) &&
+                  !PyObject_HasAttrString(first, "__dlpack__") &&
+                  !PyObject_HasAttrString(first, "__cuda_array_interface__");
     Py_XDECREF(first);
     return number;
 }

@@ -192,7 +192,8 @@ static bool find_device(kv_state_t *state, kv_view_t *view)
     return true;
 }
 
-/* Without a stream the elements are ready, on any. */
+/* Without a stream the elements are ready, on any. So are none at all, whose stream may be another
+ * device's than the current one. */
 static bool find_stream(kv_state_t *state, PyObject *given, kv_view_t *view)
 {
     if (given == NULL)
@@ -206,6 +207,8 @@ static bool find_stream(kv_state_t *state, PyObject *given, kv_view_t *view)
                    "streams: 1 is the legacy default one, 2 the thread's");
         return false;
     }
+    if (view->count == 0)
+        return kv_cuda_own_stream(state, view->device, &view->stream) >= 0;
     kv_cuda_follow(view, stream);
     return true;
 }

@@ -103,6 +103,22 @@ def test_row_ids_come_from_devices():
                 "w", row_ids=late(cuda.TableTensor, np.array([[6, 4], [6, 0]], dtype))
             )
             assert out.indices.tolist() == [0, 4, 6]
+        for face in ORDERED:
+            ids = [late(face, np.array(rows)) for rows in ([6, 0], [4])]
+            outs = [kvstore.RowSparse.zeros((9, 4), "float32") for _ in ids]
+            kv.row_sparse_pull("w", out=outs, row_ids=ids)
+            assert [out.indices.tolist() for out in outs] == [[0, 6], [4]]
+
+
+@pytest.mark.devices
+def test_an_interface_without_elements_may_name_a_stream_of_any_device():
+    for device in BOTH:
+        empty = cuda.InterfaceTensor(numbers((0, 4)), device)
+        assert kvstore.array(empty).shape == (0, 4)
+        with kvstore.create("device") as kv:
+            kv.init("w", empty)
+            kv.push("w", [empty, cuda.InterfaceTensor(numbers((0, 4)))])
+            kv.pull("w", out=empty)
 
 
 def test_gradients_and_codes_come_from_devices():
