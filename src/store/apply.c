@@ -293,6 +293,8 @@ kv_status_t kv_work_merge(const kv_work_t *work)
         kv_entry_drop_twins(entry);
         if (work->group.values[0].flags & KV_VIEW_CUDA)
             return kv_work_merge_on_device(work);
+        if (kv_group_brings_cuda(&work->group))
+            return kv_work_merge_here(work);
         KV_TRY(kv_work_bring_home(work));
         KV_TRY(kv_buffer_bring_home(&entry->merged, work->caller));
     }

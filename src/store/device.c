@@ -31,11 +31,15 @@ static const kv_view_t *first_cuda(const kv_view_t *views, int32_t count)
     return NULL;
 }
 
+bool kv_group_brings_cuda(const kv_group_t *group)
+{
+    return first_cuda(group->values, group->num_values) != NULL;
+}
+
 bool kv_work_on_device(const kv_work_t *work)
 {
     const kv_group_t *group = &work->group;
-    return device_of(group->entry->stored) >= 0 ||
-           first_cuda(group->values, group->num_values) != NULL ||
+    return device_of(group->entry->stored) >= 0 || kv_group_brings_cuda(group) ||
            first_cuda(group->outs, group->num_outs) != NULL;
 }
 
@@ -118,42 +122,53 @@ static kv_status_t densify(const kv_work_t *work)
     return status;
 }
 
+kv_status_t kv_work_deliver(const kv_work_t *work, const void *stored)
+{
+    KV_TRY(kv_deliver_here(*work, stored));
+    if (first_cuda(work->group.outs, work->group.num_outs) == NULL)
+        return KV_OK;
+    return work->group.entry->sparse ? densify(work) : upload_outs(work, stored);
+}
+
 static kv_status_t run_here(const kv_work_t *work, bool *delivering)
 {
     kv_entry_t *entry = work->group.entry;
-    kv_work_t host = *work;
     if (work->push) {
+        kv_work_t push = *work;
         KV_TRY(kv_work_bring_home(work));
-        host.group.num_outs = 0;
-        KV_TRY(kv_work_run(&host, delivering));
+        push.group.num_outs = 0;
+        KV_TRY(kv_work_run(&push, delivering));
     }
     *delivering = true;
-    const void *stored = entry->sparse ? NULL : entry->stored->data;
-    host.group.num_outs = work->group.num_outs;
-    KV_TRY(kv_deliver_here(host, stored));
-    if (first_cuda(work->group.outs, work->group.num_outs) == NULL)
-        return KV_OK;
-    return entry->sparse ? densify(work) : upload_outs(work, stored);
+    return kv_work_deliver(work, entry->sparse ? NULL : entry->stored->data);
+}
+
+/* The values of the work with those of devices copied to the host: *out, and their memory. */
+static kv_status_t fetch_values(const kv_work_t *work, kv_view_t **out, kv_buffer_t **room)
+{
+    int32_t count = work->group.num_values;
+    size_t bytes = work->group.entry->bytes;
+    kv_view_t *views = *out = kv_alloc((size_t)count * sizeof *views);
+    KV_TRY_ALLOC(views, "the values of a call");
+    KV_TRY(kv_buffer_new((size_t)count * bytes, room));
+    for (int32_t i = 0; i < count; i++) {
+        views[i] = work->group.values[i];
+        if (!kv_view_is_cuda(&views[i]))
+            continue;
+        views[i].data = (char *)(*room)->data + (size_t)i * bytes;
+        views[i].flags = 0;
+        KV_TRY(kv_device_fetch(&work->group.values[i], views[i].data, work->caller));
+    }
+    return KV_OK;
 }
 
 /* A push of more values than a kernel adds up is done on the host. */
 static kv_status_t run_many_here(const kv_work_t *work, bool *delivering)
 {
-    int32_t count = work->group.num_values;
-    size_t bytes = work->group.entry->bytes;
-    kv_view_t *views = kv_alloc((size_t)count * sizeof *views);
-    kv_buffer_t *room = NULL;
-    KV_TRY_ALLOC(views, "the values of a call");
-    kv_status_t status = kv_buffer_new((size_t)count * bytes, &room);
-    for (int32_t i = 0; i < count && status == KV_OK; i++) {
-        views[i] = work->group.values[i];
-        if (!kv_view_is_cuda(&views[i]))
-            continue;
-        views[i].data = (char *)room->data + (size_t)i * bytes;
-        views[i].flags = 0;
-        status = kv_device_fetch(&work->group.values[i], views[i].data, work->caller);
-    }
     kv_work_t host = *work;
+    kv_view_t *views = NULL;
+    kv_buffer_t *room = NULL;
+    kv_status_t status = fetch_values(work, &views, &room);
     host.group.values = views;
     if (status == KV_OK)
         status = run_here(&host, delivering);
@@ -235,6 +250,20 @@ kv_status_t kv_work_merge_on_device(const kv_work_t *work)
     const kv_work_t *one = &merge;
     merge.group.num_outs = 0;
     return kv_batch_run(&one, 1, home_of(work), &work->group.entry->merged, &launched);
+}
+
+kv_status_t kv_work_merge_here(const kv_work_t *work)
+{
+    kv_work_t host = *work;
+    kv_view_t *views = NULL;
+    kv_buffer_t *room = NULL;
+    kv_status_t status = fetch_values(work, &views, &room);
+    host.group.values = views;
+    if (status == KV_OK)
+        status = kv_work_merge(&host);
+    kv_buffer_rele(room);
+    kv_free(views);
+    return status;
 }
 
 /* ---------------------------------------------------------------------------------- updaters */

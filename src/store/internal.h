@@ -286,7 +286,9 @@ static inline kv_lane_t kv_view_lane(const kv_view_t *view)
 /* Keeps the arrays of a call until the mark has passed. NULL is allowed. */
 void kv_hold_until(kv_hold_t *hold, kv_mark_t *mark);
 
-/* Whether the key or one of the arrays is in device memory. */
+/* Whether a value is in device memory. */
+bool kv_group_brings_cuda(const kv_group_t *group);
+/* Whether the key or one of the arrays is. */
 bool kv_work_on_device(const kv_work_t *work);
 /* kv_work_run for such work. */
 KV_MUST_CHECK kv_status_t kv_work_run_on_device(const kv_work_t *work, bool *delivering);
@@ -296,6 +298,11 @@ KV_MUST_CHECK kv_status_t kv_works_run(kv_work_t *works, int64_t count, int64_t 
                                        bool *delivering);
 /* kv_work_merge for values of which the first is in device memory: the key comes there. */
 KV_MUST_CHECK kv_status_t kv_work_merge_on_device(const kv_work_t *work);
+/* Likewise where the first is in host memory, and others are not: these come there. */
+KV_MUST_CHECK kv_status_t kv_work_merge_here(const kv_work_t *work);
+/* kv_work_copy_out for outs that may be in device memory, of a value that is in the host's:
+ * `stored`, or the work's rows. The key need not be held. */
+KV_MUST_CHECK kv_status_t kv_work_deliver(const kv_work_t *work, const void *stored);
 /* Everything that work on the host needs of the key comes to host memory. The key is written. */
 KV_MUST_CHECK kv_status_t kv_work_bring_home(const kv_work_t *work);
 

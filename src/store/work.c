@@ -268,7 +268,9 @@ static kv_status_t update_outs(kv_store_t *store, const kv_plan_t *plan, const k
     kv_work_t work = kv_work_of(&store->host, plan, group, false, scratch->pointers, NULL);
     work.stored = snapshot->dense != NULL ? snapshot->dense->data : NULL;
     work.rows = &snapshot->rows;
-    kv_status_t status = kv_work_copy_out(&work);
+    work.caller = caller;
+    work.hold = call->hold;
+    kv_status_t status = plan->cuda ? kv_work_deliver(&work, work.stored) : kv_work_copy_out(&work);
     kv_engine_leave(store->runtime->engine, &op);
     return status;
 }

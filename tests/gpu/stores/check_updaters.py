@@ -103,6 +103,54 @@ def test_host_values_bring_the_key_home(store):
     assert seen == [np.ndarray, cuda.TableTensor, np.ndarray]
 
 
+def test_the_first_of_several_values_tells_where_the_updater_works(store):
+    """The others come there, from devices or the host."""
+
+    def add(key, recv, stored):
+        seen.append(type(stored))
+        if isinstance(stored, np.ndarray):
+            stored += recv
+        else:
+            stored.add_(recv)
+
+    seen = []
+    store.init("w", zeros())
+    store.set_updater(add)
+    value, wide = numbers(), np.repeat(numbers(), 2).reshape(3, 4, 2)[..., 0]
+    for device in BOTH:
+        there = [cuda.TableTensor(value, device), cuda.MethodTensor(value, device)]
+        for values in ([value, *there], [*there, value], [wide, *there], [kvstore.array(value)]):
+            store.push("w", values)
+            there[0].fill_(0)
+            there[0].fill_(value)
+    assert (store.pull("w").asnumpy() == 10 * len(BOTH) * value).all()
+    assert seen == [np.ndarray, cuda.TableTensor, np.ndarray, np.ndarray] * len(BOTH)
+
+
+@pytest.mark.parametrize("form", ["dense", "row-sparse"])
+@pytest.mark.parametrize("face", [cuda.TableTensor, cuda.MethodTensor])
+def test_outs_on_devices_beside_outs_of_the_package_get_what_it_has_left(store, face, form):
+    def add(key, recv, stored):
+        if isinstance(stored, cuda.Tensor):
+            stored.add_(recv)
+        else:
+            stored[...] = np.asarray(stored) + np.asarray(recv)
+
+    value = numbers() + 1
+    rows = kvstore.RowSparse.from_dense(value)
+    store.init("w", rows if form == "row-sparse" else zeros())
+    store.set_updater(add)
+    wanted = value * (form == "row-sparse")
+    for given in (rows, *([zeros().fill_(value), value] if form == "dense" else [])):
+        outs = [face(np.full((3, 4), 9, np.float32), device) for device in BOTH]
+        own = [kvstore.zeros((3, 4)), kvstore.RowSparse.zeros((3, 4), "float32")]
+        plain, strided = np.zeros((3, 4), np.float32), np.zeros((3, 8), np.float32)[:, ::2]
+        store.pushpull("w", given, out=[*outs, *own, plain, strided])
+        wanted = wanted + value
+        assert all((out.numpy() == wanted).all() for out in outs)
+        assert all((np.asarray(out) == wanted).all() for out in (*own, plain, strided))
+
+
 def test_a_store_that_merges_on_the_host_gives_numpy_arrays():
     def add(key, recv, stored):
         stored += recv
