@@ -20,7 +20,7 @@ if os.environ.get("KVSTORE_TESTS_WITHOUT_TORCH"):
 if "KVSTORE_CUDA_PLUGIN" not in os.environ:
     collect_ignore = ["gpu/stores"]
 
-KINDS = ("local", "device", "dist_sync")
+KINDS = os.environ.get("KVSTORE_TESTS_KINDS", "local device dist_sync").split()
 # Where a store of a dist kind joins, but for tests marked `one_process`. The other files are about
 # what servers do not do: updaters, and as yet optimizers and compression.
 EVERYWHERE = {
@@ -113,7 +113,7 @@ def pytest_generate_tests(metafunc):
     if "kv" in metafunc.fixturenames:
         everywhere = metafunc.module.__name__ in EVERYWHERE
         local = metafunc.definition.get_closest_marker("one_process") or not everywhere
-        kinds = [kind for kind in KINDS if not (local and kind == "dist_sync")]
+        kinds = [kind for kind in KINDS if not (local and kind.startswith("dist"))]
         metafunc.parametrize("kv", kinds, indirect=True)
 
 
@@ -121,9 +121,9 @@ def pytest_generate_tests(metafunc):
 def kv(request):
     """A store of each kind that does what the test asks for; of a dist kind in a cluster inside
     this process."""
-    if request.param != "dist_sync":
+    if not request.param.startswith("dist"):
         with kvstore.create(request.param) as store:
             yield store
         return
-    with Cluster(1, 2) as cluster:
+    with Cluster(1, 2, request.param) as cluster:
         yield cluster.store()

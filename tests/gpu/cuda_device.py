@@ -51,12 +51,15 @@ KERNELS = ("sum", "step", "squares", "encode", "decode")
 
 
 class Table(ct.Structure):
+    """All of it is quick. So the GIL is kept: given away at each call it would come back late in a
+    process whose other threads are busy."""
+
     _fields_ = [
         ("abi", ct.c_uint32),
         ("bytes", ct.c_uint32),
         ("num_devices", INT),
         ("name", ct.c_char_p),
-        *[(name, ct.CFUNCTYPE(INT, *types, ct.c_char_p)) for name, types in CALLS.items()],
+        *[(name, ct.PYFUNCTYPE(INT, *types, ct.c_char_p)) for name, types in CALLS.items()],
         *[(name, P) for name in KERNELS],
     ]
 

@@ -90,7 +90,7 @@ class Foreign:
 
     def __init__(self, managed, versioned):
         tensor = managed.contents.tensor
-        self.device, self.pointer = tensor.device_id, tensor.data + tensor.byte_offset
+        self.device, self.pointer = tensor.device_id, (tensor.data or 0) + tensor.byte_offset
         self.managed, self.versioned, self.streams = managed, versioned, []
 
     def __del__(self):
@@ -110,20 +110,22 @@ class Tensor:
         array = np.asarray(array)
         self.shape, self.dtype = array.shape, array.dtype
         self.layout, self.readonly = layout, readonly
+        self.byte_offset = 3 * self.dtype.itemsize if layout == "offset" else 0
         laid = self.laid_out(array)
-        self.storage = Storage(device, laid.nbytes)
+        self.storage = Storage(device, self.byte_offset + laid.nbytes)
         self.put(laid)
 
     @classmethod
-    def over(cls, storage, shape, dtype):
+    def over(cls, storage, shape, dtype, byte_offset=0, readonly=False):
+        """A view of memory that is there."""
         tensor = cls.__new__(cls)
         tensor.shape, tensor.dtype, tensor.storage = tuple(shape), np.dtype(dtype), storage
-        tensor.layout, tensor.readonly = "plain", False
+        tensor.layout, tensor.byte_offset, tensor.readonly = "plain", byte_offset, readonly
         return tensor
 
     device = property(lambda self: self.storage.device)
     exports = property(lambda self: self.storage.exports)
-    byte_offset = property(lambda self: 3 * self.dtype.itemsize * (self.layout == "offset"))
+    pointer = property(lambda self: self.storage.pointer + self.byte_offset)
 
     @property
     def strides(self):
@@ -134,10 +136,8 @@ class Tensor:
 
     def laid_out(self, array=None):
         """The bytes of the memory when the tensor has these values."""
-        if self.layout == "plain":
+        if self.layout != "strided":
             return np.ascontiguousarray(array).reshape(-1)
-        if self.layout == "offset":
-            return np.concatenate([np.zeros(3, self.dtype), array.reshape(-1)])
         both = np.ones((*self.shape, 2), self.dtype)
         if array is not None:
             both[..., 0] = array
@@ -155,7 +155,7 @@ class Tensor:
         stream, host = self.used(), made("host_alloc", self.device, laid.nbytes)
         staging.append((self.device, host))
         ct.memmove(host, laid.tobytes(), laid.nbytes)
-        call("copy", self.device, stream.handle, TO_DEVICE, laid.nbytes, host, self.storage.pointer)
+        call("copy", self.device, stream.handle, TO_DEVICE, laid.nbytes, host, self.pointer)
 
     def fill_(self, array):
         """Puts the writing of these values on the current stream."""
@@ -164,21 +164,14 @@ class Tensor:
 
     def numpy(self):
         """The values, after the work on the current stream."""
-        count = 1 if not self.shape else int(np.prod(self.shape))
-        laid = np.zeros(
-            {"plain": count, "offset": count + 3, "strided": (*self.shape, 2)}[self.layout],
-            self.dtype,
-        )
+        laid = np.zeros((*self.shape, *(2,) * (self.layout == "strided")), self.dtype)
         if laid.nbytes > 0:
             stream, host = self.used(), made("host_alloc", self.device, laid.nbytes)
-            pointer = self.storage.pointer
-            call("copy", self.device, stream.handle, TO_HOST, laid.nbytes, pointer, host)
+            call("copy", self.device, stream.handle, TO_HOST, laid.nbytes, self.pointer, host)
             stream.synchronize()
             laid = np.frombuffer(ct.string_at(host, laid.nbytes), self.dtype).reshape(laid.shape)
             call("host_free", self.device, host)
-        if self.layout == "strided":
-            return laid[..., 0].copy()
-        return laid[self.byte_offset // self.dtype.itemsize :].reshape(self.shape).copy()
+        return (laid[..., 0] if self.layout == "strided" else laid).copy()
 
     # In place, for updaters: on the host, for this is no mathematics library.
     def add_(self, other, factor=1):
@@ -313,7 +306,7 @@ class InterfaceTensor(Tensor):
         return {
             "shape": self.shape,
             "typestr": self.dtype.str,
-            "data": (self.storage.pointer + self.byte_offset, self.readonly),
+            "data": (self.pointer, self.readonly),
             "version": 3,
             "strides": strides and tuple(n * self.dtype.itemsize for n in strides),
             **self.order(),

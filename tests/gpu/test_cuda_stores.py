@@ -1,4 +1,5 @@
-"""Stores over CUDA memory, on the emulation: the tests of stores/, in processes of their own."""
+"""Stores over CUDA memory, on the emulation: the tests of stores/, and those of the contract with
+CUDA tensors, in processes of their own."""
 
 import os
 import shutil
@@ -188,6 +189,14 @@ MISTAKES = {
     ),
 }
 
+# The kinds whose stores the contract's tests are given (contract_on_cuda.py), in a process.
+CONTRACT = ("device", "nccl", "local dist_device_sync")
+# Not again what is the same code for other kinds, or tested by files of its own.
+ONCE = (
+    "device or not (test_threads or test_training_threads"
+    " or nccl and (test_optimizers or test_compressed_push))"
+)
+
 NCCL = ("check_nccl.py", "check_nccl_order.py", "check_nccl_failures.py")
 # Devices without access to each other, one alone, three.
 MACHINES = {
@@ -240,6 +249,11 @@ def run_machine(library, folder, machine):
     return run(library, *(STORES / name for name in files), KVSTORE_CUDA_SEEDS="1", **env)
 
 
+def run_contract(library, folder, kinds):
+    arguments = ("-p", "contract_on_cuda", plugin.ROOT / "tests" / "contract", "-k", ONCE)
+    return run(library, *arguments, path=[plugin.HERE], KVSTORE_TESTS_KINDS=kinds)
+
+
 def run_mistake(library, folder, mistake):
     name, *change, tests = MISTAKES[mistake]
     plugin.package(folder, name, *change)
@@ -255,6 +269,11 @@ def outcomes(request, tmp_path_factory):
     """What has come of the run of each test that was asked for, by its name: some run at once."""
     library = plugin.link(plugin.objects().values(), tmp_path_factory.mktemp("gpu") / "emulated.so")
     jobs, later = {}, []
+    functions = {
+        "test_file_passes_on_the_emulation": run_file,
+        "test_so_does_one_on_other_machines": run_machine,
+        "test_the_contract_holds_there": run_contract,
+    }
     with ThreadPoolExecutor(plugin.build.JOBS) as pool:
 
         def submit(item, function):
@@ -264,12 +283,10 @@ def outcomes(request, tmp_path_factory):
         for item in request.session.items:
             if item.path != request.path:
                 continue
-            if item.originalname == "test_a_mistake_in_the_core_is_noticed":
-                later.append(item)
-            elif item.originalname == "test_file_passes_on_the_emulation":
-                submit(item, run_file)
+            if item.originalname in functions:
+                submit(item, functions[item.originalname])
             else:
-                submit(item, run_machine)
+                later.append(item)
         if later:
             plugin.package(tmp_path_factory.mktemp("whole"))  # compiles what all share
         for item in later:
@@ -286,6 +303,12 @@ def test_file_passes_on_the_emulation(outcomes, request, name):
 
 @pytest.mark.parametrize("machine", MACHINES)
 def test_so_does_one_on_other_machines(outcomes, request, machine):
+    status, output = outcomes[request.node.name].result()
+    assert status == 0, output
+
+
+@pytest.mark.parametrize("kinds", CONTRACT)
+def test_the_contract_holds_there(outcomes, request, kinds):
     status, output = outcomes[request.node.name].result()
     assert status == 0, output
 

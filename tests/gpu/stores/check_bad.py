@@ -151,12 +151,7 @@ def test_outs_and_values_that_overlap(store, face):
     whole = face(np.zeros(N + 2, np.float32))
 
     def part(start):
-        tensor = Part.over(whole.storage, (N,), np.float32)
-        tensor.start = start
-        return tensor
-
-    class Part(face):
-        byte_offset = property(lambda self: 4 * self.start)
+        return face.over(whole.storage, (N,), np.float32, byte_offset=4 * start)
 
     for call in (
         lambda: store.pull("w", out=[part(0), part(2)]),
