@@ -186,12 +186,15 @@ SANITIZED_SEEDS = 200
 REPORT = re.compile(r"ERROR: |WARNING: ThreadSanitizer: |: runtime error: ")
 
 
-def sanitized(flavour, tests):
-    """The C tests, then Python tests on a package built with the sanitizer."""
+def sanitized(flavour, tests, on_cuda=(), plugin_flavour=None):
+    """The C tests, then Python tests on a package built with the sanitizer. `on_cuda`: the tests,
+    and the options, of processes with the emulation of CUDA; `plugin_flavour`: which one its own
+    code is built with."""
     import build
 
     c_tests(flavour)
     random_programs(flavour, SANITIZED_SEEDS)
+    emulated = on_emulation(flavour, plugin_flavour) if on_cuda else {}
     library = run("gcc", f"-print-file-name=lib{flavour}.so", quiet=True).strip()
     if not Path(library).is_absolute():
         raise Failed(f"gcc has no lib{flavour}.so")
@@ -218,6 +221,8 @@ def sanitized(flavour, tests):
     try:
         run(*python, "-c", check, env=env, cwd=BUILD)
         pytest(*tests, python=python, env=env)
+        for arguments in on_cuda:
+            pytest(*arguments, python=python, env={**env, **emulated, **cuda_tests(env)})
     except Failed as error:
         problems.append(str(error))
     texts = [path.read_text(errors="replace") for path in sorted(reports.iterdir())]
@@ -257,6 +262,42 @@ def random_programs(flavour, seeds):
     run(*command, env=build.environment())
 
 
+def on_emulation(flavour, plugin_flavour):
+    """The programs of tests/gpu on the emulation. What tells other processes of it."""
+    import build
+    import plugin
+
+    folder = BUILD / flavour / "gpu"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        parts = plugin.objects(plugin_flavour).values()
+        library = plugin.link(parts, folder / "emulated.so", plugin_flavour)
+        nccl = plugin.nccl(folder / "libnccl.so.2", plugin_flavour)
+        programs = plugin.programs(flavour).values()
+    except build.BuildError as error:
+        raise Failed(str(error)) from None
+    env = {"KVSTORE_CUDA_PLUGIN": str(library), "KVSTORE_NCCL": str(nccl)}
+    env["KVSTORE_CUDA_SEEDS"] = "1"
+    for program in programs:
+        run(*build.command(program, flavour), env={**build.environment(), **env}, quiet=True)
+        print(f"{program.name}: passed", flush=True)
+    return env
+
+
+# Of the contract and of stores what runs with CUDA tensors.
+STORES_ON_CUDA = ("-o", "python_files=check_*.py", *existing("gpu/stores"))
+CONTRACT_ON_CUDA = ("-p", "contract_on_cuda", *existing("contract"))
+
+
+def cuda_tests(env):
+    """What they need besides."""
+    path = [path for path in (env.get("PYTHONPATH"), str(TESTS / "gpu")) if path]
+    return {
+        "PYTHONPATH": os.pathsep.join(path),
+        "KVSTORE_TESTS_KINDS": "device nccl local dist_device_sync",
+    }
+
+
 def install_flavour(flavour):
     """A copy of the package with the core of a flavour, to be put on PYTHONPATH."""
     folder = BUILD / flavour / "package"
@@ -286,14 +327,19 @@ def contract(*patterns):
 
 # What several threads do, and what comes from other processes.
 THREADED = ("dist_*", "*async*", "*threads", "updater*", "signals")
+# Of the stores over CUDA memory: what goes wrong.
+QUICK_STORES = ("bad", "death")
 
 
 def asan(options):
-    quick = ("unit", "faults", *contract(*THREADED, "row_sparse*", "fork", "exit"))
-    sanitized(
-        "asan",
-        suites(*(quick if options.quick else ("unit", "contract", "golden", "faults", "fuzz"))),
-    )
+    if options.quick:
+        tests = ("unit", "faults", *contract(*THREADED, "row_sparse*", "fork", "exit"))
+        files = existing(*(f"gpu/stores/check_{name}.py" for name in QUICK_STORES))
+        sanitized("asan", suites(*tests), on_cuda=[files], plugin_flavour="debug")
+    else:
+        tests = ("unit", "contract", "golden", "faults", "fuzz")
+        on_cuda = [STORES_ON_CUDA, CONTRACT_ON_CUDA]
+        sanitized("asan", suites(*tests), on_cuda=on_cuda, plugin_flavour="asan")
 
 
 def tsan(options):
@@ -361,7 +407,7 @@ def cuda(options):
 
 
 def gpu(options):
-    """The tests of the plug-in and of stores on a GPU."""
+    """The tests of the plug-in, of stores and of the contract on a GPU."""
     import plugin
 
     nvcc = shutil.which("nvcc")
@@ -379,7 +425,8 @@ def gpu(options):
         env["KVSTORE_NCCL"] = f"{folder}/libnccl.so.2"
     for program in plugin.programs().values():
         run(program, env=env)
-    pytest("-o", "python_files=check_*.py", *existing("gpu/stores"), env=env)
+    for arguments in (STORES_ON_CUDA, CONTRACT_ON_CUDA):
+        pytest(*arguments, env={**env, **cuda_tests(os.environ)})
 
 
 def cuda_plugin(archs):

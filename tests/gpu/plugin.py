@@ -29,24 +29,31 @@ def sources():
     return [*sorted(CUDA.glob("*.cu")), *sorted(HERE.glob("emu/*.cpp"))]
 
 
-def objects():
+def sanitizer(flavour):
+    """What the compiler is told besides, for a process under a sanitizer."""
+    return build.FLAVOURS[flavour] if flavour in ("asan", "tsan") else []
+
+
+def objects(flavour="debug"):
     """The emulation's objects, by the name of their source, up to date."""
-    out = ROOT / "build" / "gpu-emulated"
+    flags = [*EMULATION, *sanitizer(flavour)]
+    out = ROOT / "build" / ("gpu-emulated" + (f"-{flavour}" if sanitizer(flavour) else ""))
     out.mkdir(parents=True, exist_ok=True)
     names = [source.name for source in sources()]
     with ThreadPoolExecutor(build.JOBS) as pool:
-        made = pool.map(lambda path: build.compile_source(path, EMULATION, "g++", out), sources())
+        made = pool.map(lambda path: build.compile_source(path, flags, "g++", out), sources())
         return dict(zip(names, made, strict=True))
 
 
-def link(parts, target):
-    build.call(["g++", "-shared", "-pthread", *map(str, parts)], target)
+def link(parts, target, flavour="debug"):
+    build.call(["g++", *sanitizer(flavour), "-shared", "-pthread", *map(str, parts)], target)
     return target
 
 
-def nccl(target):
+def nccl(target, flavour="debug"):
     """The stand-in for libnccl, for a process that has opened the emulated plug-in."""
-    build.call(["g++", "-Itests/gpu", *EMULATION, "-shared", str(NCCL), "-ldl"], target)
+    flags = ["-Itests/gpu", *EMULATION, *sanitizer(flavour)]
+    build.call(["g++", *flags, "-shared", str(NCCL), "-ldl"], target)
     return target
 
 
@@ -94,9 +101,9 @@ def planted_core(folder, file, old, new, name):
     return target
 
 
-def programs():
+def programs(flavour="debug"):
     """The programs of test_gpu_*.c, by name."""
-    return {path.stem: path for path in build.build("debug", pattern="test_gpu_*.c", folder="gpu")}
+    return {path.stem: path for path in build.build(flavour, pattern="test_gpu_*.c", folder="gpu")}
 
 
 def package(folder, file=None, old="", new=""):
