@@ -423,8 +423,18 @@ def gpu(options):
     folder = runpy.run_path(str(ROOT / "kvstore" / "_about.py"))["nccl_folder"]()
     if folder is not None and "KVSTORE_NCCL" not in os.environ:
         env["KVSTORE_NCCL"] = f"{folder}/libnccl.so.2"
-    for program in plugin.programs().values():
+    programs = plugin.programs().values()
+    for program in programs:
         run(program, env=env)
+    beside = os.pathsep.join([str(Path(nvcc).resolve().parent), os.environ["PATH"]])
+    sanitizer = shutil.which("compute-sanitizer", path=beside)
+    if sanitizer is None:
+        print("compute-sanitizer is not on this machine: memory and races are not checked")
+    # Calls that fail are among what the programs test.
+    tools = (("memcheck", "--report-api-errors", "no"), ("racecheck",))
+    for tool in tools if sanitizer is not None else ():
+        for program in programs:
+            run(sanitizer, "--error-exitcode", "1", "--tool", *tool, program, env=env)
     for arguments in (STORES_ON_CUDA, CONTRACT_ON_CUDA):
         pytest(*arguments, env={**env, **cuda_tests(os.environ)})
 

@@ -320,7 +320,7 @@ static kv_status_t plan_and_run(kv_store_t *store, kv_call_t *call, const char *
     kv_status_t status = KV_OK;
     if (KV_UNLIKELY(plan.cuda) && merges_here(store))
         status = kv_plan_stage(store, &plan, call->hold);
-    if (push && store->ranks != NULL)
+    if (status == KV_OK && push && store->ranks != NULL)
         status = kv_plan_check_nccl(&plan);
     if (status == KV_OK && plan.optimizer != NULL)
         status = counts(store) ? kv_plan_count(store, &plan) : kv_plan_check_updates(&plan);
