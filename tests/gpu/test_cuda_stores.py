@@ -193,7 +193,7 @@ MISTAKES = {
 CONTRACT = ("device", "nccl", "local dist_device_sync")
 # Not again what is the same code for other kinds, or tested by files of its own.
 ONCE = (
-    "device or not (test_threads or test_training_threads"
+    "device and not dist or not (test_threads or test_training_threads"
     " or nccl and (test_optimizers or test_compressed_push))"
 )
 
