@@ -409,7 +409,7 @@ static PyObject *call_detached(kv_state_t *state, PyObject *object, PyObject *st
 /* What __dlpack__ gave. A capsule that is not renamed deletes its tensor itself. */
 typedef struct answer {
     PyObject *capsule;
-    const char *used; /* the capsule's name once the tensor has been taken */
+    const char *name, *used; /* the capsule's, and once the tensor has been taken */
     owned_t owned;
 } answer_t;
 
@@ -434,12 +434,14 @@ static bool ask(kv_state_t *state, PyObject *object, PyObject *method, PyObject 
         if (!check_version(state, managed->version))
             return false;
         answer->owned = (owned_t){&managed->tensor, managed->flags, managed, drop_versioned};
+        answer->name = KV_DL_CAPSULE_VERSIONED;
         answer->used = KV_DL_CAPSULE_VERSIONED_USED;
         return true;
     }
     if (PyCapsule_IsValid(capsule, KV_DL_CAPSULE)) {
         kv_dl_managed_t *managed = PyCapsule_GetPointer(capsule, KV_DL_CAPSULE);
         answer->owned = (owned_t){&managed->tensor, 0, managed, drop_legacy};
+        answer->name = KV_DL_CAPSULE;
         answer->used = KV_DL_CAPSULE_USED;
         return true;
     }
@@ -451,10 +453,9 @@ static bool ask(kv_state_t *state, PyObject *object, PyObject *method, PyObject 
 
 /* Asks for a tensor of a device once more, now for work on the store's own stream. With no such
  * device the answer stays as it is. */
-static bool ask_for_own(kv_state_t *state, PyObject *object, PyObject *method, answer_t *answer,
-                        void **stream)
+static bool ask_for_own(kv_state_t *state, PyObject *object, PyObject *method,
+                        kv_dl_device_t device, answer_t *answer, void **stream)
 {
-    kv_dl_device_t device = answer->owned.tensor->device;
     int there = kv_cuda_own_stream(state, device.id, stream);
     if (there <= 0)
         return there == 0;
@@ -478,6 +479,7 @@ static int ask_method(kv_state_t *state, PyObject *object, bool for_out, kv_view
 {
     PyObject *method = NULL;
     answer_t answer = {.capsule = NULL};
+    kv_dl_device_t device;
     int result = -1, follows = 0;
     void *stream = NULL;
     if (!find_attribute(object, state->str_dlpack, &method))
@@ -489,10 +491,20 @@ static int ask_method(kv_state_t *state, PyObject *object, bool for_out, kv_view
     }
     if (!ask(state, object, method, NULL, &answer))
         goto end;
-    if (is_cuda(answer.owned.tensor->device)) {
-        follows = kv_cuda_library_stream(object, answer.owned.tensor->device.id, &stream);
-        if (follows < 0 || (follows == 0 && !ask_for_own(state, object, method, &answer, &stream)))
+    device = answer.owned.tensor->device;
+    if (is_cuda(device)) {
+        follows = kv_cuda_library_stream(object, device.id, &stream);
+        if (follows < 0 ||
+            (follows == 0 && !ask_for_own(state, object, method, device, &answer, &stream)))
             goto end;
+    }
+    /* Python has run since, and others may have the same capsule. */
+    if (!PyCapsule_IsValid(answer.capsule, answer.name)) {
+        kv_py_fail(state, KV_BAD_TYPE,
+                   "__dlpack__ of a value of type '%.100s' gave a capsule whose tensor somebody "
+                   "else has taken",
+                   Py_TYPE(object)->tp_name);
+        goto end;
     }
     if (fill(state, object, &answer.owned, for_out, view, lease)) {
         (void)PyCapsule_SetName(answer.capsule, answer.used); /* fails for what is none only */

@@ -234,6 +234,39 @@ def test_a_known_library_tells_its_stream(monkeypatch, name, device):
     del info
 
 
+class OneCapsule(cuda.MethodTensor):
+    """Gives everybody the same capsule."""
+
+    capsule = None
+
+    def __dlpack__(self, **keywords):
+        if self.capsule is None:
+            self.capsule = super().__dlpack__(**keywords)
+        return self.capsule
+
+
+def test_a_capsule_is_taken_once(monkeypatch):
+    def current(number):
+        if thieves:
+            assert kvstore.array(thieves.pop()).asnumpy().tolist() == numbers().tolist()
+        return types.SimpleNamespace(cuda_stream=cuda.current_stream(number).handle or 0)
+
+    library = types.ModuleType("torch")
+    library.cuda = types.SimpleNamespace(current_stream=current)
+    monkeypatch.setitem(sys.modules, "torch", library)
+    known = type("Known", (OneCapsule,), {"__module__": "torch"})
+    tensor, thieves = known(numbers()), []
+    kvstore.array(tensor)
+    with pytest.raises(kvstore.ArrayTypeError, match="no capsule with a tensor"):
+        kvstore.array(tensor)
+    # By somebody who comes while the library is asked for its stream.
+    tensor = known(numbers())
+    thieves.append(tensor)
+    with pytest.raises(kvstore.ArrayTypeError, match="somebody else has taken"):
+        kvstore.array(tensor)
+    assert not thieves
+
+
 def test_a_library_that_takes_no_stream_is_refused():
     class Old(cuda.MethodTensor):
         def __dlpack__(self, *, max_version=None):

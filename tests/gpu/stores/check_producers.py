@@ -84,10 +84,10 @@ def library(request):
 
 
 @pytest.fixture
-def kv(library):
-    with kvstore.create("device") as store:
-        store.init("w", library.full(0))
-        yield store
+def store(library):
+    with kvstore.create("device") as kv:
+        kv.init("w", library.full(0))
+        yield kv
 
 
 def keep_busy(library):
@@ -108,58 +108,58 @@ def holds(library, tensor, value):
     np.testing.assert_array_equal(library.numpy(tensor), np.full(COUNT, value, "float32"))
 
 
-def test_a_push_comes_after_what_its_stream_has_to_do_and_before_what_follows(library, kv):
+def test_a_push_comes_after_what_its_stream_has_to_do_and_before_what_follows(library, store):
     gradient, out = library.full(1), library.full(-1)
     with late(library):
         library.fill(gradient, 3)
-        kv.push("w", gradient)
+        store.push("w", gradient)
         library.fill(gradient, 0)
-        kv.pull("w", out)
+        store.pull("w", out)
         more = out + 1
         holds(library, more, 4)
 
 
-def test_another_stream_sees_the_push(library, kv):
+def test_another_stream_sees_the_push(library, store):
     gradient, out = library.full(1), library.full(-1)
     with late(library):
         library.fill(gradient, 5)
-        kv.push("w", gradient)
+        store.push("w", gradient)
     with library.stream():
-        kv.pull("w", out)
+        store.pull("w", out)
         holds(library, out, 5)
 
 
-def test_the_host_does_not_wait(library, kv):
+def test_the_host_does_not_wait(library, store):
     gradient = library.full(1)
-    kv.push("w", gradient)  # kernels are loaded
+    store.push("w", gradient)  # kernels are loaded
     with late(library):
         busy_is_over = library.event()
-        kv.push("w", gradient)
+        store.push("w", gradient)
         assert not busy_is_over()
 
 
-def test_a_training_loop_on_a_side_stream(library, kv):
-    kv.set_optimizer(kvstore.optimizer.SGD(learning_rate=0.5))
+def test_a_training_loop_on_a_side_stream(library, store):
+    store.set_optimizer(kvstore.optimizer.SGD(learning_rate=0.5))
     gradient, weight = library.full(0), library.full(0)
     with late(library):
         for step in range(20):
             library.fill(gradient, step)
-            kv.pushpull("w", gradient, weight)
+            store.pushpull("w", gradient, weight)
         holds(library, weight, -0.5 * sum(range(20)))
 
 
-def test_an_updater_gets_tensors_of_the_library(library, kv):
+def test_an_updater_gets_tensors_of_the_library(library, store):
     seen = []
 
     def update(key, recv, stored):
         seen.append(type(recv))
         stored += recv
 
-    kv.set_updater(update)
+    store.set_updater(update)
     gradient, out = library.full(1), library.full(-1)
     with late(library):
         library.fill(gradient, 2)
-        kv.push("w", gradient)
-        kv.pull("w", out)
+        store.push("w", gradient)
+        store.pull("w", out)
         holds(library, out, 2)
     assert seen == [type(gradient)]
