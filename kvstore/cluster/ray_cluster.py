@@ -70,7 +70,7 @@ class RayCluster(MadeCluster):
     Parameters
     ----------
     num_workers, num_servers
-        How many there are.
+        How many there are. No servers: for stores of kind nccl, which need none.
     controller
         What each server calls with (head, body) for ``send_command_to_servers``.
     timeout

@@ -25,6 +25,7 @@ class Node:
 
     def __init__(self, role: str, rank: int | None, num_workers: int, num_servers: int) -> None:
         self._name = role if rank is None else f"{role} {rank}"
+        self._has_servers = num_servers > 0
         with contextlib.suppress(ValueError):  # not in the main thread, where nothing waits for it
             # Some tools send a Ctrl-C to every process below them; it is the maker's business.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -38,7 +39,8 @@ class Node:
 
     def about(self) -> tuple[str, int]:
         """Host and process id, if this machine can be part of a cluster."""
-        entry.check_ucx()
+        if self._has_servers:
+            entry.check_ucx()
         return _own_address(), os.getpid()
 
 

@@ -197,6 +197,19 @@ def test_it_gives_the_values_of_a_local_store_in_one_session_after_the_other(sha
     assert len(sessions) == 3
 
 
+def create_dist():
+    kvstore.create("dist_sync")
+
+
+@needs_ray
+def test_workers_may_be_alone(make):
+    with make(2, 0) as made:
+        assert repr(made) == "<kvstore.RayCluster: 2 workers, 0 servers, ready>"
+        assert made.run(rank) == [0, 1]
+        with pytest.raises(kvstore.PeerLostError, match="needs servers, and this cluster has none"):
+            made.run(create_dist)
+
+
 @needs_ray
 @pytest.mark.ucx
 def test_results_come_by_rank_from_the_main_threads(shared):
