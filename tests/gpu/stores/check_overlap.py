@@ -227,6 +227,18 @@ def test_the_numbers_of_other_types_are_too(seed, dtype):
             both.check()
 
 
+def test_a_pull_behind_another_leaves_its_answer_alone(seed):
+    arrays = {name: numbers(2, salt) for salt, name in enumerate("abc")}
+    with Cluster(1, 2, kind="dist_sync") as cluster:
+        kv = cluster.store()
+        kv.init(list(arrays), list(arrays.values()))
+        outs = {name: ready(np.zeros_like(array)) for name, array in arrays.items()}
+        for name, out in outs.items():
+            kv.pull(name, out)
+        for name, out in outs.items():
+            assert same(out.numpy(), arrays[name]), name
+
+
 # ------------------------------------------------------------------------------------------ ends
 
 
