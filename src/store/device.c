@@ -162,8 +162,10 @@ static kv_status_t fetch_values(const kv_work_t *work, kv_view_t **out, kv_buffe
     return KV_OK;
 }
 
-/* A push of more values than a kernel adds up is done on the host. */
-static kv_status_t run_many_here(const kv_work_t *work, bool *delivering)
+/* The work by way of `run`, with values of devices copied to the host. */
+static kv_status_t run_fetched(const kv_work_t *work,
+                               kv_status_t (*run)(const kv_work_t *work, bool *delivering),
+                               bool *delivering)
 {
     kv_work_t host = *work;
     kv_view_t *views = NULL;
@@ -171,7 +173,7 @@ static kv_status_t run_many_here(const kv_work_t *work, bool *delivering)
     kv_status_t status = fetch_values(work, &views, &room);
     host.group.values = views;
     if (status == KV_OK)
-        status = run_here(&host, delivering);
+        status = run(&host, delivering);
     kv_buffer_rele(room);
     kv_free(views);
     return status;
@@ -191,7 +193,7 @@ kv_status_t kv_work_run_on_device(const kv_work_t *work, bool *delivering)
     bool rows = work->push && work->group.values[0].sparse != NULL;
     kv_status_t status = home < 0 || rows ? run_here(work, delivering)
                          : work->group.num_values > KV_DEVICE_SOURCES
-                             ? run_many_here(work, delivering)
+                             ? run_fetched(work, run_here, delivering)
                              : kv_batch_run(&work, 1, home, NULL, &launched);
     *delivering = *delivering || launched;
     if (launched && work->push && (status == KV_DEVICE || status == KV_TIMEOUT))
@@ -252,18 +254,15 @@ kv_status_t kv_work_merge_on_device(const kv_work_t *work)
     return kv_batch_run(&one, 1, home_of(work), &work->group.entry->merged, &launched);
 }
 
+static kv_status_t merge(const kv_work_t *work, bool *delivering)
+{
+    (void)delivering;
+    return kv_work_merge(work);
+}
+
 kv_status_t kv_work_merge_here(const kv_work_t *work)
 {
-    kv_work_t host = *work;
-    kv_view_t *views = NULL;
-    kv_buffer_t *room = NULL;
-    kv_status_t status = fetch_values(work, &views, &room);
-    host.group.values = views;
-    if (status == KV_OK)
-        status = kv_work_merge(&host);
-    kv_buffer_rele(room);
-    kv_free(views);
-    return status;
+    return run_fetched(work, merge, NULL);
 }
 
 /* ---------------------------------------------------------------------------------- updaters */

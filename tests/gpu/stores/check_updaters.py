@@ -86,7 +86,9 @@ def test_arrays_that_are_kept_stay_memory(store):
     assert all((other.numpy() == 7).all() for other in into)
 
 
-def test_host_values_bring_the_key_home(store):
+def adder(seen):
+    """An updater that tells where it works."""
+
     def add(key, recv, stored):
         seen.append(type(stored))
         if isinstance(stored, np.ndarray):
@@ -94,9 +96,13 @@ def test_host_values_bring_the_key_home(store):
         else:
             stored.add_(recv)
 
+    return add
+
+
+def test_host_values_bring_the_key_home(store):
     seen = []
     store.init("w", zeros())
-    store.set_updater(add)
+    store.set_updater(adder(seen))
     for value in (numbers(), cuda.TableTensor(numbers()), kvstore.array(numbers())):
         store.push("w", value)
     assert (store.pull("w").asnumpy() == 3 * numbers()).all()
@@ -106,16 +112,9 @@ def test_host_values_bring_the_key_home(store):
 def test_the_first_of_several_values_tells_where_the_updater_works(store):
     """The others come there, from devices or the host."""
 
-    def add(key, recv, stored):
-        seen.append(type(stored))
-        if isinstance(stored, np.ndarray):
-            stored += recv
-        else:
-            stored.add_(recv)
-
     seen = []
     store.init("w", zeros())
-    store.set_updater(add)
+    store.set_updater(adder(seen))
     value, wide = numbers(), np.repeat(numbers(), 2).reshape(3, 4, 2)[..., 0]
     for device in BOTH:
         there = [cuda.TableTensor(value, device), cuda.MethodTensor(value, device)]
